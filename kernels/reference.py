@@ -1,0 +1,180 @@
+"""The structure loss, by definition: plain PyTorch, any float dtype, twice differentiable.
+
+    S = sum_{i != j} w_i w_j rho(R(G)_ij - R(F)_ij) / sum_{i != j} w_i w_j
+
+F are the features of real samples, G those of generated ones, R(F)_ij = r(f_i, f_j) the relation matrix. SADM
+(arXiv 2402.17563) gives the game over S; relation, penalty, normalisation and weights are this project's choices.
+Other backends are tested against this file.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+RELATIONS = ("euclidean", "cosine", "gaussian")
+PENALTIES = ("squared", "absolute", "huber")
+NORMALIZATIONS = ("unit", "mean", "none")
+
+# ||a||^2 + ||b||^2 - 2ab cancels: its rounding noise, in units of eps * (||a||^2 + ||b||^2), stays below this.
+_MERGE_EPS = 8.0
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows below each other; the gradient of a row is the sum of what all ranks ask of it."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, rows.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
+
+
+class _SumRanks(torch.autograd.Function):
+    """Sum over ranks. `shared`: every rank goes on to its own loss with it, so gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, group: dist.ProcessGroup, shared: bool) -> Tensor:
+        ctx.group, ctx.shared = group, shared
+        value = value.clone()
+        dist.all_reduce(value, group=group)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if ctx.shared:
+            grad = grad.clone()
+            dist.all_reduce(grad, group=ctx.group)
+        return grad, None, None
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """Rows scaled to length 1; a row of zeros stays zero and gets no gradient."""
+    squared = x.square().sum(dim=1, keepdim=True)
+    zero = squared == 0
+    return torch.where(zero, torch.zeros_like(x), x * torch.where(zero, 1.0, squared).rsqrt())
+
+
+def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
+    """||a_i - b_j||^2: [B, d], [C, d] -> [B, C]; pairs closer than the rounding noise are 0 without gradient."""
+    nr, nc = rows.square().sum(1)[:, None], columns.square().sum(1)[None, :]
+    d2 = nr + nc - 2.0 * rows @ columns.T
+    noise = _MERGE_EPS * torch.finfo(rows.dtype).eps * (nr + nc).detach()
+    return torch.where(d2 <= noise, torch.zeros_like(d2), d2)  # NaN compares false and stays NaN
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Square root whose gradient at 0 is 0."""
+    zero = x == 0
+    return torch.where(zero, torch.zeros_like(x), torch.where(zero, 1.0, x).sqrt())
+
+
+def _relation(
+    rows: Tensor,
+    columns: Tensor,
+    pair_weight: Tensor,
+    *,
+    relation: str,
+    normalize: str,
+    tau: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """R_ij = r(a_i, b_j): [B, d], [C, d] -> [B, C]. `pair_weight` [B, C] says which pairs make the mean distance."""
+    if relation == "cosine" or normalize == "unit":
+        rows, columns = _unit_rows(rows), _unit_rows(columns)
+    if relation == "cosine":
+        return rows @ columns.T
+    d2 = _squared_distances(rows, columns)
+    if normalize == "mean":
+        distance = _sqrt(d2)
+        sums = torch.stack([(pair_weight * distance).sum(), pair_weight.sum()])
+        if group is not None:
+            sums = _SumRanks.apply(sums, group, True)
+        mean = sums[0] / torch.where(sums[1] == 0, 1.0, sums[1])
+        scale = 1.0 / torch.where(mean == 0, 1.0, mean)
+        return distance * scale if relation == "euclidean" else torch.exp(-d2 * scale.square() / (2.0 * tau**2))
+    return _sqrt(d2) if relation == "euclidean" else torch.exp(-d2 / (2.0 * tau**2))
+
+
+def _penalty(x: Tensor, penalty: str, delta: float) -> Tensor:
+    if penalty == "squared":
+        return x.square()
+    if penalty == "absolute":
+        return x.abs()
+    return F.huber_loss(x, torch.zeros_like(x), reduction="none", delta=delta)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Relations in bf16 would lose their small differences; devices without autocast (meta) need nothing."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64 input, float32 for everything narrower."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def relation_matrix(
+    features: Tensor, *, relation: str = "euclidean", normalize: str = "unit", tau: float = 1.0
+) -> Tensor:
+    """R(F) of features [B, d]: the B x B matrix that the discriminator compares, for people to look at."""
+    x = features.to(compute_dtype(features))
+    pairs = 1.0 - torch.eye(len(x), dtype=x.dtype, device=x.device)
+    return _relation(x, x, pairs, relation=relation, normalize=normalize, tau=tau, group=None)
+
+
+def structure_loss(
+    real: Tensor,
+    fake: Tensor,
+    *,
+    relation: str = "euclidean",
+    penalty: str = "squared",
+    normalize: str = "unit",
+    weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    tau: float = 1.0,
+    delta: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """S of real and fake features [B, d] (0-d float32, float64 for float64 input); see sadm_kernels.structure_loss.
+
+    With `group`, B is this rank's share: local rows are compared with the columns of all ranks, every rank returns
+    the S of the whole batch, and the gradient of its rows is the gradient one process with the whole batch would get.
+    """
+    dtype = compute_dtype(real)
+    with _no_autocast(real.device.type):
+        f, g = real.to(dtype), fake.to(dtype)
+        batch = len(f)
+        w = torch.ones(batch, dtype=dtype, device=f.device) if weight is None else weight.to(dtype)
+        all_f, all_g, all_w, all_labels, first = f, g, w, labels, 0
+        if group is not None:
+            all_f, all_g = _Gather.apply(f, group), _Gather.apply(g, group)
+            all_w = _Gather.apply(w, group)
+            all_labels = None if labels is None else _Gather.apply(labels, group)
+            first = dist.get_rank(group) * batch
+
+        pair_weight = w[:, None] * all_w[None, :]
+        if labels is not None and all_labels is not None:
+            pair_weight = pair_weight * (labels[:, None] == all_labels[None, :])
+        own = torch.arange(batch, device=f.device)
+        pair_weight = pair_weight.index_put((own, own + first), pair_weight.new_zeros(()))
+
+        def matrix(rows: Tensor, columns: Tensor) -> Tensor:
+            return _relation(rows, columns, pair_weight, relation=relation, normalize=normalize, tau=tau, group=group)
+
+        difference = matrix(g, all_g) - matrix(f, all_f)
+        sums = torch.stack([(pair_weight * _penalty(difference, penalty, delta)).sum(), pair_weight.sum()])
+        if group is not None:
+            sums = _SumRanks.apply(sums, group, False)
+        return sums[0] / torch.where(sums[1] == 0, 1.0, sums[1])
