@@ -1,0 +1,83 @@
+"""Random numbers as a function of (seed, stream, sample): no state, so nothing to save and nothing to get wrong.
+
+The noise of global sample n is the same on any rank, world size, micro-batch split or device. The generator is
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in torch integer
+operations. Counter words: (block, stream, low half of n, high half of n); key: the two halves of the seed.
+"""
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+class Stream(IntEnum):
+    """What the numbers are for; streams of one seed are independent."""
+
+    NOISE = 0  # eps of the diffusion process
+    TIME = 1  # noise level t
+    LABEL_DROP = 2  # which labels become the null class
+    FLIP = 3  # horizontal mirror
+    ORDER = 4  # the permutation of an epoch
+    LATENT = 5  # the draw from a cached posterior
+    SAMPLE_NOISE = 6  # starting noise of generated samples
+    SPLIT = 7  # which images are held out
+
+
+def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four 32-bit counter words (int64 tensors of one shape) and a key to four 32-bit random words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # int64 products wrap, but their 64 bits are right; the masks drop the copies of the sign.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _words(seed: int, stream: int, sample_ids: Tensor, count: int) -> Tensor:
+    """`count` 32-bit words for each sample: int64 [B, count]."""
+    blocks = -(-count // 4)
+    n = sample_ids.to(torch.int64).view(-1, 1).expand(-1, blocks)
+    block = torch.arange(blocks, device=n.device).expand_as(n)
+    counter = (block, torch.full_like(n, int(stream)), n & _MASK, (n >> 32) & _MASK)
+    words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
+    return torch.stack(words, dim=-1).flatten(1)[:, :count]
+
+
+def uniform(seed: int, stream: Stream, sample_ids: Tensor, count: int = 1) -> Tensor:
+    """Uniform numbers in the open interval (0, 1): float64 [B, count] for int64 sample_ids [B]."""
+    return (_words(seed, stream, sample_ids, count).double() + 0.5) * 2.0**-32
+
+
+def normal(seed: int, stream: Stream, sample_ids: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers (Box-Muller): float32 [B, *shape] for int64 sample_ids [B]."""
+    count = math.prod(shape)
+    half = -(-count // 2)
+    u = (_words(seed, stream, sample_ids, 2 * half).float() + 0.5) * 2.0**-32
+    # fp32 rounds the largest words up to 1.0 exactly: log gives 0, which is a finite (and fair) sample.
+    radius = (-2.0 * u[:, :half].log()).sqrt()
+    angle = (2.0 * math.pi) * u[:, half:]
+    z = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+    return z.reshape(-1, *shape)
+
+
+def permutation(seed: int, epoch: int, n: int) -> Tensor:
+    """The order of the n images in an epoch: int64 [n], a permutation of 0..n-1."""
+    ids = torch.arange(n) + (epoch << 32)
+    words = _words(seed, Stream.ORDER, ids, 2)
+    # The second word only breaks ties of the first; both fit in 63 bits, so a plain stable sort orders them.
+    return torch.argsort((words[:, 0] << 31) | (words[:, 1] >> 1), stable=True)
