@@ -1,0 +1,30 @@
+"""What a loader yields, and the scale of pixels, stated once: uint8 x stands for x / 127.5 - 1."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ImageBatch(NamedTuple):
+    """One micro-batch of B samples; the tensors are the caller's own (no loader writes to them again)."""
+
+    images: Tensor  # float32 [B, C, H, W] in [-1, 1]
+    labels: Tensor  # int64 [B], index into ImageFolder.classes
+    sample_ids: Tensor  # int64 [B], global sample counters n
+
+
+def pixels_to_float(pixels: Tensor) -> Tensor:
+    """uint8 pixels of any shape to float32 in [-1, 1]: x / 127.5 - 1, in a new tensor on the same device."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def float_to_pixels(images: Tensor) -> Tensor:
+    """Images of any shape and float dtype to uint8: the exact inverse of pixels_to_float, clipped."""
+    return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def stack_crops(crops: list[np.ndarray]) -> Tensor:
+    """Crops uint8 [S, S, C] of one size (what adm_crop returns) to one uint8 tensor [B, C, S, S]."""
+    return torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy())

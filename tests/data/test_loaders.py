@@ -1,0 +1,290 @@
+"""Both loaders: one order, one scale, the same pictures; DALI is measured against Pillow."""
+
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sadm_fast.data import load_images, make_loader, open_folder
+from sadm_fast.data.batch import ImageBatch
+from sadm_fast.data.image_folder import ImageFolder
+from sadm_fast.errors import UserError
+
+LOADERS = ["dali", "torch"]
+
+
+def _batches(folder: ImageFolder, count: int, **changes: Any) -> list[ImageBatch]:
+    options = {
+        "resolution": 8,
+        "channels": 1,
+        "flip": False,
+        "seed": 1,
+        "micro_batch": 4,
+        "threads": 1,
+    } | changes
+    with make_loader(folder, **options) as loader:
+        return list(islice(loader, count))
+
+
+def _assert_equal(actual: list[ImageBatch], expected: list[ImageBatch]) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a.sample_ids, b.sample_ids)
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.images, b.images)
+
+
+def _psnr(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of images in [-1, 1], over all of them, in dB: the peak is the range of 2."""
+    return float(10 * torch.log10(4 / (actual - expected).pow(2).mean()))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_shapes_and_dtypes(small_folder: Path, loader: str) -> None:
+    for channels in (1, 3):
+        (batch,) = _batches(open_folder(small_folder, 8), 1, loader=loader, channels=channels)
+        assert batch.images.shape == (4, channels, 8, 8) and batch.images.dtype == torch.float32
+        assert batch.images.is_contiguous()
+        assert batch.labels.shape == batch.sample_ids.shape == (4,)
+        assert batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_epoch_shows_every_image_with_its_own_label(small_folder: Path, loader: str) -> None:
+    folder = open_folder(small_folder, 8)
+    batches = _batches(folder, 11, loader=loader)  # 44 samples: four epochs of 11
+    ids = torch.cat([batch.sample_ids for batch in batches])
+    assert torch.equal(ids, torch.arange(44))
+    images, labels = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
+    known = load_images(folder, range(11), 8, 1)
+    for epoch in range(4):
+        found = [int((known == image).all(dim=(1, 2, 3)).nonzero()) for image in images[11 * epoch : 11 * epoch + 11]]
+        assert sorted(found) == list(range(11))
+        assert folder.labels[found].tolist() == labels[11 * epoch : 11 * epoch + 11].tolist()
+
+
+def test_both_loaders_agree_exactly_at_the_images_own_size(demo_root: Path) -> None:
+    folder = ImageFolder.scan(demo_root)
+    options = {"resolution": 28, "flip": True, "micro_batch": 50}
+    _assert_equal(*(_batches(folder, 6, loader=loader, **options) for loader in LOADERS))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_resume_at_an_iteration_continues_the_sequence(small_folder: Path, loader: str) -> None:
+    folder = open_folder(small_folder, 8)
+    options = {"loader": loader, "flip": True, "grad_accumulation": 2}
+    _assert_equal(
+        _batches(folder, 6, start_iteration=5, **options),
+        _batches(folder, 16, **options)[10:],
+    )
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_ranks_together_see_what_one_rank_sees(small_folder: Path, loader: str) -> None:
+    folder = open_folder(small_folder, 8)
+    whole = _batches(folder, 3, loader=loader, flip=True, micro_batch=8)
+    halves = [_batches(folder, 3, loader=loader, flip=True, rank=rank, world_size=2) for rank in (0, 1)]
+    joined = [
+        ImageBatch(*(torch.cat(parts) for parts in zip(*pair, strict=True))) for pair in zip(*halves, strict=True)
+    ]
+    _assert_equal(joined, whole)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_flip_mirrors_left_to_right_about_half_of_the_samples(small_folder: Path, loader: str) -> None:
+    folder = open_folder(small_folder, 8)
+    plain = _batches(folder, 10, loader=loader)
+    flipped = _batches(folder, 10, loader=loader, flip=True)
+    mirrored = 0
+    for a, b in zip(plain, flipped, strict=True):
+        for image, other in zip(a.images, b.images, strict=True):
+            assert torch.equal(other, image) or torch.equal(other, image.flip(-1))
+            mirrored += not torch.equal(other, image)
+    assert 8 <= mirrored <= 32  # 20 +- 3.2 of 40
+
+
+def test_batches_stay_valid_while_more_are_loaded(small_folder: Path) -> None:
+    with make_loader(
+        open_folder(small_folder, 8), resolution=8, channels=1, flip=False, seed=1, micro_batch=4
+    ) as loader:
+        first = next(loader)
+        copy = first.images.clone(), first.labels.clone(), first.sample_ids.clone()
+        for _ in range(8):
+            next(loader)
+    assert all(torch.equal(a, b) for a, b in zip(first, copy, strict=True))
+
+
+def test_a_loader_does_not_touch_the_programs_random_state(small_folder: Path) -> None:
+    before = torch.get_rng_state()
+    for loader in LOADERS:
+        _batches(open_folder(small_folder, 8), 1, loader=loader, flip=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Sizes of both orientations, odd and even sides, at least 64 pixels on the shorter one.
+SIZES = [(90, 64), (64, 97), (111, 111), (127, 85), (75, 126), (100, 100)]
+
+
+@pytest.mark.parametrize(
+    "resolution, enlarge, floor",
+    [
+        # No halving: the two bicubic filters differ by rounding, which is uniform over about a level: 255 /
+        # 0.3 is 58 dB, less what hard edges cost.
+        (64, 1, 45.0),
+        # One and two halvings: the middle row and column of an odd side differ. Measured 48.2 and 46.5.
+        (64, 2, 47.0),
+        (64, 4, 45.0),
+    ],
+)
+def test_dali_crops_like_pillow(photo: Any, make_folder: Any, resolution: int, enlarge: int, floor: float) -> None:
+    images = {
+        f"class/{i}.png": photo(width * enlarge + i % 2, height * enlarge + i % 3, seed=i)
+        for i, (width, height) in enumerate(SIZES)
+    }
+    folder = open_folder(make_folder(images), resolution)
+    options = {"resolution": resolution, "channels": 3, "micro_batch": len(SIZES), "flip": True}
+    (actual,), (expected,) = (_batches(folder, 1, loader=loader, **options) for loader in LOADERS)
+    assert _psnr(actual.images, expected.images) >= floor
+
+
+def test_large_images_appearing_late_are_halved_all_the_same(photo: Any, make_folder: Any) -> None:
+    images = {f"class/{i}.png": photo(64, 64, seed=i) for i in range(12)}
+    images["class/huge.png"] = photo(401, 300, seed=99)
+    folder = open_folder(make_folder(images), 64)
+    options = {"resolution": 64, "channels": 3, "micro_batch": 2, "seed": 2}
+    actual, expected = (_batches(folder, 9, loader=loader, **options) for loader in LOADERS)
+    assert all(torch.equal(a.sample_ids, b.sample_ids) for a, b in zip(actual, expected, strict=True))
+    assert all(_psnr(a.images, b.images) >= 42 for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_accepted_pixel_mode_decodes_like_pillow(photo: Any, make_folder: Any, mode: str, channels: int) -> None:
+    image = photo(32, 32, seed=3).convert(mode)
+    name = "class/0.jpg" if mode == "CMYK" else "class/0.png"
+    folder = open_folder(make_folder({name: image}), 32)
+    options = {"resolution": 32, "channels": channels, "micro_batch": 1}
+    (actual,), (expected,) = (_batches(folder, 1, loader=loader, **options) for loader in LOADERS)
+    # Grey of colour is a weighted sum that the two round differently: one level, 2/255 of the range.
+    torch.testing.assert_close(actual.images, expected.images, rtol=0, atol=1.01 * 2 / 255)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_jpeg_decodes_exactly_like_pillow(photo: Any, make_folder: Any, options: dict[str, Any]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a rotation that neither loader applies
+    folder = open_folder(make_folder({"class/0.jpg": photo(33, 32, seed=3)}, quality=90, exif=exif, **options), 32)
+    both = (_batches(folder, 1, loader=loader, resolution=32, channels=3, micro_batch=1) for loader in LOADERS)
+    _assert_equal(*both)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_file_damaged_after_the_check_is_named(small_folder: Path, loader: str) -> None:
+    folder = open_folder(small_folder, 8)
+    path = small_folder / "dog/1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"dog/1\.png: the image is damaged") as caught:
+        _batches(folder, 8, loader=loader)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_file_deleted_after_the_check_is_named(small_folder: Path, loader: str) -> None:
+    folder = open_folder(small_folder, 8)
+    (small_folder / "dog/1.png").unlink()
+    with pytest.raises(UserError, match=r"dog/1\.png: cannot be read \(FileNotFoundError"):
+        _batches(folder, 8, loader=loader)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_image_that_became_too_small_is_never_enlarged(small_folder: Path, loader: str) -> None:
+    folder = open_folder(small_folder, 8)
+    Image.new("L", (8, 5)).save(small_folder / "dog/1.png")
+    with pytest.raises(UserError, match=r"dog/1\.png: 8x5 pixels is smaller than data\.resolution=8"):
+        _batches(folder, 8, loader=loader)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_after_close_the_iteration_is_over(small_folder: Path, loader: str) -> None:
+    with make_loader(
+        open_folder(small_folder, 8),
+        loader=loader,
+        resolution=8,
+        channels=1,
+        flip=False,
+        seed=1,
+        micro_batch=4,
+    ) as batches:
+        next(batches)
+    assert list(batches) == []
+    batches.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_program_that_forgets_to_close_ends(small_folder: Path, loader: str) -> None:
+    program = (
+        "from sadm_fast.data import make_loader, open_folder\n"
+        f"loader = make_loader(open_folder({str(small_folder)!r}, 8), loader={loader!r}, resolution=8,"
+        " channels=1, flip=True, seed=1, micro_batch=4)\n"
+        "print(next(loader).images.shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0 and "[4, 1, 8, 8]" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_names_that_are_not_ascii_are_read(small_folder: Path) -> None:
+    (small_folder / "cat").rename(small_folder / "Kätzchen 猫")
+    folder = open_folder(small_folder, 8)
+    _assert_equal(*(_batches(folder, 3, loader=loader) for loader in LOADERS))
+
+
+def test_load_images_gives_the_asked_images_in_order(demo_root: Path) -> None:
+    folder = ImageFolder.scan(demo_root)
+    images = load_images(folder, np.array([4000, 3]), 28, 1)
+    assert images.shape == (2, 1, 28, 28) and images.dtype == torch.float32
+    with Image.open(folder.path(4000)) as image:
+        expected = torch.from_numpy(np.array(image)).float() / 127.5 - 1
+    assert torch.equal(images[0, 0], expected)
+
+
+def test_load_images_names_a_bad_file(small_folder: Path) -> None:
+    folder = open_folder(small_folder, 8)
+    (small_folder / "cat/2.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cat/2\.png: is an empty file"):
+        load_images(folder, [0, 2], 8, 1)
+
+
+def test_open_folder_writes_the_demo_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SADM_CACHE", str(tmp_path))
+    assert len(open_folder("demo:mnist5k", 28)) == 5000
+    with pytest.raises(UserError, match="28x28 pixels is smaller than data.resolution=32"):
+        open_folder("demo:mnist5k", 32)
+
+
+def test_missing_dali_is_one_clear_line(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sadm_fast.data.dali_loader", None)
+    with pytest.raises(UserError, match="data.loader=dali.*nvidia-dali-cuda130.*data.loader=torch"):
+        _batches(open_folder(small_folder, 8), 1)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [({"loader": "tf"}, "loader='tf'"), ({"channels": 2}, "channels=2"), ({"threads": 0}, "threads=0")],
+)
+def test_arguments_out_of_range_are_refused_by_name(small_folder: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _batches(open_folder(small_folder, 8), 1, **wrong)
