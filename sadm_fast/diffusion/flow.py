@@ -1,0 +1,42 @@
+"""Rectified flow (Liu et al. 2022; Lipman et al. 2022): straight lines between noise and data."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sadm_fast.diffusion.process import Process, per_sample
+
+_TIME_SCALE = 1000.0  # DiT's sinusoidal embedding resolves integers from 0 to 999
+
+
+@dataclass(frozen=True)
+class Flow(Process):
+    """t in (0, 1): x_t = (1 - t) x0 + t eps; the network predicts the velocity v = eps - x0.
+
+    Training t follows a logit-normal (Esser et al. 2024) with mean `t_mean` and deviation `t_std`; `t_std = 0`
+    means uniform t.
+    """
+
+    t_mean: float = 0.0
+    t_std: float = 0.0
+
+    def sample_t(self, u: Tensor) -> Tensor:
+        u = u.double()
+        t = u if self.t_std == 0 else torch.sigmoid(self.t_mean + self.t_std * torch.special.ndtri(u))
+        # At exactly 0 the weight 1/t^2 and at exactly 1 the log-SNR would be infinite.
+        return t.float().clamp(1e-4, 1.0 - 1e-4)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.float()
+        return 1.0 - t, t
+
+    def model_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x_t, _TIME_SCALE * t.float()
+
+    def to_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t.float() - per_sample(t.float(), x_t) * model_output.float()
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """1 / t^2: ||x0 - xhat0||^2 = t^2 ||v - vhat||^2, so the weighted error is the plain velocity error."""
+        return t.float().reciprocal().square()

@@ -1,0 +1,109 @@
+"""Variance-preserving process: DDPM (Ho et al. 2020) as used by DiT, with the learned variance of improved DDPM."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sadm_fast.diffusion.process import Process, per_sample
+
+
+@cache
+def _tables(num_steps: int, beta_start: float, beta_end: float) -> dict[str, Tensor]:
+    """alpha_t, sigma_t and the posterior q(x_{t-1} | x_t, x0) (Ho et al., eq. 6-7) for every t, in float64."""
+    betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+    bar = torch.cumprod(1.0 - betas, dim=0)
+    bar_before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+    variance = betas * (1.0 - bar_before) / (1.0 - bar)
+    # The variance at t = 0 is 0; its logarithm is taken from t = 1, as in improved DDPM.
+    log_variance = torch.cat([variance[1:2], variance[1:]]).log()
+    return {
+        "alpha": bar.sqrt(),
+        "sigma": (1.0 - bar).sqrt(),
+        "log_beta": betas.log(),
+        "log_variance": log_variance,
+        "mean_x0": betas * bar_before.sqrt() / (1.0 - bar),
+        "mean_x_t": (1.0 - bar_before) * (1.0 - betas).sqrt() / (1.0 - bar),
+    }
+
+
+@dataclass(frozen=True)
+class VP(Process):
+    """t = 0 .. num_steps-1 with linear betas; the network predicts eps, and with `learn_sigma` also a variance.
+
+    With `learn_sigma` the output has 2C channels, [eps | v]; v in [-1, 1] interpolates log sigma^2 between the
+    posterior variance and beta (Nichol & Dhariwal 2021, eq. 15).
+    """
+
+    num_steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    learn_sigma: bool = False
+
+    def _at(self, name: str, t: Tensor) -> Tensor:
+        table = _tables(self.num_steps, self.beta_start, self.beta_end)[name].to(t.device)
+        return table[t.long()].float()
+
+    def output_channels(self, channels: int) -> int:
+        return 2 * channels if self.learn_sigma else channels
+
+    def sample_t(self, u: Tensor) -> Tensor:
+        return (u.double() * self.num_steps).long().clamp(max=self.num_steps - 1)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._at("alpha", t), self._at("sigma", t)
+
+    def model_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x_t, t.float()
+
+    def to_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """xhat0 = (x_t - sigma eps) / alpha."""
+        eps = model_output[:, : x_t.shape[1]].float()
+        alpha, sigma = self.alpha_sigma(t)
+        return (x_t.float() - per_sample(sigma, x_t) * eps) / per_sample(alpha, x_t)
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """alpha^2 / sigma^2: ||x0 - xhat0||^2 = (sigma/alpha)^2 ||eps - epshat||^2, so this is DDPM's simple loss."""
+        alpha, sigma = self.alpha_sigma(t)
+        return (alpha / sigma).square()
+
+    def variance_loss(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
+        """The variational bound in bits a dimension [B], with the mean detached: it trains v only.
+
+        KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for t > 0, and -log p(x0 | x_1) of 8-bit values in [-1, 1] at 0.
+        """
+        if not self.learn_sigma:
+            return None
+        v = model_output[:, x_t.shape[1] :].float()
+        xhat0 = self.to_x0(model_output.detach(), x_t, t)
+
+        def at(name: str) -> Tensor:
+            return per_sample(self._at(name, t), x_t)
+
+        true_mean = at("mean_x0") * x0 + at("mean_x_t") * x_t
+        mean = at("mean_x0") * xhat0 + at("mean_x_t") * x_t
+        true_log_variance, fraction = at("log_variance"), (v + 1.0) / 2.0
+        log_variance = fraction * at("log_beta") + (1.0 - fraction) * true_log_variance
+
+        kl = 0.5 * (
+            log_variance
+            - true_log_variance
+            - 1.0
+            + (true_log_variance - log_variance).exp()
+            + (true_mean - mean).square() * (-log_variance).exp()
+        )
+        nll = -_log_prob_8bit(x0, mean, 0.5 * log_variance)
+        bits = torch.where(per_sample(t == 0, x_t), nll, kl) / math.log(2.0)
+        return bits.flatten(1).mean(dim=1)
+
+
+def _log_prob_8bit(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log of the mass that N(mean, scale^2) puts on the 8-bit bin around x in [-1, 1]; the end bins are open."""
+    z, half = (x - mean), 1.0 / 255.0
+    scale = (-log_scale).exp()
+    upper = torch.special.ndtr(scale * (z + half))
+    lower = torch.special.ndtr(scale * (z - half))
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1.0 - lower, upper - lower))
+    return mass.clamp(min=1e-12).log()
