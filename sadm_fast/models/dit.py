@@ -1,0 +1,236 @@
+"""DiT: diffusion transformer (Peebles & Xie, "Scalable Diffusion Models with Transformers", 2022).
+
+Module names follow the official release, so that its state_dicts load with strict=True. Written from the paper and
+from facts about shapes and initialisation.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# depth, hidden size, heads
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PATCHES = (2, 4, 8)
+_FREQUENCIES = 256
+_MAX_PERIOD = 10000.0
+
+
+def sincos_1d(positions: Tensor, dim: int) -> Tensor:
+    """[sin | cos] of positions [N] at dim/2 frequencies: float64 [N, dim]."""
+    omega = _MAX_PERIOD ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angles = positions.double()[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_2d(dim: int, grid: int) -> Tensor:
+    """Position embedding of a grid x grid image, row-major: float32 [grid^2, dim]; the column comes first."""
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    halves = [sincos_1d(axis.flatten(), dim // 2) for axis in (columns, rows)]
+    return torch.cat(halves, dim=1).float()
+
+
+def timestep_frequencies(t: Tensor) -> Tensor:
+    """[cos | sin] features of t [B]: float32 [B, 256]."""
+    half = _FREQUENCIES // 2
+    omega = torch.exp(-math.log(_MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * omega
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, T, D] scaled and shifted per sample by [B, D]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels: int, hidden_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, T, D]
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_frequencies(t).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """One row a class and a last one for "no class"; dropping labels is the caller's, so that it is reproducible."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, T, head size]
+        return self.proj(x.transpose(1, 2).reshape(b, t, d))
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size: int, ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * ratio))
+        self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero conditioning."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, patch_size: int, channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """Class-conditional transformer on square images or latents; returns exactly 0 at initialisation.
+
+    Args:
+        input_size: height and width; a multiple of `patch_size`.
+        in_channels, out_channels: of the images; out is 2 x in with a learned variance (the default, as released).
+        num_classes: labels 0 .. num_classes-1; `null_class` is the label for "no class".
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size={input_size}: must be a multiple of patch_size={patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size={hidden_size}: must be a multiple of num_heads={num_heads} and of 4")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.out_channels = 2 * in_channels if out_channels is None else out_channels
+        self.num_classes = num_classes
+        self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        grid = input_size // patch_size
+        self.pos_embed = nn.Parameter(sincos_2d(hidden_size, grid)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._initialize()
+
+    @classmethod
+    def from_name(
+        cls,
+        name: str,
+        *,
+        input_size: int = 32,
+        num_classes: int = 1000,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+    ) -> "DiT":
+        """A published size: "DiT-{S,B,L,XL}/{2,4,8}"."""
+        depth, hidden_size, num_heads, patch_size = parse_name(name)
+        return cls(
+            input_size=input_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            num_classes=num_classes,
+        )
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no class" (the last row of the label table)."""
+        return self.num_classes
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        # adaLN-Zero: every block starts as the identity, the network as 0.
+        for linear in [
+            *(block.adaLN_modulation[1] for block in self.blocks),
+            self.final_layer.adaLN_modulation[1],
+        ]:
+            nn.init.zeros_(linear.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Images [B, C, H, W], time [B], labels int64 [B] -> [B, out_channels, H, W]."""
+        x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # [B, T, D]
+        c = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
+        for block in self.blocks:
+            x = block(x, c)
+        return self.unpatchify(self.final_layer(x, c))
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Tokens [B, T, p * p * C] -> [B, C, H, W]; within a token the channel runs fastest."""
+        p, grid = self.patch_size, self.input_size // self.patch_size
+        x = x.view(-1, grid, grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(-1, self.out_channels, self.input_size, self.input_size)
+
+
+def parse_name(name: str) -> tuple[int, int, int, int]:
+    """(depth, hidden size, heads, patch size) of "DiT-XL/2" and its siblings; ValueError for any other name."""
+    size, _, patch = name.removeprefix("DiT-").partition("/")
+    if not name.startswith("DiT-") or size not in SIZES or patch not in map(str, PATCHES):
+        allowed = ", ".join(f"DiT-{s}/{p}" for s in SIZES for p in PATCHES)
+        raise ValueError(f"{name!r}: must be one of {allowed}")
+    return (*SIZES[size], int(patch))

@@ -1,0 +1,140 @@
+"""Psi, the structure discriminator: an encoder from images (or latents) to one feature row a sample.
+
+No layer mixes samples. Batch statistics would make a feature depend on the rest of the rank's batch, so ResNet-18 has
+either group norm or batch norm that always uses its stored statistics ("frozen"), and the relations of a pair are the
+same on every rank and in every batch.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_GROUPS = 8
+
+Norm = Callable[[int], nn.Module]
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm by stored statistics, in train mode too; see `collect_statistics` for where they come from.
+
+    Keys and shapes are those of nn.BatchNorm2d, so that torchvision's weights load.
+    """
+
+    collecting = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=self.collecting,
+            momentum=self.momentum or 0.1,
+            eps=self.eps,
+        )
+
+
+@contextmanager
+def collect_statistics(module: nn.Module) -> Iterator[None]:
+    """Let frozen batch norms behave as ordinary ones inside the block: for training as a classifier."""
+    layers = [m for m in module.modules() if isinstance(m, FrozenBatchNorm2d)]
+    for layer in layers:
+        layer.collecting = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.collecting = False
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = norm(channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or channels_in != channels:
+            self.downsample = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), norm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + skip)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al. 2015) without its classifier: [B, C, H, W] -> [B, 512]; keys of torchvision's resnet18.
+
+    Args:
+        in_channels: 3-channel input is taken as pixels in [-1, 1] and brought to ImageNet's mean and deviation.
+        stem: "imagenet" (7x7 stride 2, then max-pool) or "small" (3x3 stride 1: images up to about 64 pixels, latents).
+        norm: "group", or "frozen" batch norm (needed to load torchvision's weights).
+    """
+
+    feature_dim = 512
+
+    def __init__(self, in_channels: int = 3, stem: str = "imagenet", norm: str = "group") -> None:
+        super().__init__()
+        make: Norm = FrozenBatchNorm2d if norm == "frozen" else lambda c: nn.GroupNorm(_GROUPS, c)
+        self.stem = stem
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+        self.bn1 = make(64)
+        channels_in = 64
+        for i, channels in enumerate((64, 128, 256, 512), start=1):
+            blocks = [
+                BasicBlock(channels_in, channels, 1 if i == 1 else 2, make),
+                BasicBlock(channels, channels, 1, make),
+            ]
+            self.add_module(f"layer{i}", nn.Sequential(*blocks))
+            channels_in = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.register_buffer("pixel_mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 3:
+            x = ((x + 1) / 2 - self.pixel_mean) / self.pixel_std
+        x = F.relu(self.bn1(self.conv1(x.to(self.conv1.weight.dtype))))
+        if self.stem == "imagenet":
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        for i in range(1, 5):
+            x = self.get_submodule(f"layer{i}")(x)
+        return x.mean(dim=(2, 3))
+
+
+class SmallCNN(nn.Module):
+    """Three strided convolutions with group norm, for small images: [B, C, H, W] -> [B, feature_dim]."""
+
+    def __init__(self, in_channels: int = 1, width: int = 32, feature_dim: int = 64) -> None:
+        super().__init__()
+        self.feature_dim = feature_dim
+        layers: list[nn.Module] = []
+        channels_in = in_channels
+        for channels in (width, 2 * width, 4 * width):
+            layers += [
+                nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False),
+                nn.GroupNorm(_GROUPS, channels),
+                nn.SiLU(),
+            ]
+            channels_in = channels
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(channels_in, feature_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x.to(self.head.weight.dtype)).mean(dim=(2, 3)))
+
+
+StructureEncoder = ResNet18 | SmallCNN
