@@ -1,0 +1,99 @@
+"""Frechet distance between two Gaussians, and the running statistics that give their moments.
+
+D. C. Dowson and B. V. Landau, "The Frechet distance between multivariate normal distributions", Journal of
+Multivariate Analysis 12 (1982); as a distance between sets of images in a feature space: M. Heusel et al.,
+"GANs trained by a two time-scale update rule converge to a local Nash equilibrium", NeurIPS 2017.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class FeatureStatistics:
+    """Number, sum and sum of outer products of feature vectors, all in float64.
+
+    Raw sums, so that batches, streams and ranks add up in any order. The subtraction of the mean in `moments`
+    costs about mean^2 / variance units of 1e-16, which features of networks (ratio below 1e4) never notice.
+    """
+
+    def __init__(self, dimension: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.sum = torch.zeros(dimension, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
+
+    @property
+    def dimension(self) -> int:
+        """Length d of a feature vector."""
+        return self.sum.numel()
+
+    @torch.no_grad()
+    def update(self, features: Tensor) -> None:
+        """Add a batch of features [B, d], any float dtype and device; ValueError for another shape."""
+        if features.ndim != 2 or features.shape[1] != self.dimension:
+            raise ValueError(f"features of shape {tuple(features.shape)}: expected [batch, {self.dimension}]")
+        features = features.to(self.sum.device, torch.float64)
+        self.count += features.shape[0]
+        self.sum += features.sum(dim=0)
+        self.outer.addmm_(features.T, features)
+
+    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        """The statistics of both sets together, as a new object; ValueError if the dimensions differ."""
+        if other.dimension != self.dimension:
+            raise ValueError(f"cannot merge features of dimension {self.dimension} and {other.dimension}")
+        both = FeatureStatistics(self.dimension, self.sum.device)
+        both.count = self.count + other.count
+        both.sum = self.sum + other.sum.to(self.sum.device)
+        both.outer = self.outer + other.outer.to(self.outer.device)
+        return both
+
+    def all_reduce(self) -> None:
+        """Replace this rank's statistics by those of all ranks; does nothing outside torch.distributed."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        # float64 holds integers up to 2^53 exactly, so the count travels with the sums.
+        count = torch.tensor([float(self.count)], dtype=torch.float64, device=device)
+        flat = torch.cat([count, self.sum.to(device), self.outer.flatten().to(device)])
+        dist.all_reduce(flat)
+        self.count = int(flat[0].item())
+        self.sum = flat[1 : 1 + self.dimension].to(self.sum.device)
+        self.outer = flat[1 + self.dimension :].view(self.dimension, self.dimension).to(self.outer.device)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean [d] and unbiased covariance [d, d], float64; ValueError for fewer than two feature vectors."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 feature vectors, got {self.count}")
+        mean = self.sum / self.count
+        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return mean, (covariance + covariance.T) / 2
+
+
+def _root_factor(covariance: Tensor) -> Tensor:
+    """A matrix L [d, d] with L L^T = covariance; what rounding made of zero eigenvalues is zero again."""
+    eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    # eigh is backward stable: an exact zero comes out as large as d eps times the largest eigenvalue.
+    noise = eigenvalues[-1].clamp(min=0) * eigenvalues.numel() * torch.finfo(eigenvalues.dtype).eps
+    return vectors * torch.where(eigenvalues > noise, eigenvalues, 0.0).sqrt()
+
+
+def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)): the SQUARED Frechet distance, as FID reports
+    it.
+
+    Means [d], covariances [d, d]; computed in float64 and never negative. The trace of the matrix root is the
+    sum of the singular values of L1^T L2 with cov = L L^T by symmetric eigendecomposition: no square root is
+    taken of a product's eigenvalues, so covariances of low rank cost no digits. Raises ValueError for
+    mismatched shapes and for NaN or infinite values. Source: Dowson and Landau 1982;
+    Heusel et al. 2017, eq. 6.
+    """
+    dimension = mean1.numel()
+    shapes = [tuple(t.shape) for t in (mean1, cov1, mean2, cov2)]
+    if dimension < 1 or shapes != [(dimension,), (dimension, dimension)] * 2:
+        raise ValueError(f"shapes {shapes}: expected [d], [d, d], [d], [d, d] with one d")
+    mean1, cov1, mean2, cov2 = (t.detach().to(mean1.device, torch.float64) for t in (mean1, cov1, mean2, cov2))
+    if not all(bool(torch.isfinite(t).all()) for t in (mean1, cov1, mean2, cov2)):
+        raise ValueError("the moments hold NaN or infinite values: so do the features they were computed from")
+    root_trace = torch.linalg.svdvals(_root_factor(cov1).T @ _root_factor(cov2)).sum()
+    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2.0 * root_trace
+    return max(float(distance), 0.0)
