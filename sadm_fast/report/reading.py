@@ -1,0 +1,216 @@
+"""What a run's folder says so far, read without ever failing on what is missing, half-written or odd."""
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from sadm_fast.config import flatten
+
+Item = TypeVar("Item")
+MODES = ("plain", "structure", "sadm")
+FEATURE_SPACES = ("fid_classifier", "fid_random", "fid_pixels")
+
+
+class Relations(NamedTuple):
+    """One relations/step-N.npz: real, fake float64 [B, B], labels int64 [B], log_snr float64 [B] or None."""
+
+    step: int
+    real: np.ndarray
+    fake: np.ndarray
+    labels: np.ndarray
+    log_snr: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder in memory; every field is empty where the folder has nothing (yet)."""
+
+    name: str
+    config: dict[str, Any]
+    facts: dict[str, Any]  # run.json
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    raw_grids: dict[int, Path]
+    ema_grids: dict[int, Path]
+    real_grid: Path | None
+    relations: dict[int, Path]
+    unreadable: list[str]  # sentences about files that are there but cannot be read
+
+    def setting(self, path: str) -> Any:
+        """The config's value at a dotted path, None where there is none."""
+        return flatten(self.config).get(path)
+
+    @property
+    def mode(self) -> str | None:
+        """plain, structure or sadm."""
+        value = self.setting("game.mode")
+        return value if value in MODES else None
+
+    @property
+    def step(self) -> int | None:
+        """The last step anything was written for."""
+        steps = [row["step"] for row in (*self.metrics[-1:], *self.evaluations[-1:])]
+        return max([*steps, *self.raw_grids, *self.ema_grids], default=None)
+
+    @property
+    def planned_steps(self) -> int | None:
+        value = number(self.setting("train.steps"))
+        return int(value) if value is not None and math.isfinite(value) else None
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in label order."""
+        names = self.facts.get("classes")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    def class_name(self, label: int) -> str:
+        return self.classes[label] if 0 <= label < len(self.classes) else str(label)
+
+    @property
+    def sample_grid(self) -> tuple[int, list[int]] | None:
+        """Columns of the sample grids and the class asked for in each cell, row by row."""
+        layout = self.facts.get("sample_grid")
+        if not isinstance(layout, dict):
+            return None
+        columns, labels = layout.get("columns"), layout.get("labels")
+        if not isinstance(columns, int) or columns < 1 or not isinstance(labels, list) or not labels:
+            return None
+        return (columns, labels) if all(isinstance(label, int) for label in labels) else None
+
+    @property
+    def floor(self) -> dict[str, float]:
+        """Real images against other real images, by feature space: the last one recorded."""
+        for row in reversed(self.evaluations):
+            if isinstance(row.get("floor"), dict):
+                values = {space: number(row["floor"].get(space)) for space in FEATURE_SPACES}
+                return {space: value for space, value in values.items() if value is not None}
+        return {}
+
+
+def read_run(run_dir: Path) -> Run:
+    """Everything the report shows except pixels and matrices, which are opened one at a time."""
+    unreadable: list[str] = []
+    samples = run_dir / "samples"
+    real_grid = samples / "real.png"
+    return Run(
+        name=run_dir.resolve().name,
+        config=_read_object(run_dir / "config.json", unreadable),
+        facts=_read_object(run_dir / "run.json", unreadable),
+        metrics=_read_rows(run_dir / "metrics.jsonl", unreadable),
+        evaluations=_read_rows(run_dir / "evaluations.jsonl", unreadable),
+        raw_grids=_files_by_step(samples, r"step-(\d+)\.png"),
+        ema_grids=_files_by_step(samples, r"step-(\d+)-ema\.png"),
+        real_grid=real_grid if real_grid.is_file() else None,
+        relations=_files_by_step(run_dir / "relations", r"step-(\d+)\.npz"),
+        unreadable=unreadable,
+    )
+
+
+def read_relations(path: Path, step: int) -> Relations | None:
+    """The matrices, sorted by class and within a class from clean to noisy; None if unreadable or empty."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            real, fake = (np.asarray(arrays[key], np.float64) for key in ("real", "fake"))
+            labels = np.asarray(arrays["labels"], np.int64)
+            log_snr = np.asarray(arrays["log_snr"], np.float64) if "log_snr" in arrays else None
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    size = labels.size
+    shapes_fit = real.shape == fake.shape == (size, size) and (log_snr is None or log_snr.shape == (size,))
+    if size < 2 or labels.ndim != 1 or not shapes_fit:
+        return None
+    order = np.lexsort((labels,) if log_snr is None else (-log_snr, labels))
+    grid = np.ix_(order, order)
+    return Relations(step, real[grid], fake[grid], labels[order], None if log_snr is None else log_snr[order])
+
+
+def number(value: object) -> float | None:
+    """A JSON number as float (NaN and infinity included), anything else as None."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # JSON integers have no limit, floats have
+        return math.inf
+
+
+def series(rows: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values (float64) of the rows that have `key`; infinities become NaN, which plots as a gap."""
+    pairs = [(row["step"], value) for row in rows if (value := number(row.get(key))) is not None]
+    steps, values = np.asarray(pairs, np.float64).reshape(-1, 2).T
+    return steps, np.where(np.isfinite(values), values, np.nan)
+
+
+def evenly_chosen(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` items, first and last included, evenly spaced in between."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def _read_object(path: Path, unreadable: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        unreadable.append(f"{path.name} is there but is not a readable JSON object.")
+        return {}
+    return value
+
+
+def _read_rows(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
+    """Rows in step order. A resumed run repeats steps: what comes later in the file replaces them."""
+    try:
+        text = path.read_bytes().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError:
+        unreadable.append(f"{path.name} is there but cannot be read.")
+        return []
+    *lines, unfinished = text.split("\n")  # the writer may be in the middle of the last line
+    rows: list[dict[str, Any]] = []
+    broken = 0
+    for line in lines:
+        row = _parse_row(line)
+        if row is None:
+            broken += bool(line.strip())
+            continue
+        _append(rows, row)
+    if (row := _parse_row(unfinished)) is not None:
+        _append(rows, row)
+    if broken:
+        unreadable.append(f"{path.name}: {broken} broken line{'s' if broken > 1 else ''} left out.")
+    return rows
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    has_step = isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
+    return row if has_step else None
+
+
+def _append(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    while rows and rows[-1]["step"] >= row["step"]:
+        rows.pop()
+    rows.append(row)
+
+
+def _files_by_step(folder: Path, pattern: str) -> dict[int, Path]:
+    try:
+        found = [(re.fullmatch(pattern, path.name), path) for path in folder.iterdir()]
+    except OSError:
+        return {}
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
