@@ -1,0 +1,375 @@
+"""A run's configuration: one strict JSON file. Every field is here, with its meaning, default and range."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sadm_fast.diffusion import EDM, VP, Flow, Process
+from sadm_fast.errors import UserError
+from sadm_fast.models.dit import parse_name
+
+
+class Block(BaseModel):
+    """Unknown keys and loose types are errors; a loaded configuration does not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Block):
+    path: str = Field("demo:mnist5k", description="image folder (class/name.png), or demo:mnist5k")
+    resolution: int = Field(16, ge=8, description="side of the square crop, pixels")
+    channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour")
+    flip: bool = Field(False, description="mirror half of the images; wrong for digits and text")
+    loader: Literal["dali", "torch"] = Field("dali", description="DALI, or PIL in torch workers")
+    threads: int = Field(2, ge=1, description="decoding threads of each rank")
+    prefetch: int = Field(2, ge=1, description="batches prepared ahead")
+
+
+class VPConfig(Block):
+    process: Literal["vp"]
+    learn_sigma: bool = Field(False, description="predict the variance too, as DiT does")
+
+    def build(self) -> Process:
+        return VP(learn_sigma=self.learn_sigma)
+
+
+class EDMConfig(Block):
+    process: Literal["edm"]
+    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the data")
+    p_mean: float = Field(-1.2, description="mean of ln sigma in training")
+    p_std: float = Field(1.2, gt=0, description="standard deviation of ln sigma in training")
+
+    def build(self) -> Process:
+        return EDM(sigma_data=self.sigma_data, p_mean=self.p_mean, p_std=self.p_std)
+
+
+class FlowConfig(Block):
+    process: Literal["flow"]
+    t_mean: float = Field(0.0, description="mean of logit t in training")
+    t_std: float = Field(0.0, ge=0, description="deviation of logit t; 0 means uniform t")
+
+    def build(self) -> Process:
+        return Flow(t_mean=self.t_mean, t_std=self.t_std)
+
+
+class DenoiserConfig(Block):
+    name: str | None = Field(None, description='a published size, "DiT-S/4" .. "DiT-XL/2"; or give the sizes below')
+    patch_size: int = Field(4, ge=1)
+    hidden_size: int = Field(128, ge=8)
+    depth: int = Field(4, ge=1)
+    num_heads: int = Field(4, ge=1)
+    num_classes: int | None = Field(None, ge=1, description="null: the number of class folders")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by the null class")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if self.name is not None:
+            parse_name(self.name)
+            given = self.model_fields_set & {"patch_size", "hidden_size", "depth", "num_heads"}
+            if given:
+                raise ValueError(f"name={self.name!r} fixes {', '.join(sorted(given))}: give one or the other")
+        elif self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size={self.hidden_size}: must be a multiple of 4 and of num_heads={self.num_heads}"
+            )
+        return self
+
+    @property
+    def patch(self) -> int:
+        return self.patch_size if self.name is None else parse_name(self.name)[3]
+
+
+class ClassifierTraining(Block):
+    steps: int = Field(500, ge=1, description="optimizer steps")
+    batch: int = Field(128, ge=1, description="images a step, over all ranks")
+    lr: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+
+
+class StructureEncoderConfig(Block):
+    architecture: Literal["cnn", "resnet18"] = Field("cnn", description="cnn: three layers for small images")
+    width: int = Field(32, ge=8, multiple_of=8, description="cnn: channels of the first layer")
+    feature_dim: int = Field(64, ge=1, description="cnn: length of a feature row (resnet18 has 512)")
+    stem: Literal["imagenet", "small"] = Field("imagenet", description="resnet18: small for images up to 64 pixels")
+    norm: Literal["group", "frozen"] = Field(
+        "group", description="resnet18: frozen is needed for torchvision's weights"
+    )
+    weights: str | None = Field(None, description="safetensors file to start from; null: train on the data first")
+    pretrain: ClassifierTraining = Field(default_factory=lambda: ClassifierTraining())
+
+
+class GameConfig(Block):
+    mode: Literal["plain", "structure", "sadm"] = Field(
+        "sadm", description="plain: no game; structure: Psi fixed; sadm: the minimax game"
+    )
+    lambda_s: float = Field(0.3, ge=0, description="weight of S in the denoiser's loss")
+    start_step: int = Field(0, ge=0, description="plain training before the game starts")
+    ramp_steps: int = Field(0, ge=0, description="lambda_s grows linearly over so many steps")
+    discriminator_steps: int = Field(1, ge=1, description="discriminator steps a denoiser step")
+    scope: Literal["rank", "global"] = Field("rank", description="pairs inside a rank's micro-batch, or over all ranks")
+    relation: Literal["euclidean", "cosine", "gaussian"] = "euclidean"
+    penalty: Literal["squared", "absolute", "huber"] = "squared"
+    normalize: Literal["unit", "mean", "none"] = "unit"
+    tau: float = Field(1.0, gt=0, description="bandwidth of the gaussian relation")
+    delta: float = Field(1.0, gt=0, description="threshold of the huber penalty")
+    gate_log_snr: float | None = Field(
+        None, description="pairs noisier than this log-SNR hardly count; null: all pairs count alike"
+    )
+    gate_slope: float = Field(4.0, gt=0, description="steepness of the gate; large: a hard gate")
+    same_class: bool = Field(False, description="compare only pairs of one class")
+
+
+class OptimizerConfig(Block):
+    type: Literal["adamw", "apex_fused_adam"] = Field("adamw", description="apex's FusedAdam needs apex and a GPU")
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.99), strict=False)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="the learning rate grows linearly over so many steps")
+    gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+
+
+class PowerEMA(Block):
+    """EDM2's power-function EMA: its length is a share of the training so far."""
+
+    profile: Literal["power"]
+    std: float = Field(0.1, gt=0, lt=0.28, description="relative width, EDM2's sigma_rel")
+
+
+class ExponentialEMA(Block):
+    profile: Literal["exponential"]
+    decay: float = Field(0.9999, gt=0, lt=1)
+
+
+class TrainConfig(Block):
+    steps: int = Field(1500, ge=1, description="denoiser steps of the whole run")
+    micro_batch: int = Field(128, ge=1, description="samples of one forward on one rank")
+    grad_accumulation: int = Field(1, ge=1, description="micro-batches a step")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = Field(False, description="torch.compile both players")
+    ema: Annotated[PowerEMA | ExponentialEMA, Field(discriminator="profile")] = Field(
+        default_factory=lambda: PowerEMA(profile="power")
+    )
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    sample_every: int = Field(250, ge=1, description="steps between sample grids")
+    checkpoint_every: int = Field(250, ge=1)
+    keep_last: int = Field(2, ge=1, description="checkpoints kept")
+
+
+class SamplingConfig(Block):
+    steps: int = Field(18, ge=1, description="steps of the deterministic sampler")
+    guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance on all channels; 1: none")
+    columns: int = Field(10, ge=1, description="classes of the grid, at most")
+    rows: int = Field(8, ge=1, description="samples of each class in the grid")
+
+
+class EvaluateConfig(Block):
+    every: int | None = Field(None, ge=1, description="steps between Frechet distances; null: never")
+    samples: int = Field(2000, ge=2)
+    batch: int = Field(250, ge=1)
+    steps: int = Field(12, ge=1, description="sampler steps for evaluation; no guidance")
+    real_images: int = Field(10000, ge=4, description="real images compared with, at most")
+    judge: ClassifierTraining = Field(default_factory=lambda: ClassifierTraining())
+
+
+class OffloadConfig(Block):
+    device: Literal["none", "cpu", "nvme"] = "none"
+    pin_memory: bool = False
+    nvme_path: str | None = None
+
+
+class ZeroConfig(Block):
+    """DeepSpeed's zero_optimization block, for both engines."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    overlap_comm: bool | None = None
+    contiguous_gradients: bool = True
+    reduce_bucket_size: int = Field(500_000_000, ge=1)
+    allgather_bucket_size: int = Field(500_000_000, ge=1)
+    offload_optimizer: OffloadConfig | None = None
+    offload_param: OffloadConfig | None = None
+    stage3_max_live_parameters: int = Field(1_000_000_000, ge=0)
+    stage3_max_reuse_distance: int = Field(1_000_000_000, ge=0)
+    stage3_prefetch_bucket_size: int = Field(50_000_000, ge=0)
+    stage3_param_persistence_threshold: int = Field(100_000, ge=0)
+
+
+class DeepSpeedConfig(Block):
+    """What is handed to DeepSpeed as it stands; all else in its dictionaries is derived from this file."""
+
+    zero_optimization: ZeroConfig = Field(default_factory=lambda: ZeroConfig())
+    wall_clock_breakdown: bool = False
+
+
+class Config(Block):
+    schema_file: str | None = Field(None, alias="$schema", description="for editors")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is runs/NAME")
+    seed: int = Field(0, ge=0)
+    implementation: Literal["fast", "reference"] = Field(
+        "fast", description="reference: straightforward PyTorch, no fusion, no reuse, eager"
+    )
+    data: DataConfig = Field(default_factory=lambda: DataConfig())
+    diffusion: Annotated[EDMConfig | VPConfig | FlowConfig, Field(discriminator="process")] = Field(
+        default_factory=lambda: EDMConfig(process="edm")
+    )
+    denoiser: DenoiserConfig = Field(default_factory=lambda: DenoiserConfig())
+    structure_encoder: StructureEncoderConfig = Field(default_factory=lambda: StructureEncoderConfig())
+    game: GameConfig = Field(default_factory=lambda: GameConfig())
+    denoiser_optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig())
+    discriminator_optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(lr=1e-6))
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig())
+    evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
+    deepspeed: DeepSpeedConfig = Field(default_factory=lambda: DeepSpeedConfig())
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.data.resolution % self.denoiser.patch:
+            raise ValueError(
+                f"data.resolution={self.data.resolution}: must be a multiple of {self.denoiser.patch}, the denoiser's patch size"
+            )
+        if self.game.mode != "plain" and self.train.micro_batch < 2:
+            raise ValueError(
+                "train.micro_batch=1: the game compares pairs, so it needs at least 2 (or game.mode=plain)"
+            )
+        if self.implementation == "reference" and self.train.compile:
+            raise ValueError("train.compile=true: the reference implementation is eager; set it to false")
+        zero = self.deepspeed.zero_optimization
+        if zero.offload_param is not None and zero.stage != 3:
+            raise ValueError(f"deepspeed.zero_optimization.offload_param: needs stage 3, not {zero.stage}")
+        if zero.offload_optimizer is not None and zero.stage == 0:
+            raise ValueError("deepspeed.zero_optimization.offload_optimizer: needs stage 1, 2 or 3, not 0")
+        return self
+
+    @property
+    def process(self) -> Process:
+        return self.diffusion.build()
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field with its value, ready for json.dumps."""
+        return self.model_dump(mode="json", exclude={"schema_file"})
+
+    def fingerprint(self) -> str:
+        """sha256 over the fields that must stay the same when a run is resumed."""
+        fixed = without(self.resolved(), CHANGEABLE)
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+# What a resumed run may have different: how long, how often, how parallel; not what is computed.
+CHANGEABLE = (
+    "name",
+    "train.steps",
+    "train.compile",
+    "train.log_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "data.path",
+    "data.threads",
+    "data.prefetch",
+    "data.loader",
+    "sampling",
+    "evaluate",
+    "deepspeed.wall_clock_breakdown",
+)
+
+
+def without(tree: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """A copy of nested dictionaries without the dotted `paths`."""
+    result = {k: without(v, ()) if isinstance(v, dict) else v for k, v in tree.items()}
+    for path in paths:
+        *parents, last = path.split(".")
+        node = result
+        for key in parents:
+            node = node[key]
+        node.pop(last)
+    return result
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to {"a.b.c": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override (`key.path=value`, value in JSON or a bare string) and check a configuration.
+
+    Raises:
+        UserError: one line with the key's path, its value and what is allowed.
+    """
+    try:
+        raw = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"--config {path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"--config {path}: must hold one JSON object")
+    for override in overrides:
+        _override(raw, override)
+    return check_config(raw)
+
+
+def check_config(raw: dict[str, Any]) -> Config:
+    """A Config from plain data; UserError as in `load_config`."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = error.errors()
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(_explain(problems[0]) + more) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override}: must be key.path=value, for example --set train.steps=100")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    *parents, last = path.split(".")
+    node = raw
+    for key in parents:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {key} is not a block of the configuration")
+    node[last] = value
+
+
+def _explain(problem: Any) -> str:
+    tags = {"edm", "vp", "flow", "power", "exponential"}  # pydantic names the member of a union in the path
+    location = [str(part) for part in problem["loc"] if part not in tags]
+    path = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        block: Any = Config
+        for key in location[:-1]:
+            annotation = block.model_fields[key].annotation
+            block = annotation if isinstance(annotation, type) and issubclass(annotation, Block) else None
+            if block is None:
+                return f"{path}: unknown key"
+        known = sorted(field.alias or name for name, field in block.model_fields.items())
+        near = difflib.get_close_matches(location[-1], known, 1)
+        return f"{path}: unknown key; " + (f"did you mean {near[0]}?" if near else f"allowed: {', '.join(known)}")
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{path}: is missing"
+    if problem["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}={json.dumps(problem['input'], default=str)}: {message[0].lower()}{message[1:]}"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a configuration file, for editors."""
+    return Config.model_json_schema(by_alias=True)

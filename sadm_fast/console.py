@@ -1,0 +1,73 @@
+"""What a person sees in the terminal: sentences, and a bar on a terminal or a plain line now and then in a pipe."""
+
+import time
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_PLAIN_EVERY_S = 10.0
+
+
+class Console:
+    """Speaks on rank 0 and is silent elsewhere."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self._speaks = rank == 0
+        self._console = RichConsole(highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line; above the bar, if one is shown."""
+        if self._speaks:
+            self._console.print(text, markup=False)
+
+    def bar(self, description: str, total: int, start: int = 0) -> "Bar":
+        """Progress over `total` steps; use as a context manager."""
+        return Bar(self._console if self._speaks else None, description, total, start)
+
+
+class Bar:
+    """Progress of one long piece of work."""
+
+    def __init__(self, console: RichConsole | None, description: str, total: int, start: int) -> None:
+        self._console, self._description, self._total = console, description, total
+        self._said = time.monotonic()
+        self._progress: Progress | None = None
+        self._task: Any = None
+        if console is not None and console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self._task = self._progress.add_task(description, total=total, completed=start, note="")
+
+    def __enter__(self) -> "Bar":
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def at(self, done: int, note: str = "") -> None:
+        """`done` of the steps are behind us; `note` says how it goes."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, note=note)
+        elif self._console is not None:
+            now = time.monotonic()
+            if done == self._total or now - self._said >= _PLAIN_EVERY_S:
+                self._said = now
+                self._console.print(f"{self._description} {done}/{self._total} {note}".rstrip(), markup=False)

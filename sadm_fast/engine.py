@@ -1,0 +1,254 @@
+"""Two DeepSpeed engines, and the one legal way to step them against each other.
+
+The rules (each was measured; breaking one gives silently wrong gradients at some ZeRO stage):
+- A player's own step goes through its engine, with ONE engine forward a backward.
+- The other player is called through `.module`, frozen, and unfrozen in a `finally`.
+- Nothing is frozen before `deepspeed.initialize`, because ZeRO drops parameters that need no gradient.
+- One summed loss a backward: a second backward before the step would replace the first one's gradients.
+- `gradient_clipping` is always given: DeepSpeed's default clips at 1.0.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sadm_fast.config import Config, OptimizerConfig
+from sadm_fast.engine_files import use_safe_files
+from sadm_fast.errors import UserError
+from sadm_fast.game import Batch, Prediction, Rules, discriminator_loss, predict, structure_distance
+from sadm_fast.guarded_adamw import GuardedAdamW
+
+
+def is_guarded(config: Config) -> bool:
+    """Whether our optimizer clips and skips, because DeepSpeed does neither in fp32 without ZeRO."""
+    return config.train.precision == "fp32" and config.deepspeed.zero_optimization.stage == 0
+
+
+def deepspeed_dict(config: Config, optimizer: OptimizerConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of one player, derived from ours."""
+    train = config.train
+    guarded = is_guarded(config) and optimizer.type == "adamw"
+    return {
+        "train_batch_size": train.micro_batch * train.grad_accumulation * world_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.grad_accumulation,
+        "gradient_clipping": 0.0 if guarded else optimizer.gradient_clipping,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "zero_optimization": config.deepspeed.zero_optimization.model_dump(exclude_none=True),
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": config.deepspeed.wall_clock_breakdown,
+        "steps_per_print": 1 << 62,
+    }
+
+
+def build_optimizer(config: OptimizerConfig, module: nn.Module, guarded: bool) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, by torch or by apex; `guarded` as `is_guarded` says."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    arguments = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.type == "apex_fused_adam":
+        try:
+            from apex.optimizers import FusedAdam
+        except ImportError:
+            raise UserError(
+                "optimizer type=apex_fused_adam: NVIDIA's apex is not installed (build it from NVIDIA's repository;"
+                " the PyPI package of that name is something else), or use type=adamw"
+            ) from None
+        if not torch.cuda.is_available():
+            raise UserError("optimizer type=apex_fused_adam: needs a CUDA GPU; use type=adamw")
+        return FusedAdam(parameters, adam_w_mode=True, **arguments)
+    if guarded:
+        return GuardedAdamW(parameters, max_norm=config.gradient_clipping, **arguments)
+    return torch.optim.AdamW(parameters, **arguments)
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """The module with no parameter asking for a gradient; what it asked before comes back at the end."""
+    asking = [p for p in module.parameters() if p.requires_grad]
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield module
+    finally:
+        for p in asking:
+            p.requires_grad_(True)
+
+
+@dataclass
+class Outcome:
+    """What one iteration did, as device tensors of this rank; nothing here waits for the device."""
+
+    loss_denoise: Tensor  # [B] of every micro-batch
+    level: Tensor  # the uniform number behind each sample's t: its quartile is the noise quartile
+    structure_distance: Tensor | None  # 0-d, S in the denoiser's loss
+    loss_discriminator: Tensor | None  # 0-d, of the last discriminator step
+
+
+class NonFiniteLoss(Exception):
+    """A loss of some rank is NaN or infinite; no player has been touched in this iteration."""
+
+
+class Players:
+    """Denoiser and discriminator with their engines.
+
+    In mode "sadm" both have one; in "structure" Psi is a frozen module; in "plain" there is no Psi.
+    """
+
+    def __init__(self, config: Config, denoiser: nn.Module, psi: nn.Module | None, device: torch.device) -> None:
+        self.config = config
+        self.process = config.process
+        self.mode = config.game.mode
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.denoiser = self._initialize(denoiser, config.denoiser_optimizer)
+        self.discriminator: Any = None
+        self.psi: Any = None
+        if self.mode != "plain":
+            if psi is None:
+                raise ValueError(f"mode {self.mode!r} needs a structure encoder")
+            if self.mode == "sadm":
+                self.discriminator = self._initialize(psi, config.discriminator_optimizer)
+                self.psi = self.discriminator.module
+            else:
+                dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+                self.psi = psi.to(device=device, dtype=dtype).requires_grad_(False)
+        game = config.game
+        fields = (
+            "relation",
+            "penalty",
+            "normalize",
+            "tau",
+            "delta",
+            "gate_log_snr",
+            "gate_slope",
+            "same_class",
+        )
+        self.rules = Rules(
+            **{name: getattr(game, name) for name in fields},
+            impl="reference" if config.implementation == "reference" else "auto",
+            group=dist.group.WORLD if game.scope == "global" and self.world_size > 1 else None,
+        )
+
+    def _initialize(self, module: nn.Module, optimizer: OptimizerConfig) -> Any:
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=build_optimizer(optimizer, module, is_guarded(self.config)),
+            config=deepspeed_dict(self.config, optimizer, self.world_size),
+            dist_init_required=False,
+        )
+        use_safe_files(engine)
+        if self.config.train.compile:
+            engine.compile()
+        return engine
+
+    @property
+    def engines(self) -> dict[str, Any]:
+        """The engines there are, by player."""
+        both = {"denoiser": self.denoiser, "discriminator": self.discriminator}
+        return {name: engine for name, engine in both.items() if engine is not None}
+
+    def set_learning_rates(self, step: int) -> None:
+        """Learning rates of iteration `step` (0-based): linear warm-up, then constant."""
+        optimizers = {
+            "denoiser": self.config.denoiser_optimizer,
+            "discriminator": self.config.discriminator_optimizer,
+        }
+        for name, engine in self.engines.items():
+            for group in engine.optimizer.param_groups:
+                group["lr"] = learning_rate(optimizers[name], step)
+
+    def lambda_s(self, step: int) -> float:
+        """Weight of S at iteration `step`: 0 before the game starts, then a linear ramp."""
+        game = self.config.game
+        if self.mode == "plain" or step < game.start_step:
+            return 0.0
+        return game.lambda_s * min(1.0, (step - game.start_step + 1) / max(1, game.ramp_steps))
+
+    def iteration(self, batches: Sequence[Batch], step: int, *, agree_finite: Any) -> Outcome:
+        """One step of both players on this rank's micro-batches.
+
+        The order is: discriminator over all micro-batches and step, then denoiser over all micro-batches and step, so
+        that every micro-batch of an iteration meets the same two players. With one micro-batch the denoiser's forward
+        serves both (its weights do not change in between); with more, its graph would have to be kept for each, so the
+        discriminator's pass recomputes it without one.
+
+        Args:
+            batches: `grad_accumulation` micro-batches.
+            step: 0-based iteration.
+            agree_finite: called with this rank's loss; raises NonFiniteLoss on every rank if it is bad on any.
+        """
+        lambda_s = self.lambda_s(step)
+        playing = self.mode != "plain" and step >= self.config.game.start_step
+        reuse = self.config.implementation == "fast" and len(batches) == 1
+        shared = predict(self.process, self.denoiser, batches[0]) if reuse else None
+        if shared is not None:
+            agree_finite(shared.loss)
+
+        discriminated = None
+        if playing and self.mode == "sadm":
+            for turn in range(self.config.game.discriminator_steps):
+                discriminated = self._discriminator_step(batches, shared, agree_finite if turn == 0 else None)
+
+        losses, distances = [], []
+        for batch in batches:
+            prediction = shared if shared is not None else predict(self.process, self.denoiser, batch)
+            loss = prediction.loss.mean()
+            if playing:
+                with frozen(self.psi):
+                    distance = structure_distance(self.rules, self.process, self.psi, batch, prediction.xhat0)
+                    self._backward(self.denoiser, loss + lambda_s * distance)
+                distances.append(distance.detach())
+            else:
+                if shared is None:
+                    agree_finite(prediction.loss)
+                self._backward(self.denoiser, loss)
+            losses.append(prediction.loss.detach())
+        return Outcome(
+            torch.cat(losses),
+            torch.cat([batch.level for batch in batches]),
+            torch.stack(distances).mean() if distances else None,
+            discriminated,
+        )
+
+    def _discriminator_step(self, batches: Sequence[Batch], shared: Prediction | None, agree_finite: Any) -> Tensor:
+        total = torch.zeros((), device=batches[0].x0.device)
+        for batch in batches:
+            if shared is not None:
+                xhat0 = shared.xhat0
+            else:
+                with torch.no_grad():
+                    prediction = predict(self.process, self.denoiser, batch)
+                xhat0 = prediction.xhat0
+                if agree_finite is not None:
+                    agree_finite(prediction.loss)
+            loss = discriminator_loss(self.rules, self.process, self.discriminator, batch, xhat0)
+            self._backward(self.discriminator, loss)
+            total = total + loss.detach()
+        return total / len(batches)
+
+    @staticmethod
+    def _backward(engine: Any, loss: Tensor) -> None:
+        """Backward and step: DeepSpeed itself steps only at the last micro-batch."""
+        engine.backward(loss)
+        engine.step()
+
+
+def learning_rate(optimizer: OptimizerConfig, step: int) -> float:
+    """Learning rate at 0-based `step`: grows linearly over `warmup_steps`, then stays."""
+    return optimizer.lr * min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Norm of the last step's gradient before clipping, over all ranks; None where DeepSpeed does not know it."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)

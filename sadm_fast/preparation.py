@@ -1,0 +1,181 @@
+"""What has to exist before the game: the models, a well-trained Psi, and the judge of the demo's evaluation."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from sadm_fast.config import ClassifierTraining, Config, StructureEncoderConfig
+from sadm_fast.console import Console
+from sadm_fast.data import ImageFolder, load_images, make_loader
+from sadm_fast.errors import UserError
+from sadm_fast.metrics.judges import ClassifierJudge
+from sadm_fast.models import DiT, ResNet18, SmallCNN, StructureEncoder
+from sadm_fast.models.structure_encoder import collect_statistics
+from sadm_fast.pretrain import accuracy, load_or_train, train_classifier
+
+_HELD_OUT = 0.1  # share of the images that tells the accuracy of Psi and of the judge
+_HELD_OUT_AT_MOST = 5000
+_JUDGE_SEED = 7919  # added to the run's seed: the judge is not Psi's twin
+
+
+def build_denoiser(config: Config, num_classes: int) -> DiT:
+    """The denoiser with weights drawn from the run's seed; on the CPU (or the default device)."""
+    denoiser, data = config.denoiser, config.data
+    torch.manual_seed(config.seed)
+    common: dict[str, Any] = {
+        "input_size": data.resolution,
+        "in_channels": data.channels,
+        "out_channels": config.process.output_channels(data.channels),
+        "num_classes": num_classes,
+    }
+    if denoiser.name is not None:
+        return DiT.from_name(denoiser.name, **common)
+    return DiT(
+        patch_size=denoiser.patch_size,
+        hidden_size=denoiser.hidden_size,
+        depth=denoiser.depth,
+        num_heads=denoiser.num_heads,
+        **common,
+    )
+
+
+def build_psi(config: Config) -> StructureEncoder:
+    """An untrained structure encoder; weights from the run's seed."""
+    psi, channels = config.structure_encoder, config.data.channels
+    torch.manual_seed(config.seed)
+    if psi.architecture == "resnet18":
+        return ResNet18(channels, psi.stem, psi.norm)
+    return SmallCNN(channels, psi.width, psi.feature_dim)
+
+
+def resolve_classes(config: Config, images: ImageFolder) -> int:
+    """num_classes of the run; UserError if the configuration asks for fewer than there are folders."""
+    there, asked = len(images.classes), config.denoiser.num_classes
+    if asked is not None and asked < there:
+        raise UserError(
+            f"denoiser.num_classes={asked}: data.path={images.root} has {there} class folders; use {there} or null"
+        )
+    return there if asked is None else asked
+
+
+def prepare_psi(
+    config: Config, images: ImageFolder, pretrained: Path, device: torch.device, console: Console
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Psi, trained as a classifier on the run's own data or loaded; and what is known of it. Collective."""
+    psi = config.structure_encoder
+    if psi.weights is not None:
+        return _load_psi(build_psi(config), Path(psi.weights)), {"weights": psi.weights}
+    return _trained(
+        "structure encoder", lambda: build_psi(config), psi.pretrain, psi, config, config.seed, images,
+        pretrained / "structure_encoder.safetensors", device, console,
+    )  # fmt: skip
+
+
+def prepare_judge(
+    config: Config, images: ImageFolder, pretrained: Path, device: torch.device, console: Console
+) -> tuple[ClassifierJudge, dict[str, Any]]:
+    """The classifier whose features `fid_classifier` compares: another architecture and seed than Psi's. Collective."""
+    seed = config.seed + _JUDGE_SEED
+
+    def build() -> nn.Module:
+        torch.manual_seed(seed)
+        return ClassifierJudge(config.data.channels)
+
+    return _trained(
+        "judge", build, config.evaluate.judge, None, config, seed, images,
+        pretrained / "judge.safetensors", device, console,
+    )  # fmt: skip
+
+
+def _trained(
+    what: str,
+    build: Callable[[], Any],
+    training: ClassifierTraining,
+    architecture: StructureEncoderConfig | None,
+    config: Config,
+    seed: int,
+    images: ImageFolder,
+    path: Path,
+    device: torch.device,
+    console: Console,
+) -> tuple[nn.Module, dict[str, Any]]:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def train(module: Any) -> dict[str, Any]:
+        rest, held_out = images.split(_HELD_OUT, config.seed)
+        loader = make_loader(
+            rest,
+            loader=config.data.loader,
+            resolution=config.data.resolution,
+            channels=config.data.channels,
+            flip=config.data.flip,
+            seed=seed,
+            micro_batch=max(1, training.batch // world),
+            rank=rank,
+            world_size=world,
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+            device=device,
+        )
+        console.say(f"Training the {what} on {len(rest)} images ({len(held_out)} held out), {training.steps} steps")
+        try:
+            with console.bar(what, training.steps) as bar, collect_statistics(module):
+                head = train_classifier(
+                    module,
+                    module.feature_dim,
+                    len(images.classes),
+                    loader,
+                    steps=training.steps,
+                    lr=training.lr,
+                    weight_decay=training.weight_decay,
+                    seed=seed,
+                    device=device,
+                    progress=lambda done, _, loss: bar.at(done, f"loss {loss:.3f}"),
+                )
+        finally:
+            loader.close()
+        info: dict[str, Any] = {"steps": training.steps, "held_out_images": len(held_out), "accuracy": None}
+        if len(held_out):
+            chosen = range(0, len(held_out), -(-len(held_out) // _HELD_OUT_AT_MOST))
+            pictures = load_images(held_out, list(chosen), config.data.resolution, config.data.channels)
+            labels = torch.from_numpy(held_out.labels[list(chosen)])
+            info["accuracy"] = accuracy(module, head, pictures, labels)
+        return info
+
+    described = {
+        "data": images.fingerprint(),
+        "pixels": config.data.model_dump(include={"resolution", "channels", "flip"}),
+        "architecture": None if architecture is None else architecture.model_dump(exclude={"weights", "pretrain"}),
+        "training": training.model_dump(),
+        "seed": seed,
+    }
+    fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    module, info = load_or_train(path, build, train, fingerprint)
+    known = "" if info.get("accuracy") is None else f", accuracy {info['accuracy']:.1%} on held-out images"
+    console.say(f"The {what}{known}" + (f" (from {path})" if info["cached"] else ""))
+    return module, info
+
+
+def _load_psi(module: nn.Module, path: Path) -> nn.Module:
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"structure_encoder.weights={path}: cannot be read as safetensors ({error})") from None
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"structure_encoder.weights={path}: does not fit {type(module).__name__} ({reason});"
+            " torchvision's resnet18 needs architecture=resnet18, stem=imagenet, norm=frozen, channels=3"
+        ) from None
+    return module.eval()

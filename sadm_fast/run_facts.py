@@ -1,0 +1,83 @@
+"""What a reader must know to trust a run's numbers: versions, machine, commit, sizes, accuracies."""
+
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sadm_fast.config import Config
+from sadm_fast.data import ImageFolder
+
+_PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "triton", "numpy", "diffusers", "sadm_fast")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with "+changes" where files differ from it; None outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip()[:12] + ("+changes" if changes.stdout.strip() else "")
+
+
+def _processor() -> str:
+    """The processor's name; its architecture where the name is not to be had."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def run_facts(
+    config: Config,
+    images: ImageFolder,
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    psi: Mapping[str, Any],
+    judge: Mapping[str, Any],
+    world_size: int,
+    shown: Sequence[int],
+) -> dict[str, Any]:
+    """The content of run.json; `shown` are the classes in the columns of the sample grids."""
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    return {
+        "versions": {name: version for name, version in versions.items() if version is not None},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "system": platform.platform(terse=True),
+        },
+        "world_size": world_size,
+        "commit": _commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "classes": list(images.classes),
+        "images": len(images),
+        "sample_grid": {"columns": len(shown), "labels": list(shown) * config.sampling.rows},
+        "structure_encoder": dict(psi) or None,
+        "judge": dict(judge) or None,
+        "parameters": {player: sum(math.prod(s) for s in there.values()) for player, there in shapes.items()},
+        "mode": config.game.mode,
+    }

@@ -1,0 +1,156 @@
+"""Looking at a model in training: sample grids, the discriminator's view of a fixed batch, Frechet distances."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+
+from sadm_fast.config import Config
+from sadm_fast.counters import Stream, normal
+from sadm_fast.data import ImageFolder, load_images
+from sadm_fast.data.batch import float_to_pixels
+from sadm_fast.diffusion import guided, sample
+from sadm_fast.game import Batch, predict
+from sadm_fast.metrics.evaluation import Evaluator
+from sadm_fast.metrics.judges import ClassifierJudge, PixelJudge, RandomJudge
+from sadm_fast.models import DiT
+from sadm_kernels import relation_matrix
+
+_RELATION_IMAGES = 60
+# The fixed batch is noised to the middle of the training distribution, where structure is visible but not given.
+_RELATION_LEVEL = 0.5
+_GRID_GAP = 2
+_GRID_SCALE_TO = 56  # small images are enlarged to about this many pixels
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Trainable parameters from full tensors by name; what does not train stays as it is built."""
+    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if unexpected or trainable & set(missing):
+        raise RuntimeError(f"weights do not fit: unexpected {unexpected}, missing {sorted(trainable & set(missing))}")
+
+
+def grid_classes(num_classes: int, columns: int) -> list[int]:
+    """The classes shown in a grid's columns: all, or `columns` of them evenly chosen."""
+    shown = min(num_classes, columns)
+    return [i * num_classes // shown for i in range(shown)]
+
+
+def picture_grid(images: Tensor, columns: int) -> Tensor:
+    """Images [N, C, H, W] in [-1, 1], row by row, as one picture uint8 [C, H', W'] with light gaps."""
+    factor = max(1, round(_GRID_SCALE_TO / images.shape[-1]))
+    pixels = float_to_pixels(images).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    n, c, h, w = pixels.shape
+    rows = -(-n // columns)
+    canvas = torch.full(
+        (c, rows * (h + _GRID_GAP) + _GRID_GAP, columns * (w + _GRID_GAP) + _GRID_GAP), 230, dtype=torch.uint8
+    )
+    for i in range(n):
+        top, left = _GRID_GAP + i // columns * (h + _GRID_GAP), _GRID_GAP + i % columns * (w + _GRID_GAP)
+        canvas[:, top : top + h, left : left + w] = pixels[i].cpu()
+    return canvas
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    """A PNG of uint8 [1 or 3, H, W]; replaces an existing file as a whole."""
+    array = picture.permute(1, 2, 0).numpy()
+    temporary = path.with_name(path.name + ".tmp")
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+@torch.no_grad()
+def generate(config: Config, model: DiT, labels: Tensor, ids: Tensor, *, steps: int, guidance_scale: float) -> Tensor:
+    """Images of `labels` [B] from starting noise that is a function of (seed, id): float32 [B, C, H, W]."""
+    shape = (config.data.channels, config.data.resolution, config.data.resolution)
+    noise = normal(config.seed, Stream.SAMPLE_NOISE, ids, shape)
+    denoise = guided(config.process, model, labels, model.null_class, guidance_scale)
+    return sample(config.process, denoise, noise, steps)
+
+
+def sample_grid(config: Config, model: DiT, num_classes: int, device: torch.device) -> Tensor:
+    """The grid of the run: a column a class, a row a starting noise; uint8 [C, H', W']."""
+    classes = grid_classes(num_classes, config.sampling.columns)
+    ids = torch.arange(len(classes) * config.sampling.rows, device=device)
+    labels = torch.tensor(classes, device=device).repeat(config.sampling.rows)
+    images = generate(
+        config, model, labels, ids, steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale
+    )
+    return picture_grid(images, len(classes))
+
+
+def real_grid(config: Config, images: ImageFolder) -> Tensor:
+    """Real images of the same classes in the same arrangement."""
+    classes = grid_classes(len(images.classes), config.sampling.columns)
+    chosen = []
+    for row in range(config.sampling.rows):
+        for c in classes:
+            members = np.flatnonzero(images.labels == c)
+            chosen.append(int(members[row % len(members)]))
+    return picture_grid(load_images(images, chosen, config.data.resolution, config.data.channels), len(classes))
+
+
+def build_evaluator(config: Config, images: ImageFolder, judge: ClassifierJudge, device: torch.device) -> Evaluator:
+    """Statistics of (an even choice of) the real images in the three feature spaces. Collective."""
+    channels, resolution = config.data.channels, config.data.resolution
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    stride = -(-len(images) // config.evaluate.real_images)
+    mine = list(range(0, len(images), stride))[rank::world]
+    real = (
+        load_images(images, mine[i : i + config.evaluate.batch], resolution, channels)
+        for i in range(0, len(mine), config.evaluate.batch)
+    )
+    judges = [judge, RandomJudge(channels), PixelJudge(channels, resolution, resolution)]
+    return Evaluator.build(real, judges, seed=config.seed, device=device)
+
+
+def evaluation_images(config: Config, model: DiT, num_classes: int, device: torch.device) -> Iterator[Tensor]:
+    """This rank's share of the evaluation's samples, in batches; labels go round the classes.
+
+    Sample i is the same whatever the number of ranks.
+    """
+    evaluate = config.evaluate
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for first in range(rank * evaluate.batch, evaluate.samples, world * evaluate.batch):
+        ids = torch.arange(first, min(first + evaluate.batch, evaluate.samples), device=device)
+        # Other starting noise than the grids': those are looked at, these are counted.
+        yield generate(config, model, ids % num_classes, ids + (1 << 32), steps=evaluate.steps, guidance_scale=1.0)
+
+
+class RelationView:
+    """What the discriminator sees: relations of a fixed real batch, and of its denoised counterpart."""
+
+    def __init__(self, config: Config, images: ImageFolder, device: torch.device) -> None:
+        self._config = config
+        per_class = max(1, _RELATION_IMAGES // len(images.classes))
+        classes = grid_classes(len(images.classes), _RELATION_IMAGES)
+        chosen = [int(i) for c in classes for i in np.flatnonzero(images.labels == c)[:per_class]]
+        x0 = load_images(images, chosen, config.data.resolution, config.data.channels).to(device)
+        labels = torch.from_numpy(images.labels[chosen]).long().to(device)
+        ids = torch.arange(len(x0), device=device) + (1 << 33)  # noise that no training sample has
+        level = torch.full((len(x0),), _RELATION_LEVEL, dtype=torch.float64, device=device)
+        noise = normal(config.seed, Stream.NOISE, ids, x0.shape[1:])
+        self._batch = Batch(x0, labels, labels, noise, config.process.sample_t(level), level)
+
+    @torch.no_grad()
+    def save(self, path: Path, denoiser: nn.Module, psi: nn.Module) -> None:
+        """relations/step-N.npz: real and fake relation matrices [B, B], labels [B], log_snr [B]."""
+        game, batch = self._config.game, self._batch
+        xhat0 = predict(self._config.process, denoiser, batch).xhat0
+
+        def matrix(x: Tensor) -> np.ndarray:
+            relation = relation_matrix(psi(x), relation=game.relation, normalize=game.normalize, tau=game.tau)
+            return relation.cpu().numpy()
+
+        np.savez_compressed(
+            path,
+            real=matrix(batch.x0),
+            fake=matrix(xhat0),
+            labels=batch.labels.cpu().numpy(),
+            log_snr=self._config.process.log_snr(batch.t).cpu().numpy(),
+        )

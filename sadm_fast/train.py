@@ -1,0 +1,112 @@
+"""Train a diffusion model with structure-guided adversarial training.
+
+    deepspeed sadm_fast/train.py --config configs/mnist.json        all ranks of this machine
+    python sadm_fast/train.py --config configs/mnist.json           one rank
+
+The same command continues an interrupted run.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Started as a script, Python puts sadm_fast/ itself on the path, where a name could hide somebody else's module.
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from sadm_fast.errors import UserError
+
+# Exit codes: 0 finished, 2 something for the user to change, 75 (EX_TEMPFAIL) stopped before the end and resumable.
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", "--deepspeed_config", required=True, metavar="FILE", help="a JSON file as in configs/"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="change a field of the configuration, for example --set train.steps=100; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--run-dir", metavar="DIR", help="the run's folder (default: runs/NAME)")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="print the resolved configuration, parameters, FLOPs and MACs a step and the memory plan; train nothing",
+    )  # fmt: skip
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # from the launcher
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # out of habit
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    speaks = int(os.environ.get("RANK", "0")) == 0
+    try:
+        return _train(arguments)
+    except UserError as error:
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        if speaks:
+            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from sadm_fast.config import load_config
+    from sadm_fast.run_folder import RunFolder
+
+    config = load_config(arguments.config, arguments.overrides)
+    folder = RunFolder(Path(arguments.run_dir or Path("runs") / config.name))
+
+    # Everything a person may have got wrong is found before the slow imports.
+    folder.check(config)
+
+    from sadm_fast.console import Console
+    from sadm_fast.launch import barrier, distributed, first_on_rank_zero
+
+    if arguments.dry_run:
+        from sadm_fast.cost import describe
+        from sadm_fast.data import open_folder
+        from sadm_fast.preparation import resolve_classes
+
+        if int(os.environ.get("RANK", "0")) == 0:
+            images = open_folder(config.data.path, config.data.resolution)
+            print(describe(config, resolve_classes(config, images), int(os.environ.get("WORLD_SIZE", "1"))))
+        return 0
+
+    with distributed() as place:
+        from sadm_fast.data import open_folder
+        from sadm_fast.preparation import resolve_classes
+        from sadm_fast.trainer import Trainer
+
+        console = Console(place.rank)
+        images = first_on_rank_zero(lambda: open_folder(config.data.path, config.data.resolution))
+        resolve_classes(config, images)
+        barrier()  # nobody claims the folder while another rank still checks it
+        if place.rank == 0:
+            folder.claim(config)
+        barrier()
+        console.say(
+            f"{config.name}: {config.game.mode}, {len(images)} images of {len(images.classes)} classes, "
+            f"{place.world_size} rank(s) on {place.device}, into {folder.path}"
+        )
+        trainer = Trainer(config, folder, images, place.device, console)
+        trainer.resume()
+        finished = trainer.run()
+        if finished:
+            console.say(f"pictures: {folder.samples / f'step-{trainer.step:06d}-ema.png'}")
+        else:
+            console.say(f"stopped at step {trainer.step} of {config.train.steps}; the same command continues")
+        console.say(f"report: {folder.path / 'report.html'}")
+    return 0 if finished else EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

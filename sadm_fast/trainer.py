@@ -1,0 +1,346 @@
+"""The loop: counters, averages, logs, pictures, checkpoints, signals. What a step computes is in game.py and engine.py."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sadm_fast import checkpoint
+from sadm_fast.config import Config
+from sadm_fast.console import Console
+from sadm_fast.data import ImageFolder, make_loader
+from sadm_fast.ema import EMA
+from sadm_fast.engine import NonFiniteLoss, Players, gradient_norm, learning_rate
+from sadm_fast.errors import UserError
+from sadm_fast.game import draw
+from sadm_fast.masters import gather, local_masters, trainable_shapes
+from sadm_fast.metrics.evaluation import Evaluator
+from sadm_fast.preparation import build_denoiser, build_psi, prepare_judge, prepare_psi, resolve_classes
+from sadm_fast.report import write_report
+from sadm_fast.run_facts import run_facts
+from sadm_fast.run_folder import RunFolder, write_json
+from sadm_fast.snapshots import (
+    RelationView,
+    build_evaluator,
+    evaluation_images,
+    grid_classes,
+    load_weights,
+    real_grid,
+    sample_grid,
+    save_picture,
+)
+from sadm_fast.training_log import Interval, TrainingLog, peak_memory
+
+# So many skipped iterations in a row are not bad luck.
+_SKIPS_IN_A_ROW = 10
+
+
+class Vote:
+    """One small all-reduce an iteration: is a loss bad on any rank, has any rank been asked to stop?"""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._asked = False
+        self.stop = False
+
+    def agree_finite(self, loss: Tensor) -> None:
+        """Raise NonFiniteLoss on every rank if `loss` is not finite on any; note a wish to stop on the way."""
+        flags = torch.stack([~torch.isfinite(loss.detach()).all(), torch.tensor(self._asked, device=loss.device)])
+        flags = flags.to(torch.int32)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        bad, stop = flags.tolist()
+        self.stop = self.stop or bool(stop)
+        if bad:
+            raise NonFiniteLoss
+
+    @contextmanager
+    def listening(self, console: Console) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop at the next step boundary; a second SIGINT kills as usual.
+
+        A handler must not talk to other ranks: the DeepSpeed launcher signals them one after another.
+        """
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._asked = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            console.say(f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Trainer:
+    """A run from its folder to its report."""
+
+    def __init__(
+        self, config: Config, folder: RunFolder, images: ImageFolder, device: torch.device, console: Console
+    ) -> None:
+        self.config, self.folder, self.images, self.device, self.console = (
+            config,
+            folder,
+            images,
+            device,
+            console,
+        )
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.num_classes = resolve_classes(config, images)
+        self.samples_per_step = config.train.micro_batch * config.train.grad_accumulation * self.world_size
+
+        self.psi_facts: dict[str, Any] = {}
+        psi: nn.Module | None = None
+        if config.game.mode != "plain":
+            psi, self.psi_facts = prepare_psi(config, images, folder.pretrained, device, console)
+        self.evaluator: Evaluator | None = None
+        self.judge_facts: dict[str, Any] = {}
+        if config.evaluate.every is not None:
+            judge, self.judge_facts = prepare_judge(config, images, folder.pretrained, device, console)
+            self.evaluator = build_evaluator(config, images, judge, device)
+
+        denoiser = build_denoiser(config, self.num_classes)
+        self.viewer = build_denoiser(config, self.num_classes).to(device).eval().requires_grad_(False)
+        self.psi_viewer = None if psi is None else build_psi(config).to(device).eval().requires_grad_(False)
+        if psi is not None and self.psi_viewer is not None:
+            self.psi_viewer.load_state_dict(psi.state_dict())
+            psi.train()
+        self.relation_view = None if psi is None else RelationView(config, images, device)
+        self.shapes = {"denoiser": trainable_shapes(denoiser)}
+        if psi is not None:
+            self.shapes["discriminator"] = trainable_shapes(psi)
+        self.players = Players(config, denoiser, psi, device)
+        self.ema = EMA(lambda: list(local_masters(self.players.denoiser)), config.train.ema)
+        self.step = 0
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._seconds_before = 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be continued here."""
+        return {
+            "configuration": self.config.fingerprint(),
+            "data": self.images.fingerprint(),
+            "world_size": self.world_size,
+            "zero_stage": self.config.deepspeed.zero_optimization.stage,
+        }
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint, if there is one. Collective."""
+        found = checkpoint.find(self.folder.checkpoints, self.identity, self.console.say)
+        if found is not None:
+            averages, state = checkpoint.load(found, self.players.engines)
+            self.ema.load(averages, state["ema_updates"])
+            self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+            self._seconds_before = state["seconds"]
+            self.console.say(f"Continuing {self.folder.path} at step {self.step}")
+        if self.rank == 0:
+            self.folder.rewind(self.step)
+            facts = run_facts(
+                self.config, self.images, self.shapes, self.psi_facts, self.judge_facts, self.world_size,
+                grid_classes(self.num_classes, self.config.sampling.columns),
+            )  # fmt: skip
+            write_json(self.folder.facts, facts)
+            save_picture(real_grid(self.config, self.images), self.folder.samples / "real.png")
+
+    @property
+    def seconds(self) -> float:
+        """Time in the loop, over all the stops of this run."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def run(self) -> bool:
+        """Train to the last step; True when it is reached, False when asked to stop before."""
+        config = self.config
+        vote = Vote(self.device)
+        log = TrainingLog(self.folder, self.rank, self.step)
+        loader = make_loader(
+            self.images,
+            loader=config.data.loader,
+            resolution=config.data.resolution,
+            channels=config.data.channels,
+            flip=config.data.flip,
+            seed=config.seed,
+            micro_batch=config.train.micro_batch,
+            grad_accumulation=config.train.grad_accumulation,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_iteration=self.step,
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+            device=self.device,
+        )
+        self._started = time.perf_counter()
+        interval = Interval(self.device)
+        try:
+            with (
+                vote.listening(self.console),
+                self.console.bar("training", config.train.steps, self.step) as bar,
+            ):
+                while self.step < config.train.steps and not vote.stop:
+                    self._iteration(loader, vote, interval)
+                    if self._due(config.train.log_every):
+                        line = self._log_line(interval)
+                        log.write(line)
+                        bar.at(self.step, _note(line))
+                        interval = Interval(self.device)
+                    if self._look(log):
+                        interval = Interval(self.device)  # looking is not training: keep it out of the throughput
+                    if self._due(config.train.checkpoint_every) and self.step < config.train.steps:
+                        self._save()
+                        interval = Interval(self.device)
+            self._save()
+        finally:
+            loader.close()
+            log.close()
+        if self.rank == 0:
+            write_report(self.folder.path)
+        return self.step >= config.train.steps
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.train.steps
+
+    def _iteration(self, loader: Iterator[Any], vote: Vote, interval: Interval) -> None:
+        config = self.config
+        started = time.perf_counter()
+        micro = [next(loader) for _ in range(config.train.grad_accumulation)]
+        interval.waited(time.perf_counter() - started)
+        batches = [
+            draw(
+                self.players.process,
+                batch.images,
+                batch.labels,
+                batch.sample_ids,
+                seed=config.seed,
+                null_class=self.viewer.null_class,
+                label_dropout=config.denoiser.label_dropout,
+            )
+            for batch in micro
+        ]
+        self.players.set_learning_rates(self.step)
+        try:
+            outcome = self.players.iteration(batches, self.step, agree_finite=vote.agree_finite)
+        except NonFiniteLoss:
+            self._skip()
+        else:
+            if self.players.denoiser.was_step_applied():
+                self.ema.update()
+                self._skipped_in_a_row = 0
+                interval.add(outcome)
+            else:
+                self._skip()
+        self.step += 1
+        interval.step_done()
+
+    def _skip(self) -> None:
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        self.console.say(f"step {self.step}: the loss is not finite; both players skip it")
+        wrong = f"{self._skipped_in_a_row} steps in a row" if self.config.train.grad_accumulation == 1 else "a step"
+        # Gradients of earlier micro-batches are already in DeepSpeed's buckets and cannot be taken back.
+        if self._skipped_in_a_row >= _SKIPS_IN_A_ROW or self.config.train.grad_accumulation > 1:
+            whole = checkpoint.completed(self.folder.checkpoints)
+            last = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+            raise UserError(
+                f"{wrong} had a loss that is not finite, at step {self.step}; {last}; lower the learning rate"
+            )
+
+    def _log_line(self, interval: Interval) -> dict[str, Any]:
+        means = interval.reduce(self.samples_per_step)
+        discriminator = self.players.discriminator
+        return {
+            "step": self.step,
+            "samples_seen": self.step * self.samples_per_step,
+            **means,
+            "grad_norm_denoiser": gradient_norm(self.players.denoiser),
+            "grad_norm_discriminator": None if discriminator is None else gradient_norm(discriminator),
+            "lr": learning_rate(self.config.denoiser_optimizer, self.step - 1),
+            "lr_discriminator": None
+            if discriminator is None
+            else learning_rate(self.config.discriminator_optimizer, self.step - 1),
+            "memory_bytes": peak_memory(self.device),
+            "skipped_steps": self.skipped_steps,
+            "wall_s": self.seconds,
+        }
+
+    def _look(self, log: TrainingLog) -> bool:
+        """Sample grids, relation matrices and evaluations where they are due. Collective."""
+        config = self.config
+        picture_due = self._due(config.train.sample_every)
+        evaluation_due = self.evaluator is not None and self._due(config.evaluate.every or 1)
+        if not (picture_due or evaluation_due):
+            return False
+        name = f"step-{self.step:06d}"
+        if picture_due:
+            load_weights(self.viewer, gather(list(local_masters(self.players.denoiser)), self.shapes["denoiser"]))
+            self._save_grid(log, name, "samples/raw")
+        load_weights(self.viewer, gather(self.ema.average, self.shapes["denoiser"]))
+        if picture_due:
+            self._save_grid(log, f"{name}-ema", "samples/ema")
+            if self.relation_view is not None and self.psi_viewer is not None:
+                if self.players.discriminator is not None:
+                    masters = list(local_masters(self.players.discriminator))
+                    load_weights(self.psi_viewer, gather(masters, self.shapes["discriminator"]))
+                if self.rank == 0:
+                    self.relation_view.save(self.folder.relations / f"{name}.npz", self.viewer, self.psi_viewer)
+        if evaluation_due and self.evaluator is not None:
+            started = time.perf_counter()
+            scores = self.evaluator.score(evaluation_images(config, self.viewer, self.num_classes, self.device))
+            sampler = {
+                "steps": config.evaluate.steps,
+                "guidance_scale": 1.0,
+                "weights": "ema",
+                "seed": config.seed,
+            }
+            log.write_evaluation({"step": self.step, **scores, "sampler": sampler})
+            self.console.say(
+                f"step {self.step}: fid_classifier {scores['fid_classifier']:.4g}, fid_random"
+                f" {scores['fid_random']:.4g}, fid_pixels {scores['fid_pixels']:.4g} of {scores['samples']} samples"
+                f" ({time.perf_counter() - started:.0f} s)"
+            )
+            if self.rank == 0 and self.step < config.train.steps:
+                write_report(self.folder.path)
+        return True
+
+    def _save_grid(self, log: TrainingLog, name: str, tag: str) -> None:
+        if self.rank == 0:
+            picture = sample_grid(self.config, self.viewer, self.num_classes, self.device)
+            save_picture(picture, self.folder.samples / f"{name}.png")
+            log.image(tag, picture, self.step)
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+            "ema_updates": self.ema.updates,
+            "seconds": self.seconds,
+        }
+        checkpoint.save(
+            self.folder.checkpoints,
+            self.step,
+            self.players.engines,
+            gather(self.ema.average, self.shapes["denoiser"]),
+            state,
+            self.identity,
+            self.config.train.keep_last,
+        )
+
+
+def _note(line: dict[str, Any]) -> str:
+    def number(key: str) -> str:
+        value = line[key]
+        return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+    game = "" if line["structure_distance"] is None else f" S {number('structure_distance')}"
+    wait = f"{line['data_wait_fraction']:.1%}"
+    return f"loss {number('loss_denoise')}{game} {number('samples_per_s')} samples/s, data wait {wait}"
