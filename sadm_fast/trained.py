@@ -1,0 +1,50 @@
+"""A finished (or stopped) run, for use: its configuration, classes and averaged denoiser."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+
+from sadm_fast import checkpoint
+from sadm_fast.config import Config, check_config
+from sadm_fast.errors import UserError
+from sadm_fast.models import DiT
+from sadm_fast.preparation import build_denoiser
+from sadm_fast.run_folder import RunFolder
+from sadm_fast.snapshots import load_weights
+
+
+class Trained(NamedTuple):
+    """What sampling and evaluation need of a run."""
+
+    config: Config
+    classes: list[str]
+    model: DiT  # EMA weights, eval mode
+    step: int
+
+
+def load_trained(run: Path, device: torch.device) -> Trained:
+    """The averaged weights of a run's newest whole checkpoint.
+
+    Raises:
+        UserError: the folder holds no run, or no checkpoint that is whole.
+    """
+    folder = RunFolder(run)
+    try:
+        config = check_config(json.loads(folder.config.read_text()))
+        classes = [str(name) for name in json.loads(folder.facts.read_text())["classes"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run}: holds no run that can be read ({error})") from None
+    for found in reversed(checkpoint.completed(folder.checkpoints)):
+        if checkpoint.damage(found) is None:
+            break
+    else:
+        raise UserError(f"{run}: has no whole checkpoint yet; train first")
+    model = build_denoiser(config, config.denoiser.num_classes or len(classes)).to(device).eval().requires_grad_(False)
+    try:
+        load_weights(model, load_file(found / "ema.safetensors"))
+    except RuntimeError as error:
+        raise UserError(f"{found}: does not fit the run's config.json ({error})") from None
+    return Trained(config, classes, model, checkpoint.step_of(found))
