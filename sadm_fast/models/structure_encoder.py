@@ -15,6 +15,7 @@ from torch import Tensor, nn
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _GROUPS = 8
+_CELLS = 2  # side of SmallCNN's last map
 
 Norm = Callable[[int], nn.Module]
 
@@ -116,7 +117,11 @@ class ResNet18(nn.Module):
 
 
 class SmallCNN(nn.Module):
-    """Three strided convolutions with group norm, for small images: [B, C, H, W] -> [B, feature_dim]."""
+    """Three strided convolutions with group norm, for small images: [B, C, H, W] -> [B, feature_dim].
+
+    The last map is pooled to 2x2, not to one cell: relations that know where things are improve the denoiser in every
+    feature space, relations of globally pooled features only in a classifier's (docs/experiments.md).
+    """
 
     def __init__(self, in_channels: int = 1, width: int = 32, feature_dim: int = 64) -> None:
         super().__init__()
@@ -131,10 +136,11 @@ class SmallCNN(nn.Module):
             ]
             channels_in = channels
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(channels_in, feature_dim)
+        self.head = nn.Linear(channels_in * _CELLS**2, feature_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(x.to(self.head.weight.dtype)).mean(dim=(2, 3)))
+        maps = self.layers(x.to(self.head.weight.dtype))
+        return self.head(F.adaptive_avg_pool2d(maps, _CELLS).flatten(1))
 
 
 StructureEncoder = ResNet18 | SmallCNN
