@@ -23,6 +23,16 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
 
 
+def _check_options(relation: str, penalty: str, normalize: str, tau: float, delta: float, impl: str) -> None:
+    _choice("relation", relation, reference.RELATIONS)
+    _choice("penalty", penalty, reference.PENALTIES)
+    _choice("normalize", normalize, reference.NORMALIZATIONS)
+    _choice("impl", impl, IMPLEMENTATIONS)
+    for name, value in (("tau", tau), ("delta", delta)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value}: must be a positive number")
+
+
 def _check_features(real: Tensor, fake: Tensor) -> None:
     for name, x in (("real", real), ("fake", fake)):
         if type(x).__name__ == "DTensor":
@@ -44,6 +54,36 @@ def _check_rows(name: str, x: Tensor, real: Tensor) -> None:
         raise ValueError(f"{name}.shape={tuple(x.shape)}: must be [{len(real)}], one entry a sample")
     if x.device != real.device:
         raise ValueError(f"{name}.device={x.device}: must be {real.device}, where the features are")
+
+
+def _check_weight(weight: Tensor, group: dist.ProcessGroup | None) -> bool:
+    """Whether this rank has a weight above 0; with a group it may be another rank's turn to have one."""
+    # On an accelerator the check would wait for the device; there a negative weight is the caller's promise.
+    if weight.device.type != "cpu" or torch.compiler.is_compiling() or not len(weight):
+        return True
+    if bool((weight < 0).any()):
+        raise ValueError(f"weight: has {float(weight.min())}, must not be negative")
+    some = bool((weight != 0).any())
+    if not some and group is None:
+        raise ValueError(f"weight: all {len(weight)} are zero, at least one must be positive")
+    return some
+
+
+def _check_group(real: Tensor, labels: Tensor | None, some_weight: bool, group: dist.ProcessGroup) -> None:
+    """Raise on every rank if the ranks disagree; a collective of unequal parts would hang or give nonsense."""
+    mine = [*real.shape, _FLOATS.index(real.dtype), int(labels is not None), int(some_weight)]
+    own = torch.tensor(mine, device=real.device)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group=group)
+    shapes, dtypes, with_labels, with_weight = zip(
+        *((tuple(p[:2]), str(_FLOATS[p[2]]), bool(p[3]), bool(p[4])) for p in (part.tolist() for part in parts)),
+        strict=True,
+    )
+    for name, values in (("real.shape", shapes), ("real.dtype", dtypes), ("labels given", with_labels)):
+        if len(set(values)) > 1:
+            raise ValueError(f"{name} on the ranks of group: {', '.join(map(str, values))}; must be the same on all")
+    if not any(with_weight):
+        raise ValueError("weight: all are zero on every rank of group, at least one must be positive")
 
 
 def structure_loss(
@@ -71,10 +111,11 @@ def structure_loss(
         penalty: rho: "squared", "absolute", or "huber" with threshold `delta`.
         normalize: "unit" scales each feature row to length 1, "mean" divides distances by their (weighted) mean
             over the counted pairs of their own matrix, "none" leaves them. Cosine needs none and ignores it.
-        weight: w, [B], non-negative, not all zero; None counts every sample alike.
+        weight: w, [B], non-negative, not all zero (over all ranks of `group`); None counts every sample alike.
         labels: integers [B]; only pairs of one label count. No such pair: S = 0.
-        group: process group; each rank passes its share of the batch (equal sizes), gets the S of the whole batch
-            and the gradient of its own rows as one process with the whole batch would compute it.
+        group: process group; each rank passes its share of the batch (equal sizes: checked by a small collective),
+            gets the S of the whole batch and the gradient of its own rows as one process with the whole batch would
+            compute it.
         impl: "auto", "reference", "native" or "triton"; see `backends()`.
 
     Returns:
@@ -86,26 +127,20 @@ def structure_loss(
         ValueError: an argument of the wrong name, shape, dtype, device or range.
         RuntimeError: an implementation that is not available here.
     """
-    _choice("relation", relation, reference.RELATIONS)
-    _choice("penalty", penalty, reference.PENALTIES)
-    _choice("normalize", normalize, reference.NORMALIZATIONS)
-    _choice("impl", impl, IMPLEMENTATIONS)
+    _check_options(relation, penalty, normalize, tau, delta, impl)
     _check_features(real, fake)
-    for name, value in (("tau", tau), ("delta", delta)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value}: must be a positive number")
+    some_weight = True
     if weight is not None:
         _check_rows("weight", weight, real)
-        # On an accelerator the check would wait for the device; there a negative weight is the caller's promise.
-        if weight.device.type == "cpu" and not torch.compiler.is_compiling() and len(weight):
-            if bool((weight < 0).any()) or not bool((weight != 0).any()):
-                raise ValueError("weight: must be non-negative and not all zero")
+        some_weight = _check_weight(weight, group)
     if labels is not None:
         _check_rows("labels", labels, real)
         if labels.dtype.is_floating_point or labels.dtype.is_complex:
             raise ValueError(f"labels.dtype={labels.dtype}: must be an integer type")
     if impl in ("native", "triton"):
         raise RuntimeError(f"impl={impl!r}: {backends()[impl]}; use impl='auto'")
+    if group is not None:
+        _check_group(real, labels, some_weight, group)
     return reference.structure_loss(
         real,
         fake,
@@ -135,10 +170,7 @@ class StructureLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        _choice("relation", relation, reference.RELATIONS)
-        _choice("penalty", penalty, reference.PENALTIES)
-        _choice("normalize", normalize, reference.NORMALIZATIONS)
-        _choice("impl", impl, IMPLEMENTATIONS)
+        _check_options(relation, penalty, normalize, tau, delta, impl)
         self.relation, self.penalty, self.normalize = relation, penalty, normalize
         self.tau, self.delta, self.group, self.impl = tau, delta, group, impl
 

@@ -22,6 +22,12 @@ NORMALIZATIONS = ("unit", "mean", "none")
 _MERGE_EPS = 8.0
 
 
+def _refuse_second_derivative() -> None:
+    """Autograd sees one rank's share of a collective only; torch's own once_differentiable misses autograd.grad."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("structure_loss with group=: no second derivative (create_graph=True); use group=None")
+
+
 class _Gather(torch.autograd.Function):
     """All ranks' rows below each other; the gradient of a row is the sum of what all ranks ask of it."""
 
@@ -34,7 +40,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad = grad.contiguous()
+        _refuse_second_derivative()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may hand the same tensor to others
         dist.all_reduce(grad, group=ctx.group)
         return grad.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
 
@@ -51,6 +58,7 @@ class _SumRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        _refuse_second_derivative()
         if ctx.shared:
             grad = grad.clone()
             dist.all_reduce(grad, group=ctx.group)

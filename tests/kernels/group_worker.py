@@ -1,0 +1,121 @@
+"""One of three gloo ranks: plays every case of test_group.py and writes down what it got.
+
+Usage: group_worker.py RANK FOLDER
+"""
+
+import itertools
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sadm_kernels import structure_loss
+
+WORLD = 3
+SHARE = 3  # rows of a rank
+DIMENSION = 4
+GROUPS: dict[str, tuple[int, ...]] = {"three": (0, 1, 2), "two": (1, 2)}  # ranks of the second differ from its indices
+CASES = list(
+    itertools.product(
+        ("euclidean", "cosine", "gaussian"),
+        ("squared", "absolute", "huber"),
+        ("unit", "mean", "none"),
+        (False, True),
+        (False, True),
+    )
+)
+SHAPES = {"tau": 0.8, "delta": 0.2}
+
+
+def whole_batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """real, fake [size, DIMENSION] and weight [size] in float64, labels [size]; labels repeat across ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    real, fake = torch.randn(2, size, DIMENSION, generator=generator, dtype=torch.float64)
+    weight = torch.rand(size, generator=generator, dtype=torch.float64)
+    weight[:SHARE] = 0.0  # the first rank's gate is closed
+    return real, fake, weight, torch.arange(size) % 2
+
+
+def play(group: Any, ranks: tuple[int, ...]) -> dict[tuple[Any, ...], tuple[Tensor, ...]]:
+    own = slice(dist.get_rank(group) * SHARE, (dist.get_rank(group) + 1) * SHARE)
+    real, fake, weight, labels = (x[own] for x in whole_batch(SHARE * len(ranks)))
+    results = {}
+    for case in CASES:
+        relation, penalty, normalize, weighted, labelled = case
+        f, g = real.clone().requires_grad_(True), fake.clone().requires_grad_(True)
+        loss = structure_loss(
+            f,
+            g,
+            relation=relation,
+            penalty=penalty,
+            normalize=normalize,
+            weight=weight if weighted else None,
+            labels=labels if labelled else None,
+            group=group,
+            **SHAPES,
+        )
+        first = torch.autograd.grad(loss, (f, g), retain_graph=True)
+        second = torch.autograd.grad(loss, (f, g))
+        results[case] = (loss.detach(), *first, *second)
+    f = real.clone().requires_grad_(True)
+    loss = structure_loss(f, fake, normalize="mean", group=group)
+    (only_real,) = torch.autograd.grad(loss, f)
+    results["real only"] = (loss.detach(), only_real)
+    return results
+
+
+def attempt(call: Callable[[], object]) -> str:
+    """The error of a call, which must come on every rank; "" without one."""
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def mistakes(group: Any, rank: int) -> dict[str, str]:
+    real, fake, _, labels = (x[:SHARE] for x in whole_batch(SHARE * WORLD))
+    rows = SHARE - (rank == 1)
+    f = real.clone().requires_grad_(True)
+    loss = structure_loss(f, fake, group=group)
+    return {
+        "uneven": attempt(lambda: structure_loss(real[:rows], fake[:rows], group=group)),
+        "empty": attempt(lambda: structure_loss(real[: rank and SHARE], fake[: rank and SHARE], group=group)),
+        "width": attempt(lambda: structure_loss(real[:, : 3 + rank % 2], fake[:, : 3 + rank % 2], group=group)),
+        "dtype": attempt(
+            lambda: structure_loss(
+                *(x.to(torch.float32 if rank else torch.bfloat16) for x in (real, fake)), group=group
+            )
+        ),
+        "labels": attempt(lambda: structure_loss(real, fake, labels=labels if rank else None, group=group)),
+        "weight": attempt(lambda: structure_loss(real, fake, weight=torch.zeros(SHARE), group=group)),
+        "second derivative": attempt(lambda: torch.autograd.grad(loss, f, create_graph=True)),
+        "nothing": attempt(lambda: structure_loss(real, fake, weight=None if rank else torch.ones(SHARE), group=group)),
+    }
+
+
+def main() -> None:
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),  # a hang is a failure, not a wait
+    )
+    groups = {name: dist.new_group(list(ranks)) for name, ranks in GROUPS.items()}
+    results: dict[str, Any] = {name: play(groups[name], ranks) for name, ranks in GROUPS.items() if rank in ranks}
+    results["mistakes"] = mistakes(groups["three"], rank)
+    torch.save(results, folder / f"rank-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

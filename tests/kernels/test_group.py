@@ -1,0 +1,125 @@
+"""The structure loss over a process group: real gloo ranks must give what one process with the whole batch gives."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sadm_kernels import structure_loss
+
+WORKER = Path(__file__).with_name("group_worker.py")
+
+
+def _load_worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("group_worker", WORKER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+worker = _load_worker()
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the three ranks wrote; one launch serves every test."""
+    folder = tmp_path_factory.mktemp("group")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(worker.WORLD)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(worker.WORLD)]
+
+
+@pytest.fixture(params=["two", "three"])
+def group(request: pytest.FixtureRequest, ranks: list[dict[str, Any]]) -> list[dict[Any, tuple[Tensor, ...]]]:
+    """The results of a group's members, in the order of the group."""
+    return [ranks[rank][request.param] for rank in worker.GROUPS[request.param]]
+
+
+def whole(size: int, case: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and both gradients of one process with all rows."""
+    real, fake, weight, labels = worker.whole_batch(size)
+    real.requires_grad_(True), fake.requires_grad_(True)
+    relation, penalty, normalize, weighted, labelled = case
+    loss = structure_loss(
+        real,
+        fake,
+        relation=relation,
+        penalty=penalty,
+        normalize=normalize,
+        weight=weight if weighted else None,
+        labels=labels if labelled else None,
+        **worker.SHAPES,
+    )
+    return loss.detach(), *torch.autograd.grad(loss, (real, fake))
+
+
+def test_loss_and_gradients_equal_one_process_with_the_whole_batch(group) -> None:
+    for case in worker.CASES:
+        loss, *gradients = whole(worker.SHARE * len(group), case)
+        for rank, results in enumerate(group):
+            own = slice(rank * worker.SHARE, (rank + 1) * worker.SHARE)
+            # The gradients come twice: the second time through the same graph.
+            expected = [loss, *(grad[own] for grad in 2 * gradients)]
+            for found, value in zip(results[case], expected, strict=True):
+                # float64 sums of at most 81 terms in another order
+                torch.testing.assert_close(
+                    found, value, rtol=1e-10, atol=1e-13, msg=lambda m, c=case, r=rank: f"{c}, rank {r}: {m}"
+                )
+
+
+def test_the_gradient_of_one_input_alone_is_complete(group) -> None:
+    size = worker.SHARE * len(group)
+    real, fake, *_ = worker.whole_batch(size)
+    real.requires_grad_(True)
+    (expected,) = torch.autograd.grad(structure_loss(real, fake, normalize="mean"), real)
+    found = torch.cat([results["real only"][1] for results in group])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("uneven", "ValueError: real.shape on the ranks of group: (3, 4), (2, 4), (3, 4); must be the same on all"),
+        ("empty", "ValueError: real.shape on the ranks of group: (0, 4), (3, 4), (3, 4); must be the same on all"),
+        ("width", "ValueError: real.shape on the ranks of group: (3, 3), (3, 4), (3, 3); must be the same on all"),
+        (
+            "dtype",
+            "ValueError: real.dtype on the ranks of group: torch.bfloat16, torch.float32, torch.float32;"
+            " must be the same on all",
+        ),
+        ("labels", "ValueError: labels given on the ranks of group: False, True, True; must be the same on all"),
+        ("weight", "ValueError: weight: all are zero on every rank of group, at least one must be positive"),
+        ("nothing", ""),
+    ],
+)
+def test_ranks_that_disagree_all_get_the_same_clear_error(ranks, mistake: str, message: str) -> None:
+    assert [results["mistakes"][mistake] for results in ranks] == [message] * worker.WORLD
+
+
+def test_a_second_derivative_through_the_group_is_refused(ranks) -> None:
+    for results in ranks:
+        assert results["mistakes"]["second derivative"].startswith(
+            "RuntimeError: structure_loss with group=: no second"
+        )
