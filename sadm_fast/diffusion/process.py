@@ -1,6 +1,7 @@
 """What a diffusion process has to say: how noise is added, what the network sees, how its output becomes xhat0.
 
-    x_t = alpha(t) x0 + sigma(t) eps,   lambda(t) = log(alpha^2 / sigma^2),   L_den = mean_i w(t_i) mean ||x0 - xhat0||^2
+    x_t = alpha(t) x0 + sigma(t) eps,   lambda(t) = log(alpha^2 / sigma^2)
+    L_den = mean_i w(t_i) ||x0_i - xhat0_i||^2,   the norm being the mean over pixels and channels
 
 Images are float tensors [B, C, H, W]; t is [B]; alpha, sigma, weights come back as float32 [B].
 """
