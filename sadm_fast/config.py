@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -57,6 +57,9 @@ class FlowConfig(Block):
         return Flow(t_mean=self.t_mean, t_std=self.t_std)
 
 
+DENOISER_SIZES = ("patch_size", "hidden_size", "depth", "num_heads")  # given in numbers or by a name
+
+
 class DenoiserConfig(Block):
     name: str | None = Field(None, description='a published size, "DiT-S/4" .. "DiT-XL/2"; or give the sizes below')
     patch_size: int = Field(4, ge=1)
@@ -69,10 +72,13 @@ class DenoiserConfig(Block):
     @model_validator(mode="after")
     def _sizes(self) -> Self:
         if self.name is not None:
-            parse_name(self.name)
-            given = self.model_fields_set & {"patch_size", "hidden_size", "depth", "num_heads"}
+            try:
+                parse_name(self.name)
+            except ValueError as error:
+                raise ValueError(f"name={error}") from None
+            given = [size for size in DENOISER_SIZES if size in self.model_fields_set]
             if given:
-                raise ValueError(f"name={self.name!r} fixes {', '.join(sorted(given))}: give one or the other")
+                raise ValueError(f"name={self.name!r} fixes {', '.join(given)}: give one or the other")
         elif self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(
                 f"hidden_size={self.hidden_size}: must be a multiple of 4 and of num_heads={self.num_heads}"
@@ -85,9 +91,9 @@ class DenoiserConfig(Block):
 
 
 class ClassifierTraining(Block):
-    steps: int = Field(500, ge=1, description="optimizer steps")
+    steps: int = Field(400, ge=1, description="optimizer steps")
     batch: int = Field(128, ge=1, description="images a step, over all ranks")
-    lr: float = Field(2e-3, gt=0)
+    lr: float = Field(1e-2, gt=0)
     weight_decay: float = Field(0.05, ge=0)
 
 
@@ -124,10 +130,13 @@ class GameConfig(Block):
     same_class: bool = Field(False, description="compare only pairs of one class")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Block):
     type: Literal["adamw", "apex_fused_adam"] = Field("adamw", description="apex's FusedAdam needs apex and a GPU")
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = Field((0.9, 0.99), strict=False)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.99), strict=False)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0, description="the learning rate grows linearly over so many steps")
@@ -209,7 +218,7 @@ class DeepSpeedConfig(Block):
 class Config(Block):
     schema_file: str | None = Field(None, alias="$schema", description="for editors")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is runs/NAME")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     implementation: Literal["fast", "reference"] = Field(
         "fast", description="reference: straightforward PyTorch, no fusion, no reuse, eager"
     )
@@ -231,7 +240,7 @@ class Config(Block):
     def _possible(self) -> Self:
         if self.data.resolution % self.denoiser.patch:
             raise ValueError(
-                f"data.resolution={self.data.resolution}: must be a multiple of {self.denoiser.patch}, the denoiser's patch size"
+                f"data.resolution={self.data.resolution}: must be a multiple of the patch size {self.denoiser.patch}"
             )
         if self.game.mode != "plain" and self.train.micro_batch < 2:
             raise ValueError(
@@ -251,8 +260,9 @@ class Config(Block):
         return self.diffusion.build()
 
     def resolved(self) -> dict[str, Any]:
-        """Every field with its value, ready for json.dumps."""
-        return self.model_dump(mode="json", exclude={"schema_file"})
+        """Every field that has a say, with its value, for json.dumps; `check_config` makes the same Config of it."""
+        tree = self.model_dump(mode="json", exclude={"schema_file"})
+        return tree if self.denoiser.name is None else without(tree, (f"denoiser.{size}" for size in DENOISER_SIZES))
 
     def fingerprint(self) -> str:
         """sha256 over the fields that must stay the same when a run is resumed."""
@@ -348,25 +358,47 @@ def _override(raw: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
+def _blocks(annotation: Any) -> list[type[Block]]:
+    """The blocks that a field's type may hold: one, the members of a union, or none."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, Block) else []
+    return [block for member in get_args(annotation) for block in _blocks(member)]
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    """Keys allowed beside the last one of a pydantic location (which names the chosen member of a union)."""
+    blocks: list[type[Block]] = [Config]
+    for part in location[:-1]:
+        fields = blocks[0].model_fields
+        if part in fields and len(blocks) == 1:
+            blocks = _blocks(fields[part].annotation)
+        else:
+            blocks = [b for b in blocks if any(part in get_args(f.annotation) for f in b.model_fields.values())]
+        if not blocks:
+            return []
+    return sorted(field.alias or name for name, field in blocks[0].model_fields.items())
+
+
 def _explain(problem: Any) -> str:
+    """One line: the key's path, its value, what is allowed."""
     tags = {"edm", "vp", "flow", "power", "exponential"}  # pydantic names the member of a union in the path
-    location = [str(part) for part in problem["loc"] if part not in tags]
-    path = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        block: Any = Config
-        for key in location[:-1]:
-            annotation = block.model_fields[key].annotation
-            block = annotation if isinstance(annotation, type) and issubclass(annotation, Block) else None
-            if block is None:
-                return f"{path}: unknown key"
-        known = sorted(field.alias or name for name, field in block.model_fields.items())
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(part for part in location if part not in tags)
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known_keys(location)
         near = difflib.get_close_matches(location[-1], known, 1)
         return f"{path}: unknown key; " + (f"did you mean {near[0]}?" if near else f"allowed: {', '.join(known)}")
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "missing":
+    if kind == "missing":
         return f"{path}: is missing"
-    if problem["type"] == "value_error":
-        return f"{path}: {message}" if path else message
+    if kind.startswith("union_tag"):
+        key = f"{path}.{context['discriminator'].strip(chr(39))}"
+        if kind == "union_tag_not_found":
+            return f"{key}: is missing"
+        return f"{key}={json.dumps(context['tag'])}: must be one of {context['expected_tags']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":  # our own: they start with the key, relative to their block
+        return f"{path}.{message}" if path else message
     return f"{path}={json.dumps(problem['input'], default=str)}: {message[0].lower()}{message[1:]}"
 
 

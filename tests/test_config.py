@@ -1,0 +1,410 @@
+"""The configuration: strict, explained in one line, and handed to DeepSpeed completely."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+
+from sadm_fast.config import (
+    CHANGEABLE,
+    Config,
+    ExponentialEMA,
+    PowerEMA,
+    check_config,
+    flatten,
+    json_schema,
+    load_config,
+    without,
+)
+from sadm_fast.diffusion import EDM, VP, Flow
+from sadm_fast.engine import deepspeed_dict
+from sadm_fast.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+EXAMPLES = sorted(path for path in CONFIGS.rglob("*.json") if path.name != "schema.json")
+SCHEMA = CONFIGS / "schema.json"
+
+
+def config(**blocks: Any) -> Config:
+    return check_config({"name": "test"} | blocks)
+
+
+def refusal(raw: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        check_config({"name": "test"} | raw)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_is_valid(path: Path) -> None:
+    loaded = load_config(path)
+    assert loaded.name == path.stem
+    assert loaded.schema_file is not None and (path.parent / loaded.schema_file).resolve() == SCHEMA.resolve()
+
+
+def test_there_are_examples() -> None:
+    assert CONFIGS / "mnist.json" in EXAMPLES
+
+
+def test_the_schema_beside_the_examples_is_fresh() -> None:
+    command = (
+        'python -c "import json; from sadm_fast.config import json_schema;'
+        ' print(json.dumps(json_schema(), indent=2))" > configs/schema.json'
+    )
+    assert SCHEMA.is_file(), f"write it: {command}"
+    assert SCHEMA.read_text() == json.dumps(json_schema(), indent=2) + "\n", f"out of date, write it again: {command}"
+
+
+def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
+    schema = json_schema()
+    assert schema["additionalProperties"] is False and schema["required"] == ["name"]
+    for name, block in schema["$defs"].items():
+        assert block["additionalProperties"] is False, name
+
+
+# The key's path, its value, and what is allowed.
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"trian": {}}, "trian: unknown key; did you mean train?"),
+        ({"train": {"step": 5}}, "train.step: unknown key; did you mean steps?"),
+        (
+            {"data": {"zzz": 5}},
+            "data.zzz: unknown key; allowed: channels, flip, loader, path, prefetch, resolution, threads",
+        ),
+        ({"schema_file": "x"}, "schema_file: unknown key; did you mean $schema?"),
+        (
+            {"diffusion": {"process": "edm", "sigmadata": 1.0}},
+            "diffusion.sigmadata: unknown key; did you mean sigma_data?",
+        ),
+        (
+            {"diffusion": {"process": "vp", "p_mean": 1.0}},
+            "diffusion.p_mean: unknown key; allowed: learn_sigma, process",
+        ),
+        ({"train": {"ema": {"profile": "power", "sdt": 0.1}}}, "train.ema.sdt: unknown key; did you mean std?"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 1, "offload_optimizer": {"devise": "cpu"}}}},
+            "deepspeed.zero_optimization.offload_optimizer.devise: unknown key; did you mean device?",
+        ),
+        ({"deepspeed": {"gradient_clipping": 1.0}}, "deepspeed.gradient_clipping: unknown key; allowed: "),
+        (
+            {"evaluate": {"judge": {"step": 5}}},
+            "evaluate.judge.step: unknown key; did you mean steps?",
+        ),
+        ({"diffusion": {"process": "ddpm"}}, "diffusion.process=\"ddpm\": must be one of 'edm', 'vp', 'flow'"),
+        ({"diffusion": {}}, "diffusion.process: is missing"),
+        ({"train": {"ema": {"std": 0.1}}}, "train.ema.profile: is missing"),
+        ({"train": {"ema": {"profile": "sma"}}}, "train.ema.profile=\"sma\": must be one of 'power', 'exponential'"),
+        ({"train": {"steps": "100"}}, 'train.steps="100": input should be a valid integer'),
+        ({"train": {"steps": 100.0}}, "train.steps=100.0: input should be a valid integer"),
+        ({"train": {"steps": True}}, "train.steps=true: input should be a valid integer"),
+        ({"train": {"steps": 0}}, "train.steps=0: input should be greater than or equal to 1"),
+        ({"train": {"precision": "fp16"}}, "train.precision=\"fp16\": input should be 'fp32' or 'bf16'"),
+        ({"train": {"compile": 1}}, "train.compile=1: input should be a valid boolean"),
+        ({"train": 5}, "train=5: input should be "),
+        ({"data": {"channels": 4}}, "data.channels=4: input should be 1 or 3"),
+        ({"data": {"resolution": 4}}, "data.resolution=4: input should be greater than or equal to 8"),
+        ({"data": {"path": None}}, "data.path=null: input should be a valid string"),
+        ({"game": {"lambda_s": float("nan")}}, "game.lambda_s=NaN: input should be a finite number"),
+        ({"game": {"lambda_s": -0.1}}, "game.lambda_s=-0.1: input should be greater than or equal to 0"),
+        ({"game": {"tau": 0.0}}, "game.tau=0.0: input should be greater than 0"),
+        (
+            {"diffusion": {"process": "flow", "t_std": -1.0}},
+            "diffusion.t_std=-1.0: input should be greater than or equal",
+        ),
+        ({"train": {"ema": {"profile": "power", "std": 0.3}}}, "train.ema.std=0.3: input should be less than 0.28"),
+        ({"denoiser_optimizer": {"betas": [0.9]}}, "denoiser_optimizer.betas"),
+        ({"denoiser_optimizer": {"betas": [0.9, 1.0]}}, "denoiser_optimizer.betas.1=1.0: input should be less than 1"),
+        ({"discriminator_optimizer": {"lr": 0.0}}, "discriminator_optimizer.lr=0.0: input should be greater than 0"),
+        ({"structure_encoder": {"width": 12}}, "structure_encoder.width=12: input should be a multiple of 8"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 4}}},
+            "deepspeed.zero_optimization.stage=4: input should be 0, 1, 2 or 3",
+        ),
+        ({"seed": -1}, "seed=-1: input should be greater than or equal to 0"),
+        ({"seed": 2**64}, "seed=18446744073709551616: input should be less than"),
+        ({"name": "a/b"}, 'name="a/b": string should match pattern'),
+        ({"name": "../up"}, 'name="../up": string should match pattern'),
+        ({"name": ""}, 'name="": string should match pattern'),
+        ({"denoiser": {"label_dropout": 1.0}}, "denoiser.label_dropout=1.0: input should be less than 1"),
+        ({"denoiser": {"name": "DiT-M/2"}}, "denoiser.name='DiT-M/2': must be one of DiT-S/2, DiT-S/4"),
+        (
+            {"denoiser": {"name": "DiT-S/4", "depth": 3, "patch_size": 4}},
+            "denoiser.name='DiT-S/4' fixes patch_size, depth: give one or the other",
+        ),
+        (
+            {"denoiser": {"hidden_size": 100, "num_heads": 3}},
+            "denoiser.hidden_size=100: must be a multiple of 4 and of num_heads=3",
+        ),
+        ({"data": {"resolution": 18}}, "data.resolution=18: must be a multiple of the patch size 4"),
+        (
+            {"data": {"resolution": 36}, "denoiser": {"name": "DiT-S/8"}},
+            "data.resolution=36: must be a multiple of the patch size 8",
+        ),
+        ({"train": {"micro_batch": 1}}, "train.micro_batch=1: the game compares pairs, so it needs at least 2"),
+        (
+            {"implementation": "reference", "train": {"compile": True}},
+            "train.compile=true: the reference implementation is eager; set it to false",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}},
+            "deepspeed.zero_optimization.offload_param: needs stage 3, not 2",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}},
+            "deepspeed.zero_optimization.offload_optimizer: needs stage 1, 2 or 3, not 0",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_path_value_and_what_is_allowed(raw: dict[str, Any], message: str) -> None:
+    assert refusal(raw).startswith(message)
+
+
+def test_of_several_mistakes_the_first_is_told_and_the_others_are_counted() -> None:
+    message = refusal({"train": {"steps": 0, "log_every": 0}, "dta": {}})
+    assert message.startswith("train.steps=0: ") and message.endswith(" (and 2 more)")
+
+
+def test_a_missing_name_is_named() -> None:
+    with pytest.raises(UserError, match=r"^name: is missing$"):
+        check_config({})
+
+
+def test_plain_training_may_have_batches_of_one() -> None:
+    assert config(game={"mode": "plain"}, train={"micro_batch": 1}).train.micro_batch == 1
+
+
+def test_the_builds_of_the_blocks_carry_their_values() -> None:
+    built = config(diffusion={"process": "edm", "sigma_data": 0.7, "p_mean": -1.0, "p_std": 0.9}).process
+    assert built == EDM(sigma_data=0.7, p_mean=-1.0, p_std=0.9)
+    assert config(diffusion={"process": "vp", "learn_sigma": True}).process == VP(learn_sigma=True)
+    assert config(diffusion={"process": "flow", "t_mean": 0.1, "t_std": 2.0}).process == Flow(t_mean=0.1, t_std=2.0)
+    assert isinstance(config().train.ema, PowerEMA)
+    assert config(train={"ema": {"profile": "exponential", "decay": 0.99}}).train.ema == ExponentialEMA(
+        profile="exponential", decay=0.99
+    )
+
+
+def test_a_configuration_does_not_change() -> None:
+    loaded = config()
+    with pytest.raises(ValidationError):
+        loaded.train.steps = 3
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"name": "run", "train": {"steps": 7}, "diffusion": {"process": "flow"}}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("train.steps=100", "train.steps", 100),
+        ("denoiser_optimizer.lr=1e-3", "denoiser_optimizer.lr", 1e-3),
+        ("data.flip=true", "data.flip", True),
+        ("data.path=/some/where", "data.path", "/some/where"),
+        ("data.path=a=b", "data.path", "a=b"),
+        ('name="2024"', "name", "2024"),
+        ("game.gate_log_snr=null", "game.gate_log_snr", None),
+        ("denoiser_optimizer.betas=[0.8, 0.9]", "denoiser_optimizer.betas", [0.8, 0.9]),
+        ('diffusion={"process": "vp"}', "diffusion.process", "vp"),
+        ("deepspeed.zero_optimization.stage=2", "deepspeed.zero_optimization.stage", 2),
+    ],
+)
+def test_set_overrides_a_key(file: Path, override: str, path: str, value: Any) -> None:
+    assert flatten(load_config(file, [override]).resolved())[path] == value
+
+
+def test_overrides_come_in_order_and_leave_the_rest(file: Path) -> None:
+    loaded = load_config(file, ["train.steps=100", "train.steps=200", "seed=3"])
+    assert (loaded.train.steps, loaded.seed, loaded.name) == (200, 3, "run")
+    assert load_config(file).train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "--set train.steps: must be key.path=value"),
+        ("=5", "--set =5: must be key.path=value"),
+        ("name.x=5", "--set name.x=5: name is not a block of the configuration"),
+        ("train.steps=many", 'train.steps="many": input should be a valid integer'),
+        ("train.stesp=5", "train.stesp: unknown key; did you mean steps?"),
+    ],
+)
+def test_a_bad_override_is_named(file: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(file, [override])
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not valid JSON"), ("[1]", "one JSON object"), ("\ud800", "not valid")]
+)
+def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.json", tmp_path):
+        with pytest.raises(UserError, match=f"^--config {path}: "):
+            load_config(path)
+
+
+def test_the_resolved_configuration_is_complete(file: Path) -> None:
+    resolved = load_config(file).resolved()
+    assert resolved["train"]["steps"] == 7 and resolved["sampling"]["steps"] == 18
+    assert set(Config.model_fields) - {"schema_file"} == set(resolved)
+
+
+STAGE3 = {"zero_optimization": {"stage": 3}}  # which any other field of the block goes with
+BASES: list[dict[str, Any]] = [
+    {"deepspeed": STAGE3},
+    {"deepspeed": STAGE3, "diffusion": {"process": "vp"}, "train": {"ema": {"profile": "exponential"}}},
+    {"deepspeed": STAGE3, "diffusion": {"process": "flow"}, "denoiser": {"name": "DiT-S/4"}},
+]
+
+
+@pytest.mark.parametrize("blocks", [{}, *BASES], ids=["plain", "stage3", "vp", "named"])
+def test_a_run_folders_configuration_can_be_read_back(blocks: dict[str, Any]) -> None:
+    loaded = config(**blocks)
+    again = check_config(json.loads(json.dumps(loaded.resolved())))
+    assert again == loaded and again.fingerprint() == loaded.fingerprint()
+
+
+def other_values(value: Any) -> list[Any]:
+    """Other values, of which any field accepts one."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [n for n in (value + 8, 2 * value + 8, value - 1, 3) if n != value]
+    if isinstance(value, float):
+        return [value + 0.125, value * 0.5]
+    if isinstance(value, list):
+        return [[v / 2 for v in value]]
+    words = ["bf16", "reference", "torch", "apex_fused_adam", "resnet18", "small", "frozen", "structure", "global"]
+    words += ["cosine", "absolute", "none", "text"]
+    return words if isinstance(value, str) else [5, 0.5, "text", True, {"device": "cpu"}]
+
+
+def changed(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    *parents, last = path.split(".")
+    result = json.loads(json.dumps(tree))
+    node = result
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    return result
+
+
+def changes(base: dict[str, Any]) -> list[tuple[str, Config]]:
+    """For every field a configuration in which it alone has another value."""
+    found = []
+    for path, value in flatten(base).items():
+        for other in other_values(value):
+            try:
+                found.append((path, check_config(changed(base, path, other))))
+                break
+            except UserError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("blocks", BASES, ids=["stage3", "vp", "named"])
+def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(blocks: dict[str, Any]) -> None:
+    base = config(**blocks)
+    resolved = base.resolved()
+    seen = set()
+    for path, other in changes(resolved):
+        seen.add(path)
+        changeable = any(path == free or path.startswith(free + ".") for free in CHANGEABLE)
+        assert (other.fingerprint() == base.fingerprint()) == changeable, path
+    # Another tag or name would need other keys beside it; those are told apart by the next test.
+    assert set(flatten(resolved)) - seen <= {"diffusion.process", "train.ema.profile", "denoiser.name"}
+
+
+def test_processes_profiles_and_names_have_their_own_fingerprints() -> None:
+    different = [*BASES, {}, {"denoiser": {"name": "DiT-S/2"}}, {"train": {"ema": {"profile": "exponential"}}}]
+    assert len({config(**blocks).fingerprint() for blocks in different}) == len(different)
+
+
+def test_every_changeable_field_exists() -> None:
+    resolved = config().resolved()
+    for path in CHANGEABLE:
+        assert without(resolved, [path]) != resolved
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_deepspeed_accepts_both_players_dictionaries(stage: int, precision: str) -> None:
+    loaded = config(
+        train={"precision": precision, "micro_batch": 6, "grad_accumulation": 2},
+        denoiser_optimizer={"gradient_clipping": 0.5},
+        deepspeed={"zero_optimization": {"stage": stage, "reduce_bucket_size": 1234}},
+    )
+    for optimizer in (loaded.denoiser_optimizer, loaded.discriminator_optimizer):
+        given = deepspeed_dict(loaded, optimizer, world_size=1)
+        # Left out, DeepSpeed would clip at 1.0; in fp32 at stage 0 our optimizer clips instead.
+        assert "gradient_clipping" in given
+        own = precision == "fp32" and stage == 0
+        accepted = DeepSpeedConfig(json.loads(json.dumps(given)))
+        assert accepted.gradient_clipping == (0.0 if own else optimizer.gradient_clipping)
+        assert accepted.zero_config.stage == accepted.zero_optimization_stage == stage
+        assert accepted.zero_config.reduce_bucket_size == 1234
+        assert accepted.bfloat16_config.enabled == (precision == "bf16")
+        assert not accepted.float16_config.enabled
+        assert (accepted.train_micro_batch_size_per_gpu, accepted.gradient_accumulation_steps) == (6, 2)
+        assert accepted.train_batch_size == 12
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_the_global_batch_counts_ranks_and_accumulation(world_size: int) -> None:
+    loaded = config(train={"micro_batch": 6, "grad_accumulation": 3})
+    given = deepspeed_dict(loaded, loaded.denoiser_optimizer, world_size)
+    assert given["train_batch_size"] == 18 * world_size
+
+
+def test_every_key_of_the_zero_block_is_deepspeeds_own() -> None:
+    """DeepSpeed ignores unknown keys at the top of its dictionary, but not inside this block."""
+    offload = {"device": "cpu", "pin_memory": True, "nvme_path": None}
+    zero = {"stage": 3, "overlap_comm": True, "offload_optimizer": offload, "offload_param": offload}
+    loaded = config(deepspeed={"zero_optimization": zero})
+    given = deepspeed_dict(loaded, loaded.denoiser_optimizer, world_size=1)["zero_optimization"]
+    accepted = DeepSpeedZeroConfig(**given)
+    for key, value in given.items():
+        if not isinstance(value, dict):
+            # 0.19 reads some stage 3 keys under their older names only.
+            known = {key, key.removeprefix("stage3_")} & set(type(accepted).model_fields)
+            assert getattr(accepted, known.pop()) == value
+    assert accepted.offload_optimizer.device == accepted.offload_param.device == "cpu"
+    with pytest.raises(ValidationError):
+        DeepSpeedZeroConfig(**given | {"made_up": 1})
+
+
+def test_every_top_level_key_is_one_that_deepspeed_reads() -> None:
+    """It ignores those it does not know, so a misspelt one would be a setting without effect."""
+    loaded = config()
+    runtime = Path(deepspeed.runtime.config.__file__).parent
+    source = "".join(path.read_text() for path in runtime.glob("**/c*.py"))  # config.py, constants.py
+    for key in deepspeed_dict(loaded, loaded.denoiser_optimizer, world_size=1):
+        assert re.search(rf"""["']{key}["']""", source), key
+
+
+def test_dotted_paths_can_be_taken_out_and_flattened() -> None:
+    tree: dict[str, Any] = {"a": {"b": 1, "c": {"d": 2}}, "e": [3]}
+    assert flatten(tree) == {"a.b": 1, "a.c.d": 2, "e": [3]}
+    assert without(tree, ["a.b", "e"]) == {"a": {"c": {"d": 2}}}
+    assert tree["a"]["b"] == 1
