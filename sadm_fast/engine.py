@@ -23,6 +23,7 @@ from sadm_fast.engine_files import use_safe_files
 from sadm_fast.errors import UserError
 from sadm_fast.game import Batch, Prediction, Rules, discriminator_loss, predict, structure_distance
 from sadm_fast.guarded_adamw import GuardedAdamW
+from sadm_fast.masters import undo_trial_step
 
 
 def is_guarded(config: Config) -> bool:
@@ -147,6 +148,7 @@ class Players:
             dist_init_required=False,
         )
         use_safe_files(engine)
+        undo_trial_step(engine)
         if self.config.train.compile:
             engine.compile()
         return engine
@@ -199,9 +201,12 @@ class Players:
             for turn in range(self.config.game.discriminator_steps):
                 discriminated = self._discriminator_step(batches, shared, agree_finite if turn == 0 else None)
 
+        asked = shared is not None or discriminated is not None
         losses, distances = [], []
         for batch in batches:
             prediction = shared if shared is not None else predict(self.process, self.denoiser, batch)
+            if not asked:
+                agree_finite(prediction.loss)
             loss = prediction.loss.mean()
             if playing:
                 with frozen(self.psi):
@@ -209,8 +214,6 @@ class Players:
                     self._backward(self.denoiser, loss + lambda_s * distance)
                 distances.append(distance.detach())
             else:
-                if shared is None:
-                    agree_finite(prediction.loss)
                 self._backward(self.denoiser, loss)
             losses.append(prediction.loss.detach())
         return Outcome(

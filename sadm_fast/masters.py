@@ -56,6 +56,21 @@ def _unsharded_masters(optimizer: Any) -> dict[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def undo_trial_step(engine: Any) -> None:
+    """Forget the step of zero gradients by which DeepSpeed's bf16 wrappers without ZeRO allocate their state.
+
+    It would decay every weight once, and put AdamW's bias correction one step ahead of the moments it corrects.
+    """
+    masters = _unsharded_masters(engine.optimizer)
+    for low, high in masters.items():
+        high.copy_(low)
+    if masters:
+        engine.optimizer.optimizer.state.clear()
+        for group in engine.optimizer.optimizer.param_groups:
+            group.pop("step", None)  # where apex counts
+
+
+@torch.no_grad()
 def gather(fragments: Sequence[Fragment], like: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Full float32 parameters of shapes `like`, on every rank, from the fragments of all ranks.
 
