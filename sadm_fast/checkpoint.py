@@ -125,7 +125,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if _sha256(path) != digest:
                 return f"{name} does not match its hash"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
 
@@ -158,8 +158,19 @@ def find(checkpoints: Path, identity: Mapping[str, Any], say: Callable[[str], No
 
 
 def load(folder: Path, engines: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Put a checkpoint's state into the engines; returns the full EMA and this rank's counters. Collective."""
-    for name, engine in engines.items():
-        load_engine(engine, folder / name)
-    state = torch.load(folder / f"rank-{_rank()}.pt", weights_only=True)
-    return load_file(folder / "ema.safetensors"), state
+    """Put a checkpoint's state into the engines; returns the full EMA and this rank's counters. Collective.
+
+    Raises:
+        UserError: a file holds something else than this code writes, or tries to run code.
+    """
+    try:
+        for name, engine in engines.items():
+            load_engine(engine, folder / name)
+        state = torch.load(folder / f"rank-{_rank()}.pt", weights_only=True)
+        return load_file(folder / "ema.safetensors"), state
+    except Exception as error:  # what DeepSpeed raises on a foreign file depends on where it notices
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"checkpoint {folder}: cannot be loaded ({type(error).__name__}: {reason});"
+            " use the code it was written with, or another --run-dir"
+        ) from error

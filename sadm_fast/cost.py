@@ -149,7 +149,7 @@ def describe(config: Config, num_classes: int, world_size: int) -> str:
     stage = config.deepspeed.zero_optimization.stage
     lines += [
         "",
-        f"Memory of one rank, planned (ZeRO stage {stage}, {config.train.precision}; buffers of libraries not counted):",
+        f"Memory of one rank, planned (ZeRO stage {stage}, {config.train.precision}; library buffers not counted):",
     ]
     lines += [f"  {what:<46} {size / 2**20:>12,.1f} MiB" for what, size in plan.items()]
     lines.append(f"  {'all':<46} {sum(plan.values()) / 2**20:>12,.1f} MiB")

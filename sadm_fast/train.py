@@ -63,14 +63,6 @@ def _train(arguments: argparse.Namespace) -> int:
     from sadm_fast.run_folder import RunFolder
 
     config = load_config(arguments.config, arguments.overrides)
-    folder = RunFolder(Path(arguments.run_dir or Path("runs") / config.name))
-
-    # Everything a person may have got wrong is found before the slow imports.
-    folder.check(config)
-
-    from sadm_fast.console import Console
-    from sadm_fast.launch import barrier, distributed, first_on_rank_zero
-
     if arguments.dry_run:
         from sadm_fast.cost import describe
         from sadm_fast.data import open_folder
@@ -80,6 +72,13 @@ def _train(arguments: argparse.Namespace) -> int:
             images = open_folder(config.data.path, config.data.resolution)
             print(describe(config, resolve_classes(config, images), int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
+
+    # What a person may have got wrong is found before the slow imports.
+    folder = RunFolder(Path(arguments.run_dir or Path("runs") / config.name))
+    folder.check(config)
+
+    from sadm_fast.console import Console
+    from sadm_fast.launch import barrier, distributed, first_on_rank_zero
 
     with distributed() as place:
         from sadm_fast.data import open_folder

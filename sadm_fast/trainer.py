@@ -1,4 +1,4 @@
-"""The loop: counters, averages, logs, pictures, checkpoints, signals. What a step computes is in game.py and engine.py."""
+"""The loop: counters, averages, logs, pictures, checkpoints, signals. A step itself is in game.py and engine.py."""
 
 import math
 import signal
@@ -98,6 +98,8 @@ class Trainer:
         self.num_classes = resolve_classes(config, images)
         self.samples_per_step = config.train.micro_batch * config.train.grad_accumulation * self.world_size
 
+        # A checkpoint that does not belong here is found before any training.
+        self._found = checkpoint.find(folder.checkpoints, self.identity, console.say)
         self.psi_facts: dict[str, Any] = {}
         psi: nn.Module | None = None
         if config.game.mode != "plain":
@@ -122,6 +124,7 @@ class Trainer:
         self.ema = EMA(lambda: list(local_masters(self.players.denoiser)), config.train.ema)
         self.step = 0
         self.skipped_steps = 0
+        self._saved_step = 0  # nothing is worth saving before the first step
         self._skipped_in_a_row = 0
         self._seconds_before = 0.0
         self._started = time.perf_counter()
@@ -138,12 +141,12 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, if there is one. Collective."""
-        found = checkpoint.find(self.folder.checkpoints, self.identity, self.console.say)
-        if found is not None:
-            averages, state = checkpoint.load(found, self.players.engines)
+        if self._found is not None:
+            averages, state = checkpoint.load(self._found, self.players.engines)
             self.ema.load(averages, state["ema_updates"])
             self.step, self.skipped_steps = state["step"], state["skipped_steps"]
             self._seconds_before = state["seconds"]
+            self._saved_step = self.step
             self.console.say(f"Continuing {self.folder.path} at step {self.step}")
         if self.rank == 0:
             self.folder.rewind(self.step)
@@ -319,6 +322,8 @@ class Trainer:
             log.image(tag, picture, self.step)
 
     def _save(self) -> None:
+        if self.step == self._saved_step:
+            return
         state = {
             "step": self.step,
             "skipped_steps": self.skipped_steps,
@@ -334,6 +339,7 @@ class Trainer:
             self.identity,
             self.config.train.keep_last,
         )
+        self._saved_step = self.step
 
 
 def _note(line: dict[str, Any]) -> str:
