@@ -22,6 +22,7 @@ setup(
     install_requires=[
         "torch>=2.13",
         "deepspeed>=0.19.8",  # earlier ones scale the loss of chained engines wrongly
+        "matplotlib",
         "numpy",
         "pillow",
         "pydantic>=2.10",

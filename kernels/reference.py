@@ -8,6 +8,7 @@ Other backends are tested against this file.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,14 +33,14 @@ class _Gather(torch.autograd.Function):
     """All ranks' rows below each other; the gradient of a row is the sum of what all ranks ask of it."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, rows.contiguous(), group=group)
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         _refuse_second_derivative()
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may hand the same tensor to others
         dist.all_reduce(grad, group=ctx.group)
@@ -50,14 +51,14 @@ class _SumRanks(torch.autograd.Function):
     """Sum over ranks. `shared`: every rank goes on to its own loss with it, so gradients are summed as well."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, group: dist.ProcessGroup, shared: bool) -> Tensor:
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup, shared: bool) -> Tensor:
         ctx.group, ctx.shared = group, shared
         value = value.clone()
         dist.all_reduce(value, group=group)
         return value
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         _refuse_second_derivative()
         if ctx.shared:
             grad = grad.clone()

@@ -160,7 +160,6 @@ class TrainConfig(Block):
     micro_batch: int = Field(128, ge=1, description="samples of one forward on one rank")
     grad_accumulation: int = Field(1, ge=1, description="micro-batches a step")
     precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = Field(False, description="torch.compile both players")
     ema: Annotated[PowerEMA | ExponentialEMA, Field(discriminator="profile")] = Field(
         default_factory=lambda: PowerEMA(profile="power")
     )
@@ -246,8 +245,6 @@ class Config(Block):
             raise ValueError(
                 "train.micro_batch=1: the game compares pairs, so it needs at least 2 (or game.mode=plain)"
             )
-        if self.implementation == "reference" and self.train.compile:
-            raise ValueError("train.compile=true: the reference implementation is eager; set it to false")
         zero = self.deepspeed.zero_optimization
         if zero.offload_param is not None and zero.stage != 3:
             raise ValueError(f"deepspeed.zero_optimization.offload_param: needs stage 3, not {zero.stage}")
@@ -274,7 +271,6 @@ class Config(Block):
 CHANGEABLE = (
     "name",
     "train.steps",
-    "train.compile",
     "train.log_every",
     "train.sample_every",
     "train.checkpoint_every",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sadm_fast.config import Config
-from sadm_fast.engine import frozen
+from sadm_fast.game import frozen
 from sadm_fast.models import DiT
 from sadm_fast.preparation import build_denoiser, build_psi
 from sadm_kernels import structure_loss

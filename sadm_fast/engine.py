@@ -8,8 +8,7 @@ The rules (each was measured; breaking one gives silently wrong gradients at som
 - `gradient_clipping` is always given: DeepSpeed's default clips at 1.0.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from sadm_fast.config import Config, OptimizerConfig
 from sadm_fast.engine_files import use_safe_files
 from sadm_fast.errors import UserError
-from sadm_fast.game import Batch, Prediction, Rules, discriminator_loss, predict, structure_distance
+from sadm_fast.game import Batch, Prediction, Rules, discriminator_loss, frozen, predict, structure_distance
 from sadm_fast.guarded_adamw import GuardedAdamW
 from sadm_fast.masters import undo_trial_step
 
@@ -48,42 +47,40 @@ def deepspeed_dict(config: Config, optimizer: OptimizerConfig, world_size: int) 
     }
 
 
+def check_optimizers(config: Config) -> None:
+    """UserError if an optimizer is asked for that is not to be had here."""
+    for player in ("denoiser_optimizer", "discriminator_optimizer"):
+        if getattr(config, player).type == "apex_fused_adam":
+            _fused_adam(f"{player}.type=apex_fused_adam")
+
+
+def _fused_adam(asked: str) -> Any:
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        raise UserError(
+            f"{asked}: NVIDIA's apex is not installed (build it from NVIDIA's repository; the PyPI package of that name"
+            " is something else); use adamw"
+        ) from None
+    if not torch.cuda.is_available():
+        raise UserError(f"{asked}: needs a CUDA GPU; use adamw")
+    return FusedAdam
+
+
 def build_optimizer(config: OptimizerConfig, module: nn.Module, guarded: bool) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, by torch or by apex; `guarded` as `is_guarded` says."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    arguments = {
+    arguments: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
     if config.type == "apex_fused_adam":
-        try:
-            from apex.optimizers import FusedAdam
-        except ImportError:
-            raise UserError(
-                "optimizer type=apex_fused_adam: NVIDIA's apex is not installed (build it from NVIDIA's repository;"
-                " the PyPI package of that name is something else), or use type=adamw"
-            ) from None
-        if not torch.cuda.is_available():
-            raise UserError("optimizer type=apex_fused_adam: needs a CUDA GPU; use type=adamw")
-        return FusedAdam(parameters, adam_w_mode=True, **arguments)
+        return _fused_adam("type=apex_fused_adam")(parameters, adam_w_mode=True, **arguments)
     if guarded:
         return GuardedAdamW(parameters, max_norm=config.gradient_clipping, **arguments)
     return torch.optim.AdamW(parameters, **arguments)
-
-
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """The module with no parameter asking for a gradient; what it asked before comes back at the end."""
-    asking = [p for p in module.parameters() if p.requires_grad]
-    for p in asking:
-        p.requires_grad_(False)
-    try:
-        yield module
-    finally:
-        for p in asking:
-            p.requires_grad_(True)
 
 
 @dataclass
@@ -149,8 +146,6 @@ class Players:
         )
         use_safe_files(engine)
         undo_trial_step(engine)
-        if self.config.train.compile:
-            engine.compile()
         return engine
 
     @property

@@ -10,7 +10,8 @@ detached, through both f and g. There is no real/fake logit: the discriminator o
 penalty, normalisation, gate and ramp are this project's choices; each is a field of the configuration.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -126,3 +127,16 @@ def structure_distance(rules: Rules, process: Process, psi: nn.Module, batch: Ba
     with torch.no_grad():
         f = psi(batch.x0)
     return rules.distance(f, psi(xhat0), process.log_snr(batch.t), batch.labels)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """The module with no parameter asking for a gradient; what it asked before comes back at the end."""
+    asking = [p for p in module.parameters() if p.requires_grad]
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield module
+    finally:
+        for p in asking:
+            p.requires_grad_(True)

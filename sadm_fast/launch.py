@@ -3,7 +3,7 @@
 import datetime
 import logging
 import os
-import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
@@ -45,20 +45,40 @@ def distributed() -> Iterator[Place]:
     else:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    _start_deepspeed(backend)
+    with _silence():
+        _start_deepspeed(backend)
     try:
         yield Place(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Let nothing on stdout and stderr, not from children either: DeepSpeed tries compilers out when it is imported."""
+    kept = {number: os.dup(number) for number in (1, 2)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nowhere)
+
+
 def _start_deepspeed(backend: str) -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if shutil.which(os.environ.get("CXX", "c++")) is None or shutil.which("ninja") is None:
-        # Its shared-memory collectives are compiled at the first start; without a compiler gloo does the work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Shared-memory collectives for CPUs: compiled at the first start, for tens of seconds and not without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, verbose=False)
 
 

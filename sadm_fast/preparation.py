@@ -66,6 +66,12 @@ def resolve_classes(config: Config, images: ImageFolder) -> int:
     return there if asked is None else asked
 
 
+def check_psi(config: Config) -> None:
+    """UserError if the weights that Psi is to start from cannot be read or do not fit."""
+    if config.game.mode != "plain" and config.structure_encoder.weights is not None:
+        _load_psi(build_psi(config), Path(config.structure_encoder.weights))
+
+
 def prepare_psi(
     config: Config, images: ImageFolder, pretrained: Path, device: torch.device, console: Console
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -106,7 +112,7 @@ def _trained(
     path: Path,
     device: torch.device,
     console: Console,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def train(module: Any) -> dict[str, Any]:

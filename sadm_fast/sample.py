@@ -1,8 +1,8 @@
 """Draw samples from a trained run.
 
-    python sadm_fast/sample.py runs/mnist                                   a grid, all classes
-    python sadm_fast/sample.py runs/mnist --classes 3 7 --count 64 --guidance-scale 3 --out threes_and_sevens.png
-    python sadm_fast/sample.py runs/mnist --count 1000 --folder samples/    one PNG a sample, in class folders
+python sadm_fast/sample.py runs/mnist                                   a grid, all classes
+python sadm_fast/sample.py runs/mnist --classes 3 7 --count 64 --guidance-scale 3 --out threes_and_sevens.png
+python sadm_fast/sample.py runs/mnist --count 1000 --folder samples/    one PNG a sample, in class folders
 """
 
 import argparse

@@ -82,12 +82,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
     with distributed() as place:
         from sadm_fast.data import open_folder
-        from sadm_fast.preparation import resolve_classes
+        from sadm_fast.engine import check_optimizers
+        from sadm_fast.preparation import check_psi, resolve_classes
         from sadm_fast.trainer import Trainer
 
         console = Console(place.rank)
         images = first_on_rank_zero(lambda: open_folder(config.data.path, config.data.resolution))
         resolve_classes(config, images)
+        check_psi(config)
+        check_optimizers(config)
         barrier()  # nobody claims the folder while another rank still checks it
         if place.rank == 0:
             folder.claim(config)

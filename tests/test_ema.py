@@ -12,7 +12,10 @@ from sadm_fast.ema import EMA, decay_schedule, power_gamma
 from sadm_fast.masters import Fragment
 
 EPS = torch.finfo(torch.float32).eps
-PROFILES = [PowerEMA(profile="power", std=0.1), ExponentialEMA(profile="exponential", decay=0.999)]
+PROFILES: list[PowerEMA | ExponentialEMA] = [
+    PowerEMA(profile="power", std=0.1),
+    ExponentialEMA(profile="exponential", decay=0.999),
+]
 every_profile = pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.profile)
 
 

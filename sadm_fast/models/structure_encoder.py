@@ -81,6 +81,8 @@ class ResNet18(nn.Module):
     """
 
     feature_dim = 512
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, in_channels: int = 3, stem: str = "imagenet", norm: str = "group") -> None:
         super().__init__()

@@ -24,7 +24,7 @@ MAP_SIDE = 2.75  # inches of a relation matrix; three of them and two scales spa
 MOST_NAMED, MOST_BOUNDED = 16, 32  # classes with their names on the axes, with lines between them
 LARGEST_MATRIX = 128  # samples drawn; larger matrices are thinned so that the page stays small
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # matplotlib's own type lists every key it knows
     "svg.fonttype": "none",  # text stays text, in the page's own font
     "svg.hashsalt": "sadm_fast",
     "text.parse_math": False,  # class names may hold dollar signs
@@ -154,6 +154,7 @@ def relation_maps(key: str, item: Relations, class_names: Sequence[str], scales:
             axes.set_yticks([])
             beside = ((left + side + 0.1) / width, margin / height, 0.11 / width, side / height)
             bar = figure.colorbar(image, cax=figure.add_axes(beside))
+            assert bar.solids is not None
             bar.solids.set_rasterized(True)
             bar.outline.set_visible(False)
             bar.locator = MaxNLocator(5)
@@ -220,7 +221,7 @@ def _log_axis(axes: Axes) -> None:
     low, high = axes.get_ylim()
     decades = np.log10(high / low)
     if decades < 1.2:
-        marks = (1.0, 2.0, 3.0, 5.0, 7.0)
+        marks: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.0)
     elif decades < 2.5:
         marks = (1.0, 2.0, 5.0)
     else:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sadm_kernels import structure_loss
+from sadm_kernels.reference import _Gather
 
 WORLD = 3
 SHARE = 3  # rows of a rank
@@ -29,7 +30,7 @@ CASES = list(
         (False, True),
     )
 )
-SHAPES = {"tau": 0.8, "delta": 0.2}
+SHAPES: dict[str, Any] = {"tau": 0.8, "delta": 0.2}
 
 
 def whole_batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,10 +42,11 @@ def whole_batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tenso
     return real, fake, weight, torch.arange(size) % 2
 
 
-def play(group: Any, ranks: tuple[int, ...]) -> dict[tuple[Any, ...], tuple[Tensor, ...]]:
+def play(group: Any, ranks: tuple[int, ...]) -> dict[Any, tuple[Tensor, ...]]:
+    """Every case on this rank's share: loss, gradients, and the gradients of a second backward."""
     own = slice(dist.get_rank(group) * SHARE, (dist.get_rank(group) + 1) * SHARE)
     real, fake, weight, labels = (x[own] for x in whole_batch(SHARE * len(ranks)))
-    results = {}
+    results: dict[Any, tuple[Tensor, ...]] = {}
     for case in CASES:
         relation, penalty, normalize, weighted, labelled = case
         f, g = real.clone().requires_grad_(True), fake.clone().requires_grad_(True)
@@ -69,6 +71,14 @@ def play(group: Any, ranks: tuple[int, ...]) -> dict[tuple[Any, ...], tuple[Tens
     return results
 
 
+def gather_backward(group: Any, rank: int) -> tuple[Tensor, Tensor]:
+    """The gradient through a gather of one row a rank, and afterwards the gradient that was handed in."""
+    row = torch.zeros(1, 2, requires_grad=True)
+    asked = torch.full((WORLD, 2), 10.0**rank)
+    (grad,) = torch.autograd.grad(_Gather.apply(row, group), row, grad_outputs=asked)
+    return grad, asked
+
+
 def attempt(call: Callable[[], object]) -> str:
     """The error of a call, which must come on every rank; "" without one."""
     try:
@@ -79,6 +89,7 @@ def attempt(call: Callable[[], object]) -> str:
 
 
 def mistakes(group: Any, rank: int) -> dict[str, str]:
+    """What this rank is told when the ranks disagree."""
     real, fake, _, labels = (x[:SHARE] for x in whole_batch(SHARE * WORLD))
     rows = SHARE - (rank == 1)
     f = real.clone().requires_grad_(True)
@@ -107,10 +118,11 @@ def main() -> None:
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=WORLD,
-        timeout=timedelta(seconds=60),  # a hang is a failure, not a wait
+        timeout=timedelta(seconds=120),  # a hang is a failure, not a wait
     )
     groups = {name: dist.new_group(list(ranks)) for name, ranks in GROUPS.items()}
     results: dict[str, Any] = {name: play(groups[name], ranks) for name, ranks in GROUPS.items() if rank in ranks}
+    results["gather"] = gather_backward(groups["three"], rank)
     results["mistakes"] = mistakes(groups["three"], rank)
     torch.save(results, folder / f"rank-{rank}.pt")
     dist.barrier()

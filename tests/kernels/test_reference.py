@@ -142,9 +142,9 @@ def test_by_hand(real: Any, fake: Any, options: dict[str, Any], expected: float 
             expected = ((g(1) - g(9)) ** 2 + (g(4) - g(16)) ** 2 + (g(1) - g(25)) ** 2) / 3
         else:
             expected = ((1 - g(2)) ** 2 + (g(2) - g(4)) ** 2) / 6
-    tensors = {name: torch.tensor(options[name]) for name in ("weight", "labels") if name in options}
+    options = options | {name: torch.tensor(options[name]) for name in ("weight", "labels") if name in options}
     for dtype in (torch.float64, torch.float32):
-        found = structure_loss(torch.tensor(real, dtype=dtype), torch.tensor(fake, dtype=dtype), **(options | tensors))
+        found = structure_loss(torch.tensor(real, dtype=dtype), torch.tensor(fake, dtype=dtype), **options)
         # The values are of order 1 to 10, with some ten roundings.
         assert float(found) == pytest.approx(expected, rel=32 * torch.finfo(dtype).eps, abs=32 * torch.finfo(dtype).eps)
 
@@ -215,7 +215,8 @@ def features(size: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float6
 def gradients(real: Tensor, fake: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     real, fake = real.detach().clone().requires_grad_(True), fake.detach().clone().requires_grad_(True)
     loss = structure_loss(real, fake, **options)
-    return loss.detach(), *torch.autograd.grad(loss, (real, fake))
+    grad_real, grad_fake = torch.autograd.grad(loss, (real, fake))
+    return loss.detach(), grad_real, grad_fake
 
 
 @every_combination
@@ -413,7 +414,7 @@ def test_memory_layout_does_not_matter(relation, penalty, normalize) -> None:
 
 def test_an_expanded_input_gets_the_sum_of_its_rows_gradients() -> None:
     real, fake = features(4, 3)
-    options = {"relation": "gaussian", "normalize": "none"}
+    options: dict[str, Any] = {"relation": "gaussian", "normalize": "none"}
     row = fake[:1].clone().requires_grad_(True)
     # One row for all: every generated relation is exp(0) = 1, and moving all rows together changes nothing.
     loss = structure_loss(real, row.expand(4, 3), **options)
@@ -459,7 +460,7 @@ def test_labels_of_any_integer_type(labels: torch.dtype) -> None:
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_the_loss_is_the_mean_difference_of_the_relation_matrices(relation: str, normalize: str) -> None:
     real, fake = features(6, 4)
-    options = {"relation": relation, "normalize": normalize}
+    options: dict[str, Any] = {"relation": relation, "normalize": normalize}
     matrices = [relation_matrix(x, **options) for x in (real, fake)]
     for matrix in matrices:
         assert matrix.shape == (6, 6)

@@ -31,6 +31,7 @@ PUBLISHED = {
     "DiT-XL/4": (675_074_432, 675_000_704, 292),
     "DiT-XL/8": (675_683_072, 675_664_640, 292),
 }
+HEADS = 2  # of the tiny model
 DEPTH_WIDTH = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
 
 
@@ -41,7 +42,7 @@ def tiny(**sizes: int) -> DiT:
         "in_channels": 3,
         "hidden_size": 24,
         "depth": 2,
-        "num_heads": 2,
+        "num_heads": HEADS,
         "num_classes": 5,
     }
     return DiT(**(arguments | sizes))
@@ -53,7 +54,7 @@ def perturb(model: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def inputs(model: DiT, size: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +248,8 @@ def test_within_a_token_the_channel_runs_fastest(patch: int, channels: int) -> N
 def by_hand(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """The forward pass of the paper (adaLN-Zero), spelled out on the state_dict."""
     w = model.state_dict()
-    heads, width = model.blocks[0].attn.num_heads, model.pos_embed.shape[-1]
+    width = model.pos_embed.shape[-1]
+    heads = HEADS
 
     def linear(name: str, value: Tensor) -> Tensor:
         return value @ w[f"{name}.weight"].T + w[f"{name}.bias"]

@@ -45,7 +45,7 @@ def randomized(encoder: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
-            tensors = [module.weight, module.bias]
+            tensors: list[Tensor | None] = [module.weight, module.bias]
             if isinstance(module, nn.BatchNorm2d):
                 tensors += [module.running_mean, module.running_var]
             with torch.no_grad():

@@ -1,0 +1,127 @@
+"""One rank of test_checkpoint.py: trains, saves and trains on; in a second process, loads and trains on."""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sadm_fast import checkpoint
+from sadm_fast.config import PowerEMA
+from sadm_fast.ema import EMA
+from sadm_fast.launch import Place, distributed
+from sadm_fast.masters import gather, local_masters
+from tests.engine_cases import STAGES, Case
+from tests.engine_worker import Game
+
+BEFORE, AFTER = 2, 2
+
+CASES = [
+    case
+    for stage in STAGES
+    for case in (
+        Case(f"zero{stage}-fp32", "sadm", stage, 2, clipping=0.05),
+        Case(f"zero{stage}-bf16", "sadm", stage, precision="bf16"),
+    )
+]
+
+
+class Run:
+    """Players and their average."""
+
+    def __init__(self, case: Case, place: Place, seeds: tuple[int, int]) -> None:
+        self.game = Game(case, place, seeds)
+        self.ema = EMA(lambda: list(local_masters(self.game.players.denoiser)), PowerEMA(profile="power", std=0.1))
+
+    def train(self, first: int, count: int) -> None:
+        for step in range(first, first + count):
+            self.game.play(step)
+            self.ema.update()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {**self.game.weights(), "ema": gather(self.ema.average, self.game.shapes["denoiser"])}
+
+
+def trained(case: Case, folder: Path, place: Place) -> dict[str, Any]:
+    """Train, save, train on."""
+    run = Run(case, place, (1, 2))
+    run.train(0, BEFORE)
+    at_save = run.state()
+    state = {"ema_updates": run.ema.updates, "rank": place.rank}
+    checkpoint.save(folder / case.name, BEFORE, run.game.players.engines, at_save["ema"], state, {}, keep_last=1)
+    run.train(BEFORE, AFTER)
+    return {"at_save": at_save, "at_end": run.state()}
+
+
+def resumed(case: Case, folder: Path, place: Place) -> dict[str, Any]:
+    """Load into players that start elsewhere, and train on."""
+    run = Run(case, place, (3, 4))
+    found = checkpoint.find(folder / case.name, {}, print)
+    assert found is not None
+    averages, state = checkpoint.load(found, run.game.players.engines)
+    run.ema.load(averages, state["ema_updates"])
+    loaded = run.state()
+    run.train(BEFORE, AFTER)
+    return {"loaded": loaded, "at_end": run.state(), "rank": state["rank"]}
+
+
+class Trap:
+    """Unpickled, it makes a file: what a checkpoint from a stranger could do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+def trapped(case: Case, folder: Path, place: Place) -> dict[str, str]:
+    """Each file of a checkpoint in turn replaced by a pickle that runs code, its hash made to fit."""
+    run = Run(case, place, (3, 4))
+    found = checkpoint.find(folder / case.name, {}, print)
+    assert found is not None
+    manifest = json.loads((found / checkpoint.MANIFEST).read_text())
+    outcomes = {}
+    for name in manifest["files"]:
+        path, sprung = found / name, folder / "sprung"
+        good = path.read_bytes()
+        torch.save({"module": Trap(sprung)}, path)
+        forged = {**manifest["files"], name: hashlib.sha256(path.read_bytes()).hexdigest()}
+        (found / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "files": forged}))
+        assert checkpoint.damage(found) is None
+        try:
+            checkpoint.load(found, run.game.players.engines)
+            outcomes[name] = "loaded"
+        except Exception as error:
+            outcomes[name] = f"{type(error).__name__}: {error}"
+        if sprung.exists():
+            outcomes[name] = "ran code"
+            sprung.rmdir()
+        path.write_bytes(good)
+    return outcomes
+
+
+def main(folder: Path, phase: str) -> None:
+    with distributed() as place:
+        mine = folder / f"rank-{place.rank}.pt"
+        if phase == "train":
+            found: dict[str, Any] = {case.name: trained(case, folder, place) for case in CASES}
+        else:
+            found = torch.load(mine, weights_only=True)
+            for case in CASES:
+                found[case.name] |= {"resumed": resumed(case, folder, place)}
+            if place.world_size == 1:
+                found["trapped"] = {
+                    case.name: trapped(case, folder, place) for case in CASES if case.precision == "fp32"
+                }
+        torch.save(found, mine)
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,117 @@
+"""The cases of test_engine.py: tiny configurations, starting weights and batches, the same in every process."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sadm_fast.config import Config, check_config
+from sadm_fast.game import Batch, draw
+
+MODES = ("plain", "structure", "sadm")
+STAGES = (0, 1, 2, 3)
+ITERATIONS = 3
+MICRO_BATCH = 4
+CLASSES = 3
+CLIP = 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to set up the players; `game` and `train` are changes to the tiny configuration."""
+
+    name: str
+    mode: str
+    stage: int
+    accumulation: int = 1
+    precision: str = "fp32"
+    implementation: str = "fast"
+    clipping: float = 0.0
+    game: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Config:
+        # AdamW divides a gradient by its own size, so it makes a whole step of one that is rounding noise, unless eps
+        # is beyond that noise: 1e-2 in fp32; in bf16 it has to be as large as the gradients.
+        scale = {"lr": 1e-2, "eps": 1e-2} if self.precision == "fp32" else {"lr": 1e-1, "eps": 1.0}
+        optimizer = {**scale, "weight_decay": 0.1, "gradient_clipping": self.clipping}
+        return check_config(
+            {
+                "name": "tiny",
+                "implementation": self.implementation,
+                "data": {"resolution": 8, "channels": 1},
+                "diffusion": {"process": "edm", "p_mean": -0.5, "p_std": 0.5},
+                "denoiser": {
+                    "patch_size": 4,
+                    "hidden_size": 16,
+                    "depth": 1,
+                    "num_heads": 2,
+                    "num_classes": CLASSES,
+                },
+                "structure_encoder": {"width": 8, "feature_dim": 8},
+                "game": {"mode": self.mode, "lambda_s": 0.5, **self.game},
+                "denoiser_optimizer": optimizer,
+                "discriminator_optimizer": optimizer,
+                "train": {
+                    "steps": ITERATIONS,
+                    "micro_batch": MICRO_BATCH,
+                    "grad_accumulation": self.accumulation,
+                    "precision": self.precision,
+                },
+                "deepspeed": {"zero_optimization": {"stage": self.stage}},
+            }
+        )
+
+
+def cases() -> list[Case]:
+    """Everything that is compared with plain autograd, at each world size."""
+    found = [
+        Case(f"{mode}-zero{stage}-accumulation{a}", mode, stage, a)
+        for mode in MODES
+        for stage in STAGES
+        for a in (1, 2)
+    ]
+    for stage in STAGES:
+        zero = f"zero{stage}"
+        found += [
+            Case(f"bf16-{zero}", "sadm", stage, precision="bf16"),
+            Case(f"clipped-{zero}", "sadm", stage, 2, clipping=CLIP),
+            Case(f"global-{zero}", "sadm", stage, 1, game={"scope": "global", "gate_log_snr": 0.5}),
+        ]
+    found += [
+        Case("reference-plain", "plain", 1, implementation="reference"),
+        Case("reference-structure", "structure", 2, implementation="reference"),
+        Case("reference-sadm-zero0", "sadm", 0, implementation="reference"),
+        Case("reference-sadm-zero2-accumulation2", "sadm", 2, 2, implementation="reference"),
+        Case("turns", "sadm", 0, game={"discriminator_steps": 2}),
+        Case("turns-zero3", "sadm", 3, game={"discriminator_steps": 2}),
+        Case("turns-accumulation2", "sadm", 2, 2, game={"discriminator_steps": 2}),
+        Case("global-accumulation2", "sadm", 2, 2, game={"scope": "global"}),
+        Case("global-structure", "structure", 1, game={"scope": "global", "same_class": True}),
+        Case("ramp", "sadm", 1, game={"start_step": 1, "ramp_steps": 4}),
+        Case("ramp-accumulation2", "structure", 0, 2, game={"start_step": 1, "ramp_steps": 4}),
+        Case("gate-same-class", "sadm", 0, game={"gate_log_snr": 0.5, "gate_slope": 2.0, "same_class": True}),
+        Case("bf16-structure", "structure", 0, precision="bf16"),
+        Case("bf16-clipped-accumulation2", "sadm", 2, 2, precision="bf16", clipping=CLIP),
+    ]
+    return found
+
+
+@torch.no_grad()
+def starting_weights(module: nn.Module, seed: int) -> None:
+    """Move every parameter off its initial value: a DiT as built is 0, with no gradient below its last layer."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+
+
+def micro_batch(config: Config, iteration: int, micro_step: int, rank: int, world_size: int) -> Batch:
+    """What `rank` gets: samples of class-dependent brightness under noise."""
+    first = ((iteration * config.train.grad_accumulation + micro_step) * world_size + rank) * MICRO_BATCH
+    ids = torch.arange(first, first + MICRO_BATCH)
+    generator = torch.Generator().manual_seed(first)
+    labels = ids % CLASSES
+    x0 = 0.3 * torch.randn(MICRO_BATCH, 1, 8, 8, generator=generator) + 0.5 * (labels - 1)[:, None, None, None]
+    return draw(config.process, x0.clamp(-1, 1), labels, ids, seed=config.seed, null_class=CLASSES, label_dropout=0.25)

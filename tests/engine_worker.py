@@ -1,0 +1,203 @@
+"""One rank of test_engine.py: plays every case through the engines and writes down what came out."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+from sadm_fast.engine import NonFiniteLoss, Outcome, Players, gradient_norm
+from sadm_fast.game import Batch, structure_distance
+from sadm_fast.launch import Place, distributed
+from sadm_fast.masters import gather, local_masters, trainable_shapes
+from sadm_fast.preparation import build_denoiser, build_psi
+from sadm_fast.trainer import Vote
+from tests.engine_cases import CLASSES, ITERATIONS, MODES, STAGES, Case, cases, micro_batch, starting_weights
+
+
+class Game:
+    """Players of one case, and what is asked of them after a step."""
+
+    def __init__(self, case: Case, place: Place, seeds: tuple[int, int] = (1, 2)) -> None:
+        self.config, self.place = case.config, place
+        denoiser, psi = build_denoiser(self.config, CLASSES), build_psi(self.config)
+        starting_weights(denoiser, seeds[0])
+        starting_weights(psi, seeds[1])
+        self.shapes = {"denoiser": trainable_shapes(denoiser), "discriminator": trainable_shapes(psi)}
+        self.players = Players(self.config, denoiser, psi if case.mode != "plain" else None, place.device)
+        self.vote = Vote(place.device)
+
+    def batches(self, iteration: int) -> list[Batch]:
+        return [
+            micro_batch(self.config, iteration, k, self.place.rank, self.place.world_size)
+            for k in range(self.config.train.grad_accumulation)
+        ]
+
+    def play(self, iteration: int, batches: list[Batch] | None = None) -> Outcome:
+        self.players.set_learning_rates(iteration)
+        return self.players.iteration(
+            self.batches(iteration) if batches is None else batches, iteration, agree_finite=self.vote.agree_finite
+        )
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Full parameters by player, from the fp32 masters."""
+        return {
+            name: {k: v.clone() for k, v in gather(list(local_masters(engine)), self.shapes[name]).items()}
+            for name, engine in self.players.engines.items()
+        }
+
+    def norms(self) -> dict[str, float | None]:
+        return {name: gradient_norm(engine) for name, engine in self.players.engines.items()}
+
+
+def gradient_left(module: nn.Module) -> float:
+    """Largest magnitude in any .grad of the module; 0 without gradients."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None and p.grad.numel()]
+    return max((float(gradient.abs().max()) for gradient in gradients), default=0.0)
+
+
+def gradient_held(module: nn.Module, place: Place) -> float:
+    """The same for what DeepSpeed keeps elsewhere: nothing after a step at stages 0-2, the last step's at stage 3.
+
+    Asked on one rank only: with more, the question is collective, and ranks that own nothing of a parameter do not
+    raise where the others do.
+    """
+    if place.world_size > 1:
+        return 0.0
+    try:
+        gradients = [safe_get_full_grad(p) for p in module.parameters()]
+    except ValueError:  # "Gradients are only available immediately after backward and before engine step"
+        return 0.0
+    return max((float(gradient.abs().max()) for gradient in gradients if gradient is not None), default=0.0)
+
+
+def compared(case: Case, place: Place) -> dict[str, Any]:
+    """ITERATIONS of a case."""
+    game = Game(case, place)
+    found: dict[str, Any] = {"norms": [], "loss": [], "distance": [], "loss_discriminator": []}
+    for iteration in range(ITERATIONS):
+        outcome = game.play(iteration)
+        found["norms"].append(game.norms())
+        found["loss"].append(outcome.loss_denoise)
+        found["distance"].append(outcome.structure_distance)
+        found["loss_discriminator"].append(outcome.loss_discriminator)
+    return {**found, "weights": game.weights()}
+
+
+def isolated(case: Case, place: Place) -> dict[str, Any]:
+    """What is in a player's gradients before and after the other's backward and step."""
+    game = Game(case, place)
+    players = game.players
+    found: dict[str, list[dict[str, float]]] = {"denoiser": [], "discriminator": []}
+
+    def watch(engine: Any, other: str, module: nn.Module) -> None:
+        backward, step = engine.backward, engine.step
+        before: list[float] = []
+
+        def watched_backward(loss: Tensor) -> None:
+            before.append(gradient_held(module, place))
+            backward(loss)
+
+        def watched_step() -> None:
+            step()
+            found[other].append(
+                {"left": gradient_left(module), "before": before.pop(), "after": gradient_held(module, place)}
+            )
+
+        engine.backward, engine.step = watched_backward, watched_step
+
+    watch(players.discriminator, "denoiser", players.denoiser.module)
+    watch(players.denoiser, "discriminator", players.psi)
+    for iteration in range(2):
+        game.play(iteration)
+    return found
+
+
+def interrupted(case: Case, place: Place) -> dict[str, Any]:
+    """An exception in the middle of the denoiser's step: does Psi train afterwards?"""
+    game = Game(case, place)
+
+    def broken(*_: Any) -> Tensor:
+        assert not any(p.requires_grad for p in game.players.psi.parameters()), "Psi is not frozen"
+        raise ArithmeticError("in the denoiser's step")
+
+    try:
+        with mock.patch("sadm_fast.engine.structure_distance", broken):
+            game.play(0)
+        raised = False
+    except ArithmeticError:
+        raised = True
+    return {"raised": raised, "asking": [p.requires_grad for p in game.players.psi.parameters()]}
+
+
+def poisoned(case: Case, place: Place) -> dict[str, Any]:
+    """A NaN in the last rank's images, then good batches."""
+    game = Game(case, place)
+    before = game.weights()
+    bad = game.batches(0)
+    if place.rank == place.world_size - 1:
+        bad[-1].x0[0, 0, 3, 3] = torch.nan
+    try:
+        game.play(0, bad)
+        raised = False
+    except NonFiniteLoss:
+        raised = True
+    after = game.weights()
+    if case.accumulation == 1:  # with more, gradients of the good micro-batches stay behind: the trainer gives up
+        for iteration in range(1, ITERATIONS):
+            game.play(iteration)
+    return {"raised": raised, "before": before, "after": after, "weights": game.weights()}
+
+
+def infinite_gradient(case: Case, place: Place) -> dict[str, Any]:
+    """A denoising loss that is finite everywhere, and a structural distance that is NaN on the last rank."""
+    game = Game(case, place)
+    before = game.weights()
+
+    def bad(*arguments: Any) -> Tensor:
+        distance = structure_distance(*arguments)
+        return distance * torch.nan if place.rank == place.world_size - 1 else distance
+
+    with mock.patch("sadm_fast.engine.structure_distance", bad):
+        game.play(0)
+    after, applied = game.weights(), game.players.denoiser.was_step_applied()
+    game.play(1)
+    return {
+        "applied": applied,
+        "before": before["denoiser"],
+        "after": after["denoiser"],
+        "next_applied": game.players.denoiser.was_step_applied(),
+        "next": game.weights()["denoiser"],
+    }
+
+
+def poisoned_cases() -> list[Case]:
+    found = [Case(f"zero{stage}", "sadm", stage) for stage in STAGES]
+    for mode in MODES:
+        found.append(Case(f"{mode}-accumulation2", mode, 0, 2))
+        found.append(Case(f"{mode}-reference", mode, 0, implementation="reference"))
+    return found
+
+
+def main(folder: Path) -> None:
+    by_stage = [Case(f"zero{stage}-accumulation{a}", "sadm", stage, a) for stage in STAGES for a in (1, 2)]
+    asked: list[tuple[Callable[[Case, Place], dict[str, Any]], list[Case]]] = [
+        (compared, cases()),
+        (isolated, by_stage),
+        (interrupted, by_stage[::2]),
+        (poisoned, poisoned_cases()),
+        (infinite_gradient, by_stage[::2]),
+    ]
+    with distributed() as place:
+        found = {ask.__name__: {case.name: ask(case, place) for case in of} for ask, of in asked}
+        torch.save(found, folder / f"rank-{place.rank}.pt")
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

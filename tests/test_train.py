@@ -1,0 +1,495 @@
+"""The entry point as a person starts it: what it leaves behind, how it stops and goes on, and what it refuses."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sadm_fast import run_folder, train
+from sadm_fast.config import load_config
+from tests.ranks import ROOT, clean_environment
+
+CLASSES = ("circle", "square", "triangle")
+SCRIPT = ROOT / "sadm_fast" / "train.py"
+TIMEOUT = 300.0
+
+METRICS = {
+    "step", "samples_seen", "loss_denoise", "loss_denoise_q1", "loss_denoise_q2", "loss_denoise_q3", "loss_denoise_q4",
+    "structure_distance", "loss_discriminator", "grad_norm_denoiser", "grad_norm_discriminator", "lr",
+    "lr_discriminator", "samples_per_s", "data_wait_fraction", "memory_bytes", "skipped_steps", "wall_s",
+}  # fmt: skip
+TIMES = {"samples_per_s", "data_wait_fraction", "memory_bytes", "wall_s"}
+SCORES = {"fid_classifier", "fid_random", "fid_pixels"}
+
+
+def write_images(root: Path, count: int = 20, size: int = 16) -> Path:
+    """root/class/NN.png: grey noise around a brightness of its own for each class."""
+    rng = np.random.default_rng(0)
+    for c, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.normal(60 + 60 * c, 30, (size, size)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration of seconds, on images of its own."""
+    training = {"steps": 5, "batch": 16}
+    path = tmp_path / "tiny.json"
+    tiny = {
+        "name": "tiny",
+        "data": {"path": str(write_images(tmp_path / "images")), "resolution": 8, "channels": 1, "threads": 1},
+        "denoiser": {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2},
+        "structure_encoder": {"width": 8, "feature_dim": 8, "pretrain": training},
+        "game": {"mode": "sadm"},
+        "discriminator_optimizer": {"lr": 1e-4, "gradient_clipping": 1.0},
+        "train": {
+            "steps": 6,
+            "micro_batch": 4,
+            "log_every": 1,
+            "sample_every": 3,
+            "checkpoint_every": 3,
+        },
+        "sampling": {"steps": 2, "columns": 3, "rows": 2},
+        "evaluate": {"every": None, "samples": 12, "batch": 8, "steps": 2, "judge": training},
+    }
+    path.write_text(json.dumps(tiny))
+    return path
+
+
+def command(config: Path, run: Path, *overrides: str, ranks: int = 0) -> list[str]:
+    """What a person types: plain python, or the DeepSpeed launcher for `ranks` processes."""
+    arguments = [str(SCRIPT), "--config", str(config), "--run-dir", str(run)]
+    arguments += [part for override in overrides for part in ("--set", override)]
+    if not ranks:
+        return [sys.executable, *arguments]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    return [*launcher, "--master_port", str(free_port()), *arguments]
+
+
+class Program:
+    """A started command in a process group of its own, as on a terminal, with somebody reading what it says."""
+
+    def __init__(self, argv: list[str], cwd: Path) -> None:
+        self.process = subprocess.Popen(
+            argv, cwd=cwd, env=clean_environment(), text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        pool = ThreadPoolExecutor(1)
+        self._said = pool.submit(self.process.communicate)
+        pool.shutdown(wait=False)
+
+    def finish(self, code: int | None = 0) -> tuple[str, str]:
+        """stdout and stderr, once the program and everybody it started have closed them."""
+        try:
+            out, err = self._said.result(timeout=TIMEOUT)
+        except BaseException:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+        found = self.process.returncode
+        assert code is None or found == code, f"exit code {found}\n{out}\n{err}"
+        return out, err
+
+    def at_step(self, step: int, metrics: Path, send: Callable[[], None]) -> None:
+        """`send` once the log shows the step; fails if the program ends before."""
+        deadline = time.monotonic() + TIMEOUT
+        while not (metrics.exists() and metrics.read_text().count("\n") >= step):
+            assert time.monotonic() < deadline, f"no step {step} in {TIMEOUT:.0f} s"
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=0.02)
+                pytest.fail(f"ended before step {step}: {self.finish(None)}")
+        send()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def last_checkpoint(run: Path) -> int:
+    """The step of the newest complete checkpoint."""
+    return max(json.loads(path.read_text())["step"] for path in run.glob("checkpoints/step-*/COMPLETE"))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file below root with its content."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    """Two checkpoints hold the same weights, optimizer states and averages, bit for bit."""
+    first, second = load_file(a / "ema.safetensors"), load_file(b / "ema.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    files = sorted(str(path.relative_to(a)) for path in a.glob("d*/*.pt"))
+    assert files and files == sorted(str(path.relative_to(b)) for path in b.glob("d*/*.pt"))
+    for name in files:
+        tensors = [
+            {key: value for key, value in flat(torch.load(folder / name, weights_only=False)) if torch.is_tensor(value)}
+            for folder in (a, b)
+        ]
+        assert tensors[0] and tensors[0].keys() == tensors[1].keys(), name
+        different = [key for key in tensors[0] if not torch.equal(tensors[0][key], tensors[1][key])]
+        assert not different, f"{name}: {different}"
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of nested containers, with their paths."""
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in flat(item, f"{prefix}/{key}")]
+    if isinstance(value, list | tuple):
+        return [leaf for i, item in enumerate(value) for leaf in flat(item, f"{prefix}/{i}")]
+    return [(prefix, value)]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(config: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    argv = command(config, run, "evaluate.every=3")
+    out, err = Program(argv, tmp_path).finish()
+    assert "Traceback" not in out + err
+    assert str(run / "report.html") in out
+
+    files = set(tree(run))
+    event_files = {name for name in files if name.startswith("tensorboard/")}
+    assert event_files
+    engine = {"mp_rank_00_model_states.pt"}
+    steps = ("step-000003", "step-000006")
+    assert files - event_files == {
+        "config.json", "run.json", "metrics.jsonl", "evaluations.jsonl", "report.html", "samples/real.png",
+        "pretrained/structure_encoder.safetensors", "pretrained/judge.safetensors",
+        *(f"samples/{step}{weights}.png" for step in steps for weights in ("", "-ema")),
+        *(f"relations/{step}.npz" for step in steps),
+        *(f"checkpoints/{step}/{name}" for step in steps for name in ("COMPLETE", "ema.safetensors", "rank-0.pt")),
+        *(f"checkpoints/{step}/{player}/{name}" for step in steps for player in ("denoiser", "discriminator")
+          for name in engine),
+    }  # fmt: skip
+
+    logged = lines(run / "metrics.jsonl")
+    assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
+    assert all(set(line) == METRICS for line in logged)
+    assert [line["samples_seen"] for line in logged] == [4, 8, 12, 16, 20, 24]
+    for line in logged:
+        quartiles = {f"loss_denoise_q{i}" for i in range(1, 5)}  # four samples need not fall into all of them
+        assert all(np.isfinite(line[key]) for key in METRICS - quartiles)
+        assert line["skipped_steps"] == 0 and 0 <= line["data_wait_fraction"] <= 1
+        assert line["structure_distance"] >= 0 and line["grad_norm_discriminator"] > 0
+
+    scores = lines(run / "evaluations.jsonl")
+    assert [line["step"] for line in scores] == [3, 6]
+    for line in scores:
+        assert set(line) == {"step", "samples", "floor", "sampler"} | SCORES
+        assert line["samples"] == 12 and set(line["floor"]) == SCORES
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["classes"] == list(CLASSES) and facts["parameters"].keys() == {"denoiser", "discriminator"}
+    assert facts["structure_encoder"]["accuracy"] is not None and facts["judge"]["accuracy"] is not None
+    with np.load(run / "relations" / "step-000003.npz", allow_pickle=False) as relations:
+        count = len(relations["labels"])
+        assert relations["real"].shape == relations["fake"].shape == (count, count)
+    assert load_config(run / "config.json").resolved() == json.loads((run / "config.json").read_text())
+
+    before = tree(run / "checkpoints") | {"metrics": (run / "metrics.jsonl").read_bytes()}
+    out, _ = Program(argv, tmp_path).finish()
+    assert f"Continuing {run} at step 6" in out
+    assert tree(run / "checkpoints") | {"metrics": (run / "metrics.jsonl").read_bytes()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "players"),
+    [
+        (["game.mode=plain"], ["denoiser"]),
+        (["game.mode=structure", "train.grad_accumulation=2", "implementation=reference"], ["denoiser"]),
+        (
+            ["train.precision=bf16", "deepspeed.zero_optimization.stage=2", "data.loader=torch"],
+            ["denoiser", "discriminator"],
+        ),
+    ],
+    ids=["plain", "structure", "zero2-bf16"],
+)
+def test_other_modes_train(config: Path, tmp_path: Path, overrides: list[str], players: list[str]):
+    run = tmp_path / "run"
+    _, err = Program(command(config, run, "train.steps=3", *overrides), tmp_path).finish()
+    assert "Traceback" not in err
+    logged = lines(run / "metrics.jsonl")
+    assert [line["step"] for line in logged] == [1, 2, 3]
+    assert all(set(line) == METRICS for line in logged)
+    assert all(line["loss_denoise"] > 0 and line["grad_norm_denoiser"] > 0 for line in logged)
+    mode = json.loads((run / "config.json").read_text())["game"]["mode"]
+    for line in logged:
+        assert (line["structure_distance"] is None) == (mode == "plain")
+        assert (line["loss_discriminator"] is None) == (mode != "sadm")
+        assert (line["grad_norm_discriminator"] is None) == (mode != "sadm")
+    saved = run / "checkpoints" / "step-000003"
+    assert sorted(path.name for path in saved.iterdir() if path.is_dir()) == players
+    assert (run / "relations" / "step-000003.npz").exists() == (mode != "plain")
+    assert (run / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_run_continues_bit_for_bit(config: Path, tmp_path: Path):
+    steps = 120
+    overrides = [f"train.steps={steps}", "train.sample_every=1000", "train.checkpoint_every=1000"]
+    Program(command(config, tmp_path / "whole", *overrides), tmp_path).finish()
+
+    stopped = tmp_path / "stopped"
+    argv, metrics = command(config, stopped, *overrides), stopped / "metrics.jsonl"
+    at = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        program = Program(argv, tmp_path)
+        program.at_step(at + 3, metrics, partial(program.process.send_signal, number))
+        out, err = program.finish(train.EXIT_STOPPED)
+        assert "Traceback" not in out + err
+        at, before = last_checkpoint(stopped), at
+        assert before + 3 <= at < steps
+        assert f"stopped at step {at} of {steps}; the same command continues" in out
+    out, _ = Program(argv, tmp_path).finish()
+    assert f"Continuing {stopped} at step {at}" in out
+
+    end = f"step-{steps:06d}"
+    assert_same_state(stopped / "checkpoints" / end, tmp_path / "whole" / "checkpoints" / end)
+    whole, parts = lines(tmp_path / "whole" / "metrics.jsonl"), lines(metrics)
+    assert [{k: v for k, v in line.items() if k not in TIMES} for line in parts] == [
+        {k: v for k, v in line.items() if k not in TIMES} for line in whole
+    ]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_stop_and_continue_under_the_launcher(config: Path, tmp_path: Path):
+    steps = 60
+    overrides = [
+        f"train.steps={steps}", "game.scope=global", "deepspeed.zero_optimization.stage=2",
+        "train.sample_every=1000", "train.checkpoint_every=1000",
+    ]  # fmt: skip
+    Program(command(config, tmp_path / "whole", *overrides, ranks=2), tmp_path).finish()
+    end = f"step-{steps:06d}"
+    saved = tmp_path / "whole" / "checkpoints" / end
+    assert json.loads((saved / "COMPLETE").read_text())["world_size"] == 2
+    assert {path.name for path in saved.glob("rank-*.pt")} == {"rank-0.pt", "rank-1.pt"}
+    logged = lines(tmp_path / "whole" / "metrics.jsonl")
+    assert [line["samples_seen"] for line in logged] == [8 * (i + 1) for i in range(steps)]
+
+    stopped = tmp_path / "stopped"
+    argv = command(config, stopped, *overrides, ranks=2)
+    program = Program(argv, tmp_path)
+    # Ctrl-C on a terminal reaches the launcher and every rank.
+    program.at_step(3, stopped / "metrics.jsonl", lambda: os.killpg(program.process.pid, signal.SIGINT))
+    program.finish(code=None)  # the launcher does not pass the ranks' exit code on
+    reached = last_checkpoint(stopped)
+    assert 3 <= reached < steps
+    out, _ = Program(argv, tmp_path).finish()
+    assert f"Continuing {stopped} at step {reached}" in out
+    assert_same_state(stopped / "checkpoints" / end, saved)
+
+
+def dry_run(config: Path, run: Path, capfd: pytest.CaptureFixture[str], *overrides: str) -> str:
+    arguments = command(config, run, *overrides)[2:]
+    assert train.main([*arguments, "--dry-run"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    return out
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    out = dry_run(config, tmp_path / "run", capfd)
+    shown, end = json.JSONDecoder().raw_decode(out)
+    assert shown == load_config(config).resolved()
+    rest = out[end:]
+    for word in ("denoiser", "discriminator", "parameters", "3 classes", "GFLOP", "GMAC", "Memory of one rank", "MiB"):
+        assert word in rest, word
+    assert not (tmp_path / "run").exists()
+    plain = dry_run(config, tmp_path / "run", capfd, "game.mode=plain")
+    assert "discriminator  " not in plain
+
+
+Spoil = Callable[[Path, Path], list[str]]  # (configuration, run folder) -> overrides
+
+
+def no_folder(config: Path, run: Path) -> list[str]:
+    return [f"data.path={config.parent / 'nowhere'}"]
+
+
+def empty_folder(config: Path, run: Path) -> list[str]:
+    (config.parent / "empty").mkdir()
+    return [f"data.path={config.parent / 'empty'}"]
+
+
+def no_classes(config: Path, run: Path) -> list[str]:
+    return [f"data.path={config.parent / 'images' / 'circle'}"]
+
+
+def empty_class(config: Path, run: Path) -> list[str]:
+    (config.parent / "images" / "hexagon").mkdir()
+    return []
+
+
+def not_an_image(config: Path, run: Path) -> list[str]:
+    (config.parent / "images" / "circle" / "07.png").write_text("not an image")
+    return []
+
+
+def not_an_image_by_name(config: Path, run: Path) -> list[str]:
+    (config.parent / "images" / "circle" / "notes.txt").write_text("remember")
+    return []
+
+
+def small_image(config: Path, run: Path) -> list[str]:
+    Image.new("L", (7, 16)).save(config.parent / "images" / "square" / "small.png")
+    return []
+
+
+def other_configuration(config: Path, run: Path) -> list[str]:
+    run_folder.RunFolder(run).claim(load_config(config))
+    return ["game.lambda_s=0.7"]
+
+
+def foreign_folder(config: Path, run: Path) -> list[str]:
+    run.mkdir()
+    (run / "thesis.tex").write_text("years of work")
+    return []
+
+
+def damaged_config_in_folder(config: Path, run: Path) -> list[str]:
+    run_folder.RunFolder(run).claim(load_config(config))
+    (run / "config.json").write_text("{")
+    return []
+
+
+def run_is_a_file(config: Path, run: Path) -> list[str]:
+    run.write_text("mine")
+    return []
+
+
+def other_weights(config: Path, run: Path) -> list[str]:
+    path = config.parent / "psi.safetensors"
+    save_file({"conv1.weight": torch.zeros(64, 3, 7, 7)}, path)
+    return [f"structure_encoder.weights={path}"]
+
+
+def checkpoint_of(manifest: dict[str, Any]) -> Spoil:
+    def spoil(config: Path, run: Path) -> list[str]:
+        run_folder.RunFolder(run).claim(load_config(config))
+        folder = run / "checkpoints" / "step-000003"
+        folder.mkdir()
+        (folder / "COMPLETE").write_text(json.dumps({"format": 1, "step": 3, "files": {}, **manifest}))
+        return []
+
+    return spoil
+
+
+BAD: dict[str, tuple[Spoil, list[str]]] = {
+    "missing data folder": (no_folder, ["data.path=", "nowhere", "no such folder"]),
+    "empty data folder": (empty_folder, ["data.path=", "empty"]),
+    "no class folders": (no_classes, ["data.path=", "no class subfolders", "00.png"]),
+    "class without images": (empty_class, ["hexagon", "no images"]),
+    "not an image": (not_an_image, ["circle/07.png", "is not an image"]),
+    "not an image by its name": (not_an_image_by_name, ["circle/notes.txt", "not an image"]),
+    "image smaller than the crop": (small_image, ["square/small.png", "7x16", "data.resolution=8"]),
+    "too few classes": (lambda *_: ["denoiser.num_classes=2"], ["denoiser.num_classes=2", "3"]),
+    "unknown key": (lambda *_: ["train.setps=3"], ["train.setps", "steps"]),
+    "wrong type": (lambda *_: ["train.steps=many"], ["train.steps", "many"]),
+    "impossible sizes": (lambda *_: ["data.resolution=10"], ["data.resolution=10", "multiple of", "4"]),
+    "impossible heads": (lambda *_: ["denoiser.num_heads=3"], ["hidden_size=16", "num_heads=3"]),
+    "impossible game": (lambda *_: ["train.micro_batch=1"], ["train.micro_batch=1", "at least 2"]),
+    "no such override": (lambda *_: ["train.steps"], ["--set train.steps", "key.path=value"]),
+    "another configuration's folder": (other_configuration, ["game.lambda_s", "0.3", "0.7", "--run-dir"]),
+    "somebody's folder": (foreign_folder, ["run folder", "no config.json", "--run-dir"]),
+    "damaged config.json": (damaged_config_in_folder, ["config.json", "cannot be read"]),
+    "run folder is a file": (run_is_a_file, ["is a file", "--run-dir"]),
+    "checkpoint of another format": (checkpoint_of({"format": 99}), ["step-000003", "format 99", "--run-dir"]),
+    "checkpoint of another model": (
+        checkpoint_of({"configuration": "other"}),
+        ["step-000003", "configuration", "other", "--run-dir"],
+    ),
+    "Psi weights that do not fit": (other_weights, ["structure_encoder.weights", "psi.safetensors", "does not fit"]),
+    "missing Psi weights": (
+        lambda *_: ["structure_encoder.weights=nowhere.safetensors"],
+        ["structure_encoder.weights", "nowhere.safetensors"],
+    ),
+    "no apex": (
+        lambda *_: ["denoiser_optimizer.type=apex_fused_adam"],
+        ["denoiser_optimizer.type=apex_fused_adam", "apex is not installed"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_line(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str):
+    spoil, words = BAD[case]
+    run = tmp_path / "run"
+    overrides = spoil(config, run)
+    before, there = tree(tmp_path), run.exists()
+    refused(command(config, run, *overrides)[2:], capfd, words)
+    assert run.exists() == there, "a run that cannot start has claimed its folder"
+    after = tree(tmp_path)
+    assert {name: after.get(name) for name in before} == before, "something existing was changed"
+
+
+def refused(argv: list[str], capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
+    """`train.main` returns 2 and says one line on stderr with all the words in it."""
+    capfd.readouterr()
+    assert train.main(argv) == train.EXIT_USER_ERROR
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert err.count("\n") == 1 and err.startswith("error: "), err
+    for word in words:
+        assert word in err, f"{word!r} is not in {err!r}"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", None])
+def test_a_bad_config_file_ends_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str | None):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    refused(["--config", str(path), "--run-dir", str(tmp_path / "run")], capfd, [str(path)])
+
+
+@pytest.mark.parametrize("where", ["under a file", "in /proc", "no permission"])
+def test_a_folder_that_cannot_be_written_ends_in_one_line(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str
+):
+    run = {"under a file": config / "run", "in /proc": Path("/proc/run"), "no permission": tmp_path / "run"}[where]
+    if where == "no permission":  # root may write everywhere
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    refused(command(config, run)[2:], capfd, [str(run), "--run-dir"])
+    assert config.is_file()
+
+
+@pytest.mark.slow
+def test_the_one_line_stays_alone_when_started_as_a_program(config: Path, tmp_path: Path):
+    (tmp_path / "images" / "circle" / "07.png").write_text("not an image")
+    environment = {name: value for name, value in clean_environment().items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        command(config, tmp_path / "run"),
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "circle/07.png" in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "run").exists()
