@@ -1,6 +1,7 @@
 """A run's folder: where everything lies, and whose it is."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_json(path: Path, value: dict[str, Any]) -> None:
-    """Add a line to a JSON-lines file."""
+    """Add a line to a JSON-lines file; what is not finite becomes null, because JSON has no word for it."""
     with open(path, "a") as file:
-        file.write(json.dumps(value) + "\n")
+        file.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

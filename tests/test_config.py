@@ -337,6 +337,16 @@ def test_processes_profiles_and_names_have_their_own_fingerprints() -> None:
     assert len({config(**blocks).fingerprint() for blocks in different}) == len(different)
 
 
+def test_how_long_how_often_and_how_parallel_may_change_on_resume() -> None:
+    """A longer list needs a thought: a run continued with another value of the field must still be the same run."""
+    how_long_and_often = {
+        f"train.{key}" for key in ("steps", "log_every", "sample_every", "checkpoint_every", "keep_last")
+    }
+    looking = {"sampling", "evaluate", "name", "deepspeed.wall_clock_breakdown"}
+    how = {"data.path", "data.threads", "data.prefetch", "data.loader"}
+    assert set(CHANGEABLE) == how_long_and_often | looking | how
+
+
 def test_every_changeable_field_exists() -> None:
     resolved = config().resolved()
     for path in CHANGEABLE:
