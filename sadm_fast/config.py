@@ -140,6 +140,7 @@ class OptimizerConfig(Block):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0, description="the learning rate grows linearly over so many steps")
+    decay_steps: int = Field(0, ge=0, description="and falls linearly to 0 over the last so many steps of the run")
     gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no clipping")
 
 

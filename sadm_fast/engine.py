@@ -155,14 +155,14 @@ class Players:
         return {name: engine for name, engine in both.items() if engine is not None}
 
     def set_learning_rates(self, step: int) -> None:
-        """Learning rates of iteration `step` (0-based): linear warm-up, then constant."""
+        """Learning rates of iteration `step` (0-based), as `learning_rate` says."""
         optimizers = {
             "denoiser": self.config.denoiser_optimizer,
             "discriminator": self.config.discriminator_optimizer,
         }
         for name, engine in self.engines.items():
             for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate(optimizers[name], step)
+                group["lr"] = learning_rate(optimizers[name], step, self.config.train.steps)
 
     def lambda_s(self, step: int) -> float:
         """Weight of S at iteration `step`: 0 before the game starts, then a linear ramp."""
@@ -241,9 +241,11 @@ class Players:
         engine.step()
 
 
-def learning_rate(optimizer: OptimizerConfig, step: int) -> float:
-    """Learning rate at 0-based `step`: grows linearly over `warmup_steps`, then stays."""
-    return optimizer.lr * min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
+def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate at 0-based `step` of `steps`: up over `warmup_steps`, constant, down over `decay_steps`."""
+    warm = (step + 1) / max(1, optimizer.warmup_steps)
+    cool = (steps - step) / max(1, optimizer.decay_steps)
+    return optimizer.lr * min(1.0, warm, cool)
 
 
 def gradient_norm(engine: Any) -> float | None:

@@ -267,10 +267,10 @@ class Trainer:
             **means,
             "grad_norm_denoiser": gradient_norm(self.players.denoiser),
             "grad_norm_discriminator": None if discriminator is None else gradient_norm(discriminator),
-            "lr": learning_rate(self.config.denoiser_optimizer, self.step - 1),
+            "lr": learning_rate(self.config.denoiser_optimizer, self.step - 1, self.config.train.steps),
             "lr_discriminator": None
             if discriminator is None
-            else learning_rate(self.config.discriminator_optimizer, self.step - 1),
+            else learning_rate(self.config.discriminator_optimizer, self.step - 1, self.config.train.steps),
             "memory_bytes": peak_memory(self.device),
             "skipped_steps": self.skipped_steps,
             "wall_s": self.seconds,

@@ -223,10 +223,11 @@ def test_a_gradient_that_is_nan_on_one_rank_is_not_applied_on_any(results: Resul
             assert difference(outcome["after"], outcome["next"]) > 1e-3, name
 
 
-def test_the_learning_rate_warms_up_linearly_and_stays():
+def test_the_learning_rate_warms_up_stays_and_cools_down():
     optimizer = Case("", "sadm", 0).config.denoiser_optimizer.model_copy(update={"lr": 1.0, "warmup_steps": 4})
-    assert [learning_rate(optimizer, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert learning_rate(optimizer.model_copy(update={"warmup_steps": 0}), 0) == 1.0
+    assert [learning_rate(optimizer, step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cooling = optimizer.model_copy(update={"warmup_steps": 0, "decay_steps": 4})
+    assert [learning_rate(cooling, step, 6) for step in range(6)] == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("stage", STAGES)
