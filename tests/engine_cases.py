@@ -54,7 +54,7 @@ class Case:
                 "denoiser_optimizer": optimizer,
                 "discriminator_optimizer": optimizer,
                 "train": {
-                    "steps": ITERATIONS,
+                    "steps": 10 * ITERATIONS,
                     "micro_batch": MICRO_BATCH,
                     "grad_accumulation": self.accumulation,
                     "precision": self.precision,

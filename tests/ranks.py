@@ -24,7 +24,7 @@ def clean_environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def run_ranks(module: str, world_size: int, *arguments: str, timeout: float = 300.0) -> None:
+def run_ranks(module: str, world_size: int, *arguments: str, timeout: float = 900.0) -> None:
     """`python -m module arguments...` as ranks 0 .. world_size-1; AssertionError with their output if one fails.
 
     One rank runs without any of a launcher's variables, as under plain `python`.

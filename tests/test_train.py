@@ -26,7 +26,7 @@ from tests.ranks import ROOT, clean_environment
 
 CLASSES = ("circle", "square", "triangle")
 SCRIPT = ROOT / "sadm_fast" / "train.py"
-TIMEOUT = 300.0
+TIMEOUT = 600.0
 
 METRICS = {
     "step", "samples_seen", "loss_denoise", "loss_denoise_q1", "loss_denoise_q2", "loss_denoise_q3", "loss_denoise_q4",
