@@ -164,10 +164,16 @@ class Players:
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(optimizers[name], step, self.config.train.steps)
 
-    def lambda_s(self, step: int) -> float:
-        """Weight of S at iteration `step`: 0 before the game starts, then a linear ramp."""
+    def playing(self, step: int) -> bool:
+        """Whether iteration `step` belongs to the game; before and after it the training is plain."""
         game = self.config.game
-        if self.mode == "plain" or step < game.start_step:
+        over = game.end_step is not None and step >= game.end_step
+        return self.mode != "plain" and step >= game.start_step and not over
+
+    def lambda_s(self, step: int) -> float:
+        """Weight of S at iteration `step`: 0 outside the game, and a linear ramp at its start."""
+        game = self.config.game
+        if not self.playing(step):
             return 0.0
         return game.lambda_s * min(1.0, (step - game.start_step + 1) / max(1, game.ramp_steps))
 
@@ -185,7 +191,7 @@ class Players:
             agree_finite: called with this rank's loss; raises NonFiniteLoss on every rank if it is bad on any.
         """
         lambda_s = self.lambda_s(step)
-        playing = self.mode != "plain" and step >= self.config.game.start_step
+        playing = self.playing(step)
         reuse = self.config.implementation == "fast" and len(batches) == 1
         shared = predict(self.process, self.denoiser, batches[0]) if reuse else None
         if shared is not None:

@@ -260,7 +260,7 @@ class Trainer:
 
     def _log_line(self, interval: Interval) -> dict[str, Any]:
         means = interval.reduce(self.samples_per_step)
-        discriminator = self.players.discriminator
+        discriminator = self.players.discriminator if self.players.playing(self.step - 1) else None
         return {
             "step": self.step,
             "samples_seen": self.step * self.samples_per_step,
