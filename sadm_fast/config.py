@@ -115,7 +115,6 @@ class GameConfig(Block):
     )
     lambda_s: float = Field(0.3, ge=0, description="weight of S in the denoiser's loss")
     start_step: int = Field(0, ge=0, description="plain training before the game starts")
-    end_step: int | None = Field(None, ge=1, description="and from this step on; null: the game goes on to the end")
     ramp_steps: int = Field(0, ge=0, description="lambda_s grows linearly over so many steps")
     discriminator_steps: int = Field(1, ge=1, description="discriminator steps a denoiser step")
     scope: Literal["rank", "global"] = Field("rank", description="pairs inside a rank's micro-batch, or over all ranks")
@@ -246,10 +245,6 @@ class Config(Block):
         if self.game.mode != "plain" and self.train.micro_batch < 2:
             raise ValueError(
                 "train.micro_batch=1: the game compares pairs, so it needs at least 2 (or game.mode=plain)"
-            )
-        if self.game.end_step is not None and self.game.end_step <= self.game.start_step:
-            raise ValueError(
-                f"game.end_step={self.game.end_step}: must be greater than game.start_step={self.game.start_step}"
             )
         zero = self.deepspeed.zero_optimization
         if zero.offload_param is not None and zero.stage != 3:

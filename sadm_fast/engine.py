@@ -165,13 +165,11 @@ class Players:
                 group["lr"] = learning_rate(optimizers[name], step, self.config.train.steps)
 
     def playing(self, step: int) -> bool:
-        """Whether iteration `step` belongs to the game; before and after it the training is plain."""
-        game = self.config.game
-        over = game.end_step is not None and step >= game.end_step
-        return self.mode != "plain" and step >= game.start_step and not over
+        """Whether iteration `step` belongs to the game; before it the training is plain."""
+        return self.mode != "plain" and step >= self.config.game.start_step
 
     def lambda_s(self, step: int) -> float:
-        """Weight of S at iteration `step`: 0 outside the game, and a linear ramp at its start."""
+        """Weight of S at iteration `step`: 0 before the game, then a linear ramp."""
         game = self.config.game
         if not self.playing(step):
             return 0.0

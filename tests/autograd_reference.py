@@ -85,8 +85,7 @@ def play(config: Config, denoiser: nn.Module, psi: nn.Module, iterations: list[l
         groups = ranks
         if game.scope == "global":
             groups = [Batch(*map(torch.cat, zip(*micro_step, strict=True))) for micro_step in micro_steps]
-        over = game.end_step is not None and step >= game.end_step
-        playing = game.mode != "plain" and step >= game.start_step and not over
+        playing = game.mode != "plain" and step >= game.start_step
         norm = None
         if playing and game.mode == "sadm":
             for _ in range(game.discriminator_steps):

@@ -89,7 +89,6 @@ def cases() -> list[Case]:
         Case("turns-accumulation2", "sadm", 2, 2, game={"discriminator_steps": 2}),
         Case("global-accumulation2", "sadm", 2, 2, game={"scope": "global"}),
         Case("global-structure", "structure", 1, game={"scope": "global", "same_class": True}),
-        Case("end", "sadm", 0, game={"end_step": 2}),
         Case("ramp", "sadm", 1, game={"start_step": 1, "ramp_steps": 4}),
         Case("ramp-accumulation2", "structure", 0, 2, game={"start_step": 1, "ramp_steps": 4}),
         Case("gate-same-class", "sadm", 0, game={"gate_log_snr": 0.5, "gate_slope": 2.0, "same_class": True}),
