@@ -38,7 +38,7 @@ $(INSTALLED): setup.py constraints.txt
 	@echo "Installed."
 
 demo: install ## train on the embedded digits; prints where pictures and report are
-	@$(BIN)/python sadm_fast/train.py --config $(CONFIG)
+	@$(BIN)/python sadm_fast/train.py --config $(CONFIG) || test $$? -eq 75 # stopped by Ctrl-C; goes on next time
 
 test: lint ## every check: ruff, mypy, pytest
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(TEST_PROCESSES)

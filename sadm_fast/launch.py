@@ -39,6 +39,10 @@ def distributed() -> Iterator[Place]:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that each take every core slow one another down several times.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")  # torchrun, deepspeed
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=_PATIENCE, device_id=device if cuda else None)
