@@ -25,6 +25,13 @@ class Place(NamedTuple):
     device: torch.device
 
 
+def choose_accelerator() -> bool:
+    """Whether there is a GPU; where there is none DeepSpeed is told so, before its import looks for one and warns."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return torch.cuda.is_available()
+
+
 @contextmanager
 def distributed() -> Iterator[Place]:
     """torch.distributed and DeepSpeed's view of it, for one rank or for what the launcher's environment says.
@@ -32,9 +39,7 @@ def distributed() -> Iterator[Place]:
     Started by `deepspeed` or `torchrun`, RANK, WORLD_SIZE and LOCAL_RANK are set; started by plain `python`, this is
     the only rank and no port is opened.
     """
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    cuda = choose_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

@@ -45,12 +45,15 @@ def main(argv: list[str] | None = None) -> int:
 def _sample(arguments: argparse.Namespace) -> Path:
     import torch
 
+    from sadm_fast.launch import choose_accelerator
+
+    device = torch.device("cuda" if choose_accelerator() else "cpu")
+
     from sadm_fast.console import Console
     from sadm_fast.data.batch import float_to_pixels
     from sadm_fast.snapshots import generate, picture_grid, save_picture
     from sadm_fast.trained import load_trained
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = load_trained(arguments.run, device)
     names = list(arguments.classes or trained.classes)
     unknown = [name for name in names if name not in trained.classes]
