@@ -121,8 +121,8 @@ class ResNet18(nn.Module):
 class SmallCNN(nn.Module):
     """Three strided convolutions with group norm, for small images: [B, C, H, W] -> [B, feature_dim].
 
-    The last map is pooled to 2x2, not to one cell: relations that know where things are improve the denoiser in every
-    feature space, relations of globally pooled features only in a classifier's (docs/experiments.md).
+    The last map is pooled to 2x2, not to one cell, so that relations know where things are; in the screening of
+    docs/experiments.md (one seed) that gained more than global pooling.
     """
 
     def __init__(self, in_channels: int = 1, width: int = 32, feature_dim: int = 64) -> None:
