@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 EXTRAS := dali,demo,diffusers,test
 
-.PHONY: help install demo test test-fast lint format benchmark clean
+.PHONY: help install demo test test-fast lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -54,9 +54,6 @@ lint: install build/typing/sadm_kernels ## ruff and mypy, nothing is changed
 format: install ## rewrite the sources as ruff wants them
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
-
-benchmark: install ## the measurements in benchmarks/
-	@$(BIN)/python -m pytest benchmarks --benchmark-only
 
 clean: ## remove .venv, build outputs and caches; runs/ and datasets/ stay
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
