@@ -3,6 +3,7 @@
 Same order, same interface, and pixel for pixel the ADM crop.
 """
 
+import multiprocessing
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,10 +41,13 @@ class TorchLoader:
         device: str | torch.device = "cpu",
     ) -> None:
         self._device = torch.device(device)
+        # Not fork: by now torch and DALI have threads, and a lock that one of them holds is never freed in the child.
+        multiprocessing.set_forkserver_preload([__name__])
         loader: DataLoader[Sample] = DataLoader(
             _Crops(folder, resolution, channels),
             batch_sampler=_Requests(plan),
             num_workers=threads,
+            multiprocessing_context="forkserver" if threads else None,
             prefetch_factor=prefetch if threads else None,
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
