@@ -1,5 +1,5 @@
 # `make demo` and `make test` are all that a fresh machine needs: Python 3.11 or newer with its venv module.
-# A compiler and a GPU are used where they exist, and not needed. PYTHON picks another interpreter, PIP_ARGS
+# A C++ compiler and a GPU are used where they exist, and not needed. PYTHON picks another interpreter, PIP_ARGS
 # goes to pip (another package index, --no-index, ...).
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,7 +14,8 @@ TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-EXTRAS := dali,demo,diffusers,test
+EXTRAS := dali,demo,diffusers,test,triton
+NATIVE := CMakeLists.txt $(wildcard kernels/native/*.h kernels/native/*.cpp)
 
 .PHONY: help install demo test test-fast lint format clean
 
@@ -23,7 +24,7 @@ help: ## show this list
 
 install: $(INSTALLED) ## create .venv with the tested versions of everything
 
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): setup.py constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.11 or newer is needed, choose one with" \
 	    "make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }

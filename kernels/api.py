@@ -1,21 +1,51 @@
 """The public structure loss: checks its arguments, then hands over to a backend."""
 
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sadm_kernels import reference
+from sadm_kernels import native, ops, reference, triton
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
-_NOT_BUILT = "this version has the reference implementation only"
 
 
 def backends() -> dict[str, str]:
-    """Every backend by name: "ok", or why it cannot be used here."""
-    return {"reference": "ok", "native": _NOT_BUILT, "triton": _NOT_BUILT}
+    """Every backend by name: "ok", or why it cannot be used here and what to do."""
+    return {"reference": "ok", "native": native.why_missing(), "triton": triton.why_missing()}
+
+
+def _status(name: str) -> str:
+    """What `backends()` says of a fused backend, without asking the other one."""
+    if name == "native":
+        return native.why_missing()
+    # A GPU cannot be asked while torch.compile traces, and compiled code for one needs Triton anyway.
+    return "ok" if torch.compiler.is_compiling() else triton.why_missing()
+
+
+def _backend(impl: str, real: Tensor, weight: Tensor | None) -> str:
+    """The backend that runs; "auto" takes the fused one of the features' device where it can do what is asked."""
+    device, trains_weight = real.device.type, weight is not None and weight.requires_grad
+    fused = {"cpu": "native", "cuda": "triton"}.get(device)
+    if impl == "auto":
+        usable = fused is not None and not trains_weight and not (device == "cuda" and real.dtype == torch.float64)
+        return fused if usable and fused is not None and _status(fused) == "ok" else "reference"
+    if impl == "reference":
+        return impl
+    where = {"native": "cpu", "triton": "cuda"}[impl]
+    if device != where:
+        raise ValueError(f"impl={impl!r}: runs on {where}, but the features are on {device}; use impl='auto'")
+    status = _status(impl)
+    if status != "ok":
+        raise RuntimeError(f"impl={impl!r}: {status}; or use impl='auto'")
+    if trains_weight:
+        raise ValueError(f"weight.requires_grad=True: impl={impl!r} has no gradient for it; use impl='reference'")
+    if impl == "triton" and real.dtype == torch.float64:
+        raise ValueError("real.dtype=torch.float64: impl='triton' has no float64; use impl='reference'")
+    return impl
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -69,21 +99,28 @@ def _check_weight(weight: Tensor, group: dist.ProcessGroup | None) -> bool:
     return some
 
 
-def _check_group(real: Tensor, labels: Tensor | None, some_weight: bool, group: dist.ProcessGroup) -> None:
-    """Raise on every rank if the ranks disagree; a collective of unequal parts would hang or give nonsense."""
-    mine = [*real.shape, _FLOATS.index(real.dtype), int(labels is not None), int(some_weight)]
+def _check_group(
+    real: Tensor, labels: Tensor | None, weight: Tensor | None, some_weight: bool, group: dist.ProcessGroup
+) -> Tensor | None:
+    """The weight, of ones where only other ranks bring one.
+
+    Raises on every rank if the ranks disagree; a collective of unequal parts would hang or give nonsense.
+    """
+    given = (labels is not None, weight is not None, some_weight)
+    mine = [*real.shape, _FLOATS.index(real.dtype), *map(int, given)]
     own = torch.tensor(mine, device=real.device)
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group=group)
-    shapes, dtypes, with_labels, with_weight = zip(
-        *((tuple(p[:2]), str(_FLOATS[p[2]]), bool(p[3]), bool(p[4])) for p in (part.tolist() for part in parts)),
+    shapes, dtypes, with_labels, with_weight, with_some_weight = zip(
+        *((tuple(p[:2]), str(_FLOATS[p[2]]), *map(bool, p[3:])) for p in (part.tolist() for part in parts)),
         strict=True,
     )
     for name, values in (("real.shape", shapes), ("real.dtype", dtypes), ("labels given", with_labels)):
         if len(set(values)) > 1:
             raise ValueError(f"{name} on the ranks of group: {', '.join(map(str, values))}; must be the same on all")
-    if not any(with_weight):
+    if not any(with_some_weight):
         raise ValueError("weight: all are zero on every rank of group, at least one must be positive")
+    return real.new_ones(len(real)) if weight is None and any(with_weight) else weight
 
 
 def structure_loss(
@@ -116,7 +153,9 @@ def structure_loss(
         group: process group; each rank passes its share of the batch (equal sizes: checked by a small collective),
             gets the S of the whole batch and the gradient of its own rows as one process with the whole batch would
             compute it.
-        impl: "auto", "reference", "native" or "triton"; see `backends()`.
+        impl: "auto" takes the fused kernel of the features' device, "native" (C++, CPU) or "triton" (CUDA), where
+            `backends()` has it, else "reference". Only the reference can be differentiated twice or has a gradient
+            for `weight` (there "auto" takes it).
 
     Returns:
         0-d tensor: float64 for float64 input, else float32 (accumulated in float32, outside autocast).
@@ -137,20 +176,20 @@ def structure_loss(
         _check_rows("labels", labels, real)
         if labels.dtype.is_floating_point or labels.dtype.is_complex:
             raise ValueError(f"labels.dtype={labels.dtype}: must be an integer type")
-    if impl in ("native", "triton"):
-        raise RuntimeError(f"impl={impl!r}: {backends()[impl]}; use impl='auto'")
+    backend = _backend(impl, real, weight)
     if group is not None:
-        _check_group(real, labels, some_weight, group)
-    return reference.structure_loss(
+        weight = _check_group(real, labels, weight, some_weight, group)
+    evaluate = reference.structure_loss if backend == "reference" else partial(ops.structure_loss, backend)
+    return evaluate(
         real,
         fake,
+        weight=weight,
+        labels=labels,
         relation=relation,
         penalty=penalty,
         normalize=normalize,
-        weight=weight,
-        labels=labels,
-        tau=tau,
-        delta=delta,
+        tau=float(tau),
+        delta=float(delta),
         group=group,
     )
 

@@ -29,15 +29,20 @@ def _refuse_second_derivative() -> None:
         raise RuntimeError("structure_loss with group=: no second derivative (create_graph=True); use group=None")
 
 
+def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' rows below each other, without a gradient; every rank must bring as many."""
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, rows.contiguous(), group=group)
+    return torch.cat(parts)
+
+
 class _Gather(torch.autograd.Function):
-    """All ranks' rows below each other; the gradient of a row is the sum of what all ranks ask of it."""
+    """gather_rows; the gradient of a row is the sum of what all ranks ask of it."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, rows.contiguous(), group=group)
-        return torch.cat(parts)
+        return gather_rows(rows, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

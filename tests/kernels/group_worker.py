@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sadm_kernels import structure_loss
+from sadm_kernels import backends, structure_loss
 from sadm_kernels.reference import _Gather
 
+IMPLEMENTATIONS = [impl for impl in ("reference", "native") if backends()[impl] == "ok"]
 WORLD = 3
 SHARE = 3  # rows of a rank
 DIMENSION = 4
@@ -42,7 +43,7 @@ def whole_batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tenso
     return real, fake, weight, torch.arange(size) % 2
 
 
-def play(group: Any, ranks: tuple[int, ...]) -> dict[Any, tuple[Tensor, ...]]:
+def play(group: Any, ranks: tuple[int, ...], impl: str) -> dict[Any, tuple[Tensor, ...]]:
     """Every case on this rank's share: loss, gradients, and the gradients of a second backward."""
     own = slice(dist.get_rank(group) * SHARE, (dist.get_rank(group) + 1) * SHARE)
     real, fake, weight, labels = (x[own] for x in whole_batch(SHARE * len(ranks)))
@@ -59,13 +60,14 @@ def play(group: Any, ranks: tuple[int, ...]) -> dict[Any, tuple[Tensor, ...]]:
             weight=weight if weighted else None,
             labels=labels if labelled else None,
             group=group,
+            impl=impl,
             **SHAPES,
         )
         first = torch.autograd.grad(loss, (f, g), retain_graph=True)
         second = torch.autograd.grad(loss, (f, g))
         results[case] = (loss.detach(), *first, *second)
     f = real.clone().requires_grad_(True)
-    loss = structure_loss(f, fake, normalize="mean", group=group)
+    loss = structure_loss(f, fake, normalize="mean", group=group, impl=impl)
     (only_real,) = torch.autograd.grad(loss, f)
     results["real only"] = (loss.detach(), only_real)
     return results
@@ -93,7 +95,11 @@ def mistakes(group: Any, rank: int) -> dict[str, str]:
     real, fake, _, labels = (x[:SHARE] for x in whole_batch(SHARE * WORLD))
     rows = SHARE - (rank == 1)
     f = real.clone().requires_grad_(True)
-    loss = structure_loss(f, fake, group=group)
+
+    def second_derivative(impl: str) -> str:
+        loss = structure_loss(f, fake, group=group, impl=impl)
+        return attempt(lambda: torch.autograd.grad(loss, f, create_graph=True))
+
     return {
         "uneven": attempt(lambda: structure_loss(real[:rows], fake[:rows], group=group)),
         "empty": attempt(lambda: structure_loss(real[: rank and SHARE], fake[: rank and SHARE], group=group)),
@@ -105,7 +111,7 @@ def mistakes(group: Any, rank: int) -> dict[str, str]:
         ),
         "labels": attempt(lambda: structure_loss(real, fake, labels=labels if rank else None, group=group)),
         "weight": attempt(lambda: structure_loss(real, fake, weight=torch.zeros(SHARE), group=group)),
-        "second derivative": attempt(lambda: torch.autograd.grad(loss, f, create_graph=True)),
+        **{f"second derivative, {impl}": second_derivative(impl) for impl in IMPLEMENTATIONS},
         "nothing": attempt(lambda: structure_loss(real, fake, weight=None if rank else torch.ones(SHARE), group=group)),
     }
 
@@ -121,7 +127,12 @@ def main() -> None:
         timeout=timedelta(seconds=120),  # a hang is a failure, not a wait
     )
     groups = {name: dist.new_group(list(ranks)) for name, ranks in GROUPS.items()}
-    results: dict[str, Any] = {name: play(groups[name], ranks) for name, ranks in GROUPS.items() if rank in ranks}
+    results: dict[str, Any] = {
+        f"{name}, {impl}": play(groups[name], ranks, impl)
+        for name, ranks in GROUPS.items()
+        if rank in ranks
+        for impl in IMPLEMENTATIONS
+    }
     results["gather"] = gather_backward(groups["three"], rank)
     results["mistakes"] = mistakes(groups["three"], rank)
     torch.save(results, folder / f"rank-{rank}.pt")

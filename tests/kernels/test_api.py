@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sadm_kernels
-from sadm_kernels import StructureLoss, backends, structure_loss
+from sadm_kernels import StructureLoss, backends, native, structure_loss
 
 
 def features(size: int = 4, d: int = 3, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,13 +55,47 @@ def test_a_bad_argument_is_named_with_its_value(wrong: dict[str, Any], message: 
         structure_loss(**({"real": REAL, "fake": FAKE} | wrong))
 
 
-@pytest.mark.parametrize("impl", ["native", "triton"])
-def test_a_backend_that_is_not_here_says_why_and_what_to_use(impl: str) -> None:
-    if backends()[impl] == "ok":
-        pytest.skip(f"{impl} is available")
-    with pytest.raises(RuntimeError, match=f"impl='{impl}': .*impl='auto'") as caught:
-        structure_loss(REAL, FAKE, impl=impl)
-    assert backends()[impl] in str(caught.value)
+def test_a_backend_that_is_not_here_says_why_and_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_status", "not built: there is no compiler")
+    assert backends()["native"] == "not built: there is no compiler"
+    with pytest.raises(RuntimeError, match="impl='native': not built: there is no compiler; or use impl='auto'"):
+        structure_loss(REAL, FAKE, impl="native")
+    assert torch.equal(structure_loss(REAL, FAKE), structure_loss(REAL, FAKE, impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("impl", "device", "message"),
+    [
+        ("triton", "cpu", "impl='triton': runs on cuda, but the features are on cpu; use impl='auto'"),
+        ("native", "meta", "impl='native': runs on cpu, but the features are on meta; use impl='auto'"),
+    ],
+)
+def test_a_backend_of_another_device_is_refused(impl: str, device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        structure_loss(REAL.to(device), FAKE.to(device), impl=impl)
+
+
+def test_a_weight_that_is_trained_needs_the_reference() -> None:
+    weight = torch.ones(4, requires_grad=True)
+    with pytest.raises(ValueError, match="weight.requires_grad=True: impl='native'.*use impl='reference'"):
+        structure_loss(REAL, FAKE, weight=weight, impl="native")
+    (grad,) = torch.autograd.grad(structure_loss(REAL, FAKE, weight=weight), weight)
+    (expected,) = torch.autograd.grad(structure_loss(REAL, FAKE, weight=weight, impl="reference"), weight)
+    assert torch.equal(grad, expected) and grad.any()
+
+
+def test_bad_input_is_refused_before_a_backend_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_library", None)  # any use of it would be another error
+    with pytest.raises(ValueError, match="weight: all 4 are zero"):
+        structure_loss(REAL, FAKE, weight=torch.zeros(4), impl="native")
+
+
+def test_a_dtensor_is_refused_with_what_to_pass() -> None:
+    class DTensor(torch.Tensor):
+        pass
+
+    with pytest.raises(ValueError, match=r"real is a DTensor: pass real.to_local\(\) and the process group as group="):
+        structure_loss(REAL.as_subclass(DTensor), FAKE)
 
 
 def test_the_reference_backend_is_always_there() -> None:
@@ -69,6 +103,12 @@ def test_the_reference_backend_is_always_there() -> None:
     assert set(backends()) == {"reference", "native", "triton"}
     expected = structure_loss(REAL, FAKE, impl="reference")
     torch.testing.assert_close(structure_loss(REAL, FAKE, impl="auto"), expected)
+
+
+@pytest.mark.skipif(backends()["native"] != "ok", reason=backends()["native"])
+def test_on_the_cpu_the_fused_kernel_is_the_default() -> None:
+    found = structure_loss(REAL, FAKE.clone().requires_grad_(True), impl="auto")
+    assert type(found.grad_fn).__name__ == "_EagerBackward"
 
 
 def test_arguments_are_left_alone() -> None:

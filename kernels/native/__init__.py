@@ -1,0 +1,158 @@
+"""The fused loss on CPUs: calls the C++ library that CMakeLists.txt builds into this folder, without a copy.
+
+Features in float32 and float64, and bfloat16 (products in bfloat16 where the processor has them, sums in float32);
+float16 is widened first. Results are the same to the last bit for every number of threads.
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sadm_kernels.problem import Problem
+
+_INTERFACE = 1  # kInterface of structure.h
+_FOLDER = Path(__file__).parent
+LIBRARY = _FOLDER / "libstructure.so"
+BUILD_FAILURE = _FOLDER / "build_failure.txt"  # setup.py leaves the reason here
+_REMEDY = "install it with a C++17 compiler with OpenMP (g++ 9 or newer): pip install ."
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+_RELATIONS = {"euclidean": 0, "cosine": 1, "gaussian": 2}
+_PENALTIES = {"squared": 0, "absolute": 1, "huber": 2}
+_DISTANCE_SUMS, _SLOPE_SUMS, _LOSS = range(3)
+
+
+class _StructurePass(ctypes.Structure):
+    """StructurePass of structure.h, field by field."""
+
+    _fields_ = [
+        ("features", ctypes.c_void_p * 2),
+        ("weight", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("gradients", ctypes.c_void_p * 2),
+        ("sums", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("tau", ctypes.c_double),
+        ("delta", ctypes.c_double),
+        ("inverse_mean", ctypes.c_double * 2),
+        ("mean_slope", ctypes.c_double * 2),
+        ("dtype", ctypes.c_int32),
+        ("relation", ctypes.c_int32),
+        ("penalty", ctypes.c_int32),
+        ("unit", ctypes.c_int32),
+        ("stage", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library and "ok", or None and why there is none."""
+    if not LIBRARY.exists():
+        if BUILD_FAILURE.exists():
+            return None, f"not built when this was installed: {BUILD_FAILURE.read_text().strip()}; {_REMEDY}"
+        return None, f"not built: {LIBRARY.name} is not there; {_REMEDY}"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))  # finds the OpenMP runtime that torch has loaded already
+        found = library.structure_interface()
+    except (OSError, AttributeError) as error:
+        return None, f"cannot load {LIBRARY.name}: {error}; {_REMEDY}"
+    if found != _INTERFACE:
+        return None, f"{LIBRARY.name} is of another version (interface {found}, not {_INTERFACE}); {_REMEDY}"
+    library.structure_instruction_set.restype = ctypes.c_char_p
+    library.structure_pass.argtypes = [ctypes.POINTER(_StructurePass)]
+    return library, "ok"
+
+
+_library, _status = _load()
+
+
+def why_missing() -> str:
+    """ "ok", or why the C++ library cannot be used and what to do."""
+    return _status
+
+
+def instruction_set() -> str:
+    """What the library runs on this processor: avx512bf16, avx512, avx2 or baseline. RuntimeError without it."""
+    if _library is None:
+        raise RuntimeError(_status)
+    return str(_library.structure_instruction_set().decode())
+
+
+def _narrow(labels: Tensor) -> Tensor:
+    """Labels as int32, equal where they were equal."""
+    narrow = labels.to(torch.int32)
+    if torch.equal(narrow.to(labels.dtype), labels):
+        return narrow
+    return torch.unique(labels, return_inverse=True)[1].to(torch.int32)
+
+
+def _pass(
+    p: Problem, stage: int, moments: Tensor | None, need_real: bool, need_fake: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One pass of the library: float64 sums [3] and the gradients [b, d] that are needed."""
+    if _library is None:
+        raise RuntimeError(_status)
+    # Own rows are rows of the columns, so the columns are all that the library needs.
+    real, fake = (x.float() if x.dtype == torch.float16 else x for x in (p.all_real, p.all_fake))
+    compute = torch.float64 if real.dtype == torch.float64 else torch.float32
+    labels = p.all_labels
+    if labels is not None and compute == torch.float32:
+        labels = _narrow(labels)
+    rows, width = p.real.shape
+    gradients = [torch.empty(rows, width, dtype=compute) if need else None for need in (need_real, need_fake)]
+    sums = torch.empty(3, dtype=torch.float64)
+    inverse_mean, mean_slope = (1.0, 1.0), (0.0, 0.0)
+    if moments is not None:
+        values = moments.tolist()
+        inverse_mean, mean_slope = (values[0], values[1]), (values[2], values[3])
+
+    def address(x: Tensor | None) -> int | None:
+        return None if x is None else x.data_ptr()
+
+    task = _StructurePass(
+        features=(real.data_ptr(), fake.data_ptr()),
+        weight=address(p.all_weight),
+        labels=address(labels),
+        gradients=(address(gradients[0]), address(gradients[1])),
+        sums=sums.data_ptr(),
+        columns=len(real),
+        width=width,
+        first=p.first,
+        rows=rows,
+        tau=p.tau,
+        delta=p.delta,
+        inverse_mean=inverse_mean,
+        mean_slope=mean_slope,
+        dtype=_DTYPES[real.dtype],
+        relation=_RELATIONS[p.relation],
+        penalty=_PENALTIES[p.penalty],
+        unit=int(p.unit),
+        stage=stage,
+        threads=torch.get_num_threads(),
+    )
+    if _library.structure_pass(ctypes.byref(task)) != 0:
+        raise RuntimeError(f"structure_loss: not enough memory for {len(real)} rows of {width} features")
+    return sums, gradients[0], gradients[1]
+
+
+def distance_sums(p: Problem) -> Tensor:
+    """float64 [3]: the sums of omega D of real, of fake, and of omega, over own rows x all columns."""
+    return _pass(p, _DISTANCE_SUMS, None, False, False)[0]
+
+
+def slope_sums(p: Problem, moments: Tensor) -> Tensor:
+    """float64 [3]: the sums of (dS/du) u of real, of fake, and of omega; u is the distance over its mean."""
+    return _pass(p, _SLOPE_SUMS, moments, False, False)[0]
+
+
+def loss_and_gradients(
+    p: Problem, moments: Tensor | None, need_real: bool, need_fake: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """float64 [2]: the sums of omega rho and of omega; the gradients of the first, [b, d], None where not needed."""
+    sums, grad_real, grad_fake = _pass(p, _LOSS, moments, need_real, need_fake)
+    return sums[::2], grad_real, grad_fake

@@ -1,0 +1,56 @@
+// The library's interface: picks the best instruction set that this processor and this build have.
+#include <stdlib.h>
+#include <string.h>
+
+#include "structure.h"
+
+int run_baseline(const StructurePass&);
+#if defined(__x86_64__)
+int run_avx2(const StructurePass&);
+int run_avx512(const StructurePass&);
+int run_avx512bf16(const StructurePass&);
+#endif
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool available;
+  int (*run)(const StructurePass&);
+};
+
+// The best comes first. SADM_KERNELS_ISA names another one, to test or to measure it.
+const InstructionSet& chosen() {
+  static const InstructionSet& choice = [&]() -> const InstructionSet& {
+    static const InstructionSet sets[] = {
+#if defined(__x86_64__)
+        {"avx512bf16", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("avx512bf16"), run_avx512bf16},
+        {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"), run_avx512},
+        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), run_avx2},
+#endif
+        {"baseline", true, run_baseline},
+    };
+    const char* wanted = getenv("SADM_KERNELS_ISA");
+    for (const InstructionSet& set : sets)
+      if (set.available && wanted && strcmp(wanted, set.name) == 0) return set;
+    for (const InstructionSet& set : sets)
+      if (set.available) return set;
+    return sets[0];
+  }();
+  return choice;
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int32_t structure_interface() { return kInterface; }
+__attribute__((visibility("default"))) const char* structure_instruction_set() { return chosen().name; }
+
+// 0, or 1 when there is not enough memory.
+__attribute__((visibility("default"))) int32_t structure_pass(const StructurePass* task) { return chosen().run(*task); }
+
+}

@@ -1,0 +1,5 @@
+// Compiled for one instruction set: CMakeLists.txt says with which flags.
+#define ISA avx512bf16
+#include "pass.h"
+
+int run_avx512bf16(const StructurePass& task) { return ISA::run(task); }

@@ -1,0 +1,197 @@
+// Features in the layouts that the products read, and what the epilogue needs to know of each row.
+//
+// Distances do not change when one vector is taken from all rows, but the rounding noise of |a|^2 + |b|^2 - 2ab grows
+// with the rows' lengths: float rows are packed at length 1 where asked for, then less their mean. Bfloat16 rows for
+// the bf16 instructions stay as they came (their products are exact in float32); the epilogue scales the products.
+#pragma once
+
+#include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "gemm.h"
+#include "relation.h"
+
+namespace ISA {
+
+// 64-byte aligned memory; `data` is null when there is none left.
+template <class T>
+struct Buffer {
+  T* data = nullptr;
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { free(data); }
+  bool take(size_t count) {
+    size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    const size_t huge = size_t(1) << 21;
+    if (bytes >= 2 * huge) {
+      bytes = (bytes + huge - 1) / huge * huge;
+      data = (T*)aligned_alloc(huge, bytes);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+      if (data) madvise(data, bytes, MADV_HUGEPAGE);  // a page fault for 4 KiB costs more than filling it
+#endif
+    } else {
+      data = (T*)aligned_alloc(64, bytes ? bytes : 64);
+    }
+    return data != nullptr;
+  }
+};
+
+// Lane numbers for swapping the off-diagonal blocks of size kHalf in two rows of a block.
+template <class T, int kHalf>
+struct Swap {
+  Integer<T> low[kLanes<T>], high[kLanes<T>];
+  constexpr Swap() : low(), high() {
+    constexpr int N = kLanes<T>;
+    for (int i = 0; i < N; ++i) {
+      low[i] = (i & kHalf) ? N + i - kHalf : i;
+      high[i] = (i & kHalf) ? N + i : i + kHalf;
+    }
+  }
+};
+
+template <class T, int kHalf>
+ALWAYS_INLINE void swap_blocks(Vector<T>* v) {
+  static constexpr Swap<T, kHalf> swap;
+  Mask<T> low = load_integers<T>(swap.low), high = load_integers<T>(swap.high);
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes<T>; ++r)
+    if (!(r & kHalf)) {
+      Vector<T> a = v[r], b = v[r + kHalf];
+      v[r] = __builtin_shuffle(a, b, low);
+      v[r + kHalf] = __builtin_shuffle(a, b, high);
+    }
+  if constexpr (kHalf > 1) swap_blocks<T, kHalf / 2>(v);
+}
+
+// out[c * out_stride + r] = in[r * in_stride + c] for a block of as many rows and columns as there are lanes.
+template <class T>
+ALWAYS_INLINE void transpose_block(const T* in, long in_stride, T* out, long out_stride) {
+  constexpr int N = kLanes<T>;
+  Vector<T> v[N];
+#pragma GCC unroll 16
+  for (int r = 0; r < N; ++r) v[r] = load<T>(in + r * in_stride);
+  swap_blocks<T, N / 2>(v);
+#pragma GCC unroll 16
+  for (int c = 0; c < N; ++c) store<T>(out + c * out_stride, v[c]);
+}
+
+inline long round_up(long x, long to) { return (x + to - 1) / to * to; }
+
+template <class In, class Acc, class Mul>
+struct Features {
+  typedef typename Mul::Word Word;
+  static constexpr long P = kPanel<Acc>, N = kLanes<Acc>, kDepth = Mul::kDepth;
+  static constexpr bool kRaw = kDepth > 1;  // packed as they came
+
+  const In* x;                                           // [rows, width]
+  long rows, width, padded_rows, words, padded_words, padded_width;
+  Buffer<Acc> squared, noise, norm, scale, centre;  // of a row; `centre` of a feature
+  Buffer<Acc> length;   // of the rows as packed: those that come first in a word, then those that come second
+  Buffer<Word> across;  // [padded_rows / P][padded_words][P]: depth along the features, for <x_i, x_j>
+  Buffer<Word> along;   // [padded_width / P][padded_rows / kDepth][P]: depth along the rows, for sum_j W_ij x_j
+
+  bool take(const void* features, long n, long d, bool gradient) {
+    x = (const In*)features;
+    rows = n;
+    width = d;
+    padded_rows = round_up(n, P);
+    words = (d + kDepth - 1) / kDepth;
+    padded_words = round_up(words, N);
+    padded_width = round_up(d, P);
+    return squared.take(padded_rows) && noise.take(padded_rows) && norm.take(padded_rows) && scale.take(padded_rows) &&
+           length.take(padded_rows) && centre.take(padded_width) && across.take(padded_rows * padded_words) &&
+           (!gradient || along.take(padded_width * (padded_rows / kDepth)));
+  }
+
+  // Length and scale of the rows of a panel; rows behind the last one count as zeros.
+  void measure(long panel, bool unit) {
+    const Acc eps = sizeof(Acc) == 4 ? Acc(1.1920928955078125e-07) : Acc(2.220446049250313e-16);
+    for (long i = panel * P; i < panel * P + P; ++i) {
+      Acc sum = 0;
+      if (i < rows) {
+        Acc part[N] = {};
+        const In* row = x + i * width;
+        long c = 0;
+        for (; c + N <= width; c += N)
+          for (int l = 0; l < N; ++l) part[l] += Acc(widen(row[c + l])) * Acc(widen(row[c + l]));
+        for (int l = 0; c < width; ++c, ++l) part[l] += Acc(widen(row[c])) * Acc(widen(row[c]));
+        for (int l = 0; l < N; ++l) sum += part[l];
+      }
+      const Acc row_length = unit ? Acc(__builtin_sqrt(sum)) : Acc(1);
+      length.data[i % kDepth * (padded_rows / kDepth) + i / kDepth] = kRaw ? row_length : Acc(1);
+      scale.data[i] = unit ? (sum == 0 ? Acc(0) : 1 / row_length) : Acc(1);
+      squared.data[i] = norm.data[i] = unit ? (sum == 0 ? Acc(0) : sum / sum) : sum;
+      noise.data[i] = 8 * eps * squared.data[i];
+    }
+  }
+
+  // The mean of the scaled rows in one panel of features.
+  void average(long panel) {
+    Acc sum[P] = {};
+    long count = width - panel * P < P ? width - panel * P : P;
+    for (long i = 0; i < rows; ++i) {
+      const In* row = x + i * width + panel * P;
+      for (long c = 0; c < count; ++c) sum[c] += Acc(widen(row[c])) * scale.data[i];
+    }
+    for (long c = 0; c < P; ++c) centre.data[panel * P + c] = sum[c] / Acc(rows);
+  }
+
+  // Rows of a panel of their own, in words, into both layouts. `rows_of_panel` is [P][row_stride] of scratch.
+  long row_stride() const { return (padded_words > padded_width ? padded_words : padded_width) + N; }
+  void pack(long panel, bool gradient, Word* rows_of_panel) {
+    const long stride = row_stride();
+    for (long r = 0; r < P; ++r) {
+      Word* out = rows_of_panel + r * stride;
+      long i = panel * P + r;
+      if (i >= rows) {
+        __builtin_memset(out, 0, stride * sizeof(Word));
+        continue;
+      }
+      const In* row = x + i * width;
+      if constexpr (kRaw) {
+        __builtin_memcpy(out, row, width * sizeof(In));
+        __builtin_memset((In*)out + width, 0, stride * sizeof(Word) - width * sizeof(In));
+      } else {
+        Acc s = scale.data[i];
+        Acc part[N] = {};
+        long c = 0;
+        for (; c + N <= width; c += N)
+          for (int l = 0; l < N; ++l) {
+            Acc value = Acc(widen(row[c + l])) * s - centre.data[c + l];
+            out[c + l] = value;
+            part[l] += value * value;
+          }
+        for (int l = 0; c < width; ++c, ++l) {
+          Acc value = Acc(widen(row[c])) * s - centre.data[c];
+          out[c] = value;
+          part[l] += value * value;
+        }
+        for (; c < stride; ++c) out[c] = 0;
+        Acc sum = 0;
+        for (int l = 0; l < N; ++l) sum += part[l];
+        squared.data[i] = sum;
+      }
+    }
+    Word* across_panel = across.data + panel * P * padded_words;
+    for (long r = 0; r < P; r += N)
+      for (long k = 0; k < padded_words; k += N)
+        transpose_block<Acc>((const Acc*)(rows_of_panel + r * stride + k), stride, (Acc*)(across_panel + k * P + r), P);
+    if (!gradient) return;
+    for (long c = 0; c < padded_width; c += P)
+      for (long r = 0; r < P; r += kDepth) {
+        Word* out = along.data + c * (padded_rows / kDepth) + (panel * P + r) / kDepth * P;
+        if constexpr (kRaw) {
+          const uint16_t* low = (const uint16_t*)(rows_of_panel + r * stride) + c;
+          const uint16_t* high = (const uint16_t*)(rows_of_panel + (r + 1) * stride) + c;
+          for (long l = 0; l < P; ++l) out[l] = uint32_t(low[l]) | uint32_t(high[l]) << 16;
+        } else {
+          __builtin_memcpy(out, rows_of_panel + r * stride + c, P * sizeof(Word));
+        }
+      }
+  }
+};
+
+}  // namespace ISA

@@ -1,0 +1,340 @@
+// One pass over all pairs: Gram tiles, their epilogue, and at once the products that make gradients of them.
+//
+// Only tiles on and above the diagonal are computed where rows and columns are the same. The pair weights W live for
+// one strip of row tiles; every row tile then takes W x from the strip, each output by one thread in a fixed order of
+// terms. So nothing of size columns x columns is ever stored, and the result does not depend on the thread count.
+#pragma once
+
+#include "pack.h"
+
+namespace ISA {
+
+#if defined(__AVX512BF16__)
+// A tile of pair weights [rows][size] as bf16 words: with the depth along columns, [rows][size / 2], and behind that
+// with the depth along rows, [rows / 2][size].
+inline void store_words(const float* w, long rows, long size, uint32_t* out) {
+  uint32_t* transposed = out + size * size / 2;
+  for (long i = 0; i < rows; i += 2)
+    for (long j = 0; j < size; j += kLanes<float>) {
+      __m256i a = (__m256i)_mm512_cvtneps_pbh((__m512)load<float>(w + i * size + j));
+      __m256i b = (__m256i)_mm512_cvtneps_pbh((__m512)load<float>(w + (i + 1) * size + j));
+      __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+      __builtin_memcpy((uint16_t*)(out + i * size / 2) + j, &a, sizeof a);
+      __builtin_memcpy((uint16_t*)(out + (i + 1) * size / 2) + j, &b, sizeof b);
+      __builtin_memcpy(transposed + i / 2 * size + j, &pairs, sizeof pairs);
+    }
+}
+#endif
+
+template <class In, class Acc, class Mul>
+class Pass {
+  typedef typename Mul::Word Word;
+  typedef Features<In, Acc, Mul> Packed;
+  static constexpr long P = kPanel<Acc>, kDepth = Mul::kDepth;
+  static constexpr long kDepthBlock = 128;  // words of depth for which a panel stays in the first-level cache
+  static constexpr long kOutputs = 4;       // panels of features that one task of a product covers
+  static constexpr bool kCopies = kDepth > 1;
+
+  const StructurePass& task;
+  Packed features[2];
+  Pairs<Acc> pairs;
+  Epilogue<Acc> epilogue_of_tile;
+  bool gradient;
+  long tile, column_tiles, first_tile, last_tile, strip_tiles;
+  Buffer<Acc> strip[2];        // [strip_tiles][column_tiles][tile][tile]
+  Buffer<Word> stored[2];      // the same as bf16, where products are of bf16
+  Buffer<Acc> accumulated[2];  // [padded_width / P][rows of the row tiles][P]: sum_j W_ij x_j
+  Buffer<Acc> row_sum[2];      // sum_j W_ij
+  Buffer<double> tile_sums;    // [strip_tiles][column_tiles][3]
+
+  long tile_rows(long t) const { return t * tile + tile < features[0].padded_rows ? tile : features[0].padded_rows - t * tile; }
+  long strip_index(long row_tile, long column_tile) const { return row_tile % strip_tiles * column_tiles + column_tile; }
+
+ public:
+  explicit Pass(const StructurePass& t) : task(t) {}
+
+  bool prepare() {
+    gradient = task.stage == kLoss && (task.gradients[0] || task.gradients[1]);
+    const long n = task.columns;
+    const bool unit = task.unit || task.relation == kCosine;
+    const bool masked = task.weight || task.labels;
+    epilogue_of_tile = kCopies && unit ? choose_epilogue<Acc, kCopies>(task.relation, task.penalty, task.stage, masked)
+                                       : choose_epilogue<Acc, false>(task.relation, task.penalty, task.stage, masked);
+    const long target = n >= 512 ? 128 : n >= 128 ? 64 : 32;
+    tile = target / P * P > P ? target / P * P : P;
+    bool ok = true;
+    for (int x = 0; x < 2; ++x) {
+      ok = ok && features[x].take(task.features[x], n, task.width, task.gradients[x] && gradient);
+      pairs.rows[x] = {features[x].squared.data, features[x].noise.data, features[x].norm.data, features[x].scale.data};
+      pairs.need[x] = gradient && task.gradients[x];
+      pairs.inverse_mean[x] = Acc(task.inverse_mean[x]);
+      pairs.mean_slope[x] = Acc(task.mean_slope[x]);
+    }
+    pairs.columns = n;
+    pairs.first = task.first;
+    pairs.end = task.first + task.rows;
+    pairs.triangle = task.rows == n;
+    pairs.tau = Acc(task.tau);
+    pairs.delta = Acc(task.delta);
+    column_tiles = (features[0].padded_rows + tile - 1) / tile;
+    first_tile = pairs.first / tile;
+    last_tile = (pairs.end + tile - 1) / tile;
+    strip_tiles = 256 / tile > 1 ? 256 / tile : 1;
+    if (strip_tiles > last_tile - first_tile) strip_tiles = last_tile - first_tile;
+    ok = ok && tile_sums.take(strip_tiles * column_tiles * 3) && take_masks();
+    for (int x = 0; x < 2; ++x)
+      if (pairs.need[x]) {
+        const size_t tiles = size_t(strip_tiles) * column_tiles * tile * tile;
+        ok = ok && (kCopies ? stored[x].take(tiles) : strip[x].take(tiles));
+        ok = ok && accumulated[x].take(size_t(last_tile - first_tile) * tile * features[x].padded_width);
+        ok = ok && row_sum[x].take((last_tile - first_tile) * tile);
+      }
+    return ok;
+  }
+
+  // Weights and labels of padded columns are read with the others, so they must exist.
+  Buffer<Acc> padded_weight;
+  Buffer<Integer<Acc>> padded_labels;
+  bool take_masks() {
+    const long n = task.columns, padded = features[0].padded_rows;
+    pairs.weight = nullptr;
+    pairs.labels = nullptr;
+    if (task.weight) {
+      if (!padded_weight.take(padded)) return false;
+      __builtin_memset(padded_weight.data, 0, padded * sizeof(Acc));
+      __builtin_memcpy(padded_weight.data, task.weight, n * sizeof(Acc));
+      pairs.weight = padded_weight.data;
+    }
+    if (task.labels) {
+      if (!padded_labels.take(padded)) return false;
+      __builtin_memset(padded_labels.data, 0, padded * sizeof(Acc));
+      __builtin_memcpy(padded_labels.data, task.labels, n * sizeof(Acc));
+      pairs.labels = padded_labels.data;
+    }
+    return true;
+  }
+
+  bool run() {
+    const bool unit = task.unit || task.relation == kCosine;
+    const long row_panels = features[0].padded_rows / P, feature_panels = features[0].padded_width / P;
+    double sums[3] = {0, 0, 0};
+    bool memory = true;
+#pragma omp parallel num_threads(task.threads)
+    {
+#pragma omp for schedule(static)
+      for (long i = 0; i < 2 * row_panels; ++i) features[i % 2].measure(i / 2, unit);
+#pragma omp for schedule(static)
+      for (long i = 0; i < 2 * feature_panels; ++i) {
+        if (!kCopies)
+          features[i % 2].average(i / 2);
+        else
+          __builtin_memset(features[i % 2].centre.data + i / 2 * P, 0, P * sizeof(Acc));
+      }
+      Buffer<Word> rows_of_panel;
+      Buffer<Acc> gram[2];
+      if (!rows_of_panel.take(P * features[0].row_stride()) || !gram[0].take(tile * tile) || !gram[1].take(tile * tile)) {
+#pragma omp atomic write
+        memory = false;
+      }
+#pragma omp barrier
+      if (memory) {
+#pragma omp for schedule(static)
+        for (long i = 0; i < 2 * row_panels; ++i) features[i % 2].pack(i / 2, pairs.need[i % 2], rows_of_panel.data);
+        for (long begin = first_tile; begin < last_tile; begin += strip_tiles) {
+          const long end = begin + strip_tiles < last_tile ? begin + strip_tiles : last_tile;
+          const long first_column = pairs.triangle ? begin : 0;
+          const long columns = column_tiles - first_column;
+#pragma omp for schedule(dynamic)
+          for (long t = 0; t < (end - begin) * columns; ++t)
+            relate_tile(begin + t / columns, first_column + t % columns, gram);
+#pragma omp single nowait
+          add_sums(begin, end, sums);
+          if (gradient) {
+            const long outputs = pairs.triangle ? column_tiles - begin : end - begin;
+            const long groups = (feature_panels + kOutputs - 1) / kOutputs;
+#pragma omp for schedule(dynamic)
+            for (long t = 0; t < 2 * outputs * groups; ++t)
+              if (pairs.need[t % 2]) accumulate(t % 2, begin + t / 2 / groups, t / 2 % groups, begin, end);
+          } else {
+#pragma omp barrier
+          }
+        }
+        if (gradient) {
+#pragma omp for schedule(static)
+          for (long i = 0; i < 2 * task.rows; ++i)
+            if (pairs.need[i % 2]) finish(i % 2, i / 2, unit);
+        }
+      }
+    }
+    if (!memory) return false;
+    for (int k = 0; k < 3; ++k) task.sums[k] = pairs.triangle ? 2 * sums[k] : sums[k];
+    if (!pairs.weight && !pairs.labels) task.sums[2] = double(task.rows) * double(task.columns - 1);
+    return true;
+  }
+
+ private:
+  // Gram tiles of both inputs, their sums, and the pair weights into the strip.
+  void relate_tile(long row_tile, long column_tile, Buffer<Acc> gram[2]) {
+    if (pairs.triangle && column_tile < row_tile) return;
+    const bool mirrored = pairs.triangle && column_tile == row_tile;
+    const long rows = tile_rows(row_tile), columns = tile_rows(column_tile);
+    const long row0 = row_tile * tile, column0 = column_tile * tile;
+    // Rows of this tile that are asked for, and the register tiles that hold them
+    const long begin = pairs.first > row0 ? pairs.first - row0 : 0;
+    const long end = pairs.end < row0 + rows ? pairs.end - row0 : rows;
+    const long index = strip_index(row_tile, column_tile);
+    Acc* out[2];
+    for (int x = 0; x < 2; ++x) {
+      out[x] = pairs.need[x] && !kCopies ? strip[x].data + index * tile * tile : gram[x].data;
+      const Packed& f = features[x];
+      for (long k = 0; k < f.words; k += kDepthBlock) {
+        const long depth = f.words - k < kDepthBlock ? f.words - k : kDepthBlock;
+        for (long j = 0; j < columns; j += P) {
+          const Word* b = f.across.data + (column0 + j) * f.padded_words + k * P;
+          const long stop = mirrored && j + P < end ? j + P : end;  // no register tile below the diagonal
+          for (long i = begin / kRows * kRows; i < stop; i += kRows) {
+            const Word* a = f.across.data + (row0 + i) / P * P * f.padded_words + k * P + (row0 + i) % P;
+            register_tile<Mul, Acc, true>(a, P, b, depth, out[x] + i * tile + j, tile, k > 0);
+          }
+        }
+      }
+    }
+    double* sums = tile_sums.data + index * 3;
+    sums[0] = sums[1] = sums[2] = 0;
+    Acc* first_row[2] = {out[0] + begin * tile, out[1] + begin * tile};
+    epilogue_of_tile(pairs, row0 + begin, row0 + end, column0, column0 + columns, first_row, tile, sums);
+    for (int x = 0; x < 2; ++x) {
+      if (!pairs.need[x]) continue;
+      __builtin_memset(out[x], 0, begin * tile * sizeof(Acc));
+      __builtin_memset(out[x] + end * tile, 0, (rows - end) * tile * sizeof(Acc));
+      if (mirrored)
+        for (long i = 0; i < rows; ++i) {
+          out[x][i * tile + i] = 0;
+          for (long j = i + 1; j < columns; ++j) out[x][j * tile + i] = out[x][i * tile + j];
+        }
+#if defined(__AVX512BF16__)
+      if constexpr (kCopies) store_words(out[x], rows, tile, stored[x].data + index * tile * tile);
+#endif
+    }
+  }
+
+  void add_sums(long begin, long end, double sums[3]) {
+    for (long i = begin; i < end; ++i)
+      for (long j = pairs.triangle ? i : 0; j < column_tiles; ++j)
+        for (int k = 0; k < 3; ++k) sums[k] += tile_sums.data[strip_index(i, j) * 3 + k];
+  }
+
+  const Word* weights(int x, long row_tile, long column_tile) const {
+    const long index = strip_index(row_tile, column_tile) * tile * tile;
+    if constexpr (kCopies)
+      return stored[x].data + index;
+    else
+      return strip[x].data + index;
+  }
+
+  // What the strip [begin, end) of row tiles adds to sum_j W_ij x_j of one row tile, for one group of features.
+  void accumulate(int x, long row_tile, long group, long begin, long end) {
+    const long rows = tile_rows(row_tile);
+    const long words = tile / kDepth;  // of a row of W
+    if (pairs.triangle)
+      for (long other = begin; other < end && other < row_tile; ++other)
+        multiply<true>(x, row_tile, group, weights(x, other, row_tile) + (kCopies ? tile * tile / 2 : 0), tile, other,
+                       other == 0, rows);
+    if (row_tile < end)
+      for (long other = pairs.triangle ? row_tile : 0; other < column_tiles; ++other)
+        multiply<false>(x, row_tile, group, weights(x, row_tile, other), words, other,
+                        pairs.triangle ? row_tile == 0 && other == 0 : other == 0, rows);
+  }
+
+  template <bool kTransposed>
+  void multiply(int x, long row_tile, long group, const Word* w, long stride, long other, bool fresh, long rows) {
+    const Packed& f = features[x];
+    const long depth = tile_rows(other) / kDepth;
+    const long all_rows = (last_tile - first_tile) * tile;
+    Acc* out = accumulated[x].data + (row_tile - first_tile) * tile * P;
+    const long end = group * kOutputs * P + kOutputs * P;
+    for (long c = group * kOutputs * P; c < end && c < f.padded_width; c += P) {
+      const Word* b = f.along.data + c * (f.padded_rows / kDepth) + other * tile / kDepth * P;
+      for (long i = 0; i < rows; i += kRows)
+        register_tile<Mul, Acc, kTransposed>(w + (kTransposed ? i : i * stride), stride, b, depth,
+                                             out + c * all_rows + i * P, P, !fresh);
+    }
+    if (group == 0) add_row_sums<kTransposed>(x, row_tile, w, stride, other, fresh, rows);
+  }
+
+  // Sums of the weights as they are multiplied, so that what all rows share cancels to the last bit of W.
+  template <bool kTransposed>
+  void add_row_sums(int x, long row_tile, const Word* w, long stride, long other, bool fresh, long rows) {
+    typedef Vector<Acc> V;
+    constexpr int N = kLanes<Acc>;
+    Acc* out = row_sum[x].data + (row_tile - first_tile) * tile;
+    const Acc* first = features[x].length.data + other * tile / kDepth;
+    const Acc* second = first + (kDepth - 1) * (features[x].padded_rows / kDepth);
+    const long depth = tile_rows(other) / kDepth;
+    if (kTransposed) {
+      for (long i = 0; i < rows; i += N) {
+        V sum = fresh ? V{} : load<Acc>(out + i);
+        for (long k = 0; k < depth; ++k)
+          sum += Mul::weigh(Mul::load_words(w + k * stride + i), splat(first[k]), splat(second[k]));
+        store<Acc>(out + i, sum);
+      }
+    } else {
+      for (long i = 0; i < rows; ++i) {
+        V sum = V{};
+        for (long k = 0; k < depth; k += N)
+          sum += Mul::weigh(Mul::load_words(w + i * stride + k), load<Acc>(first + k), load<Acc>(second + k));
+        Acc total = fresh ? Acc(0) : out[i];
+        for (int l = 0; l < N; ++l) total += sum[l];
+        out[i] = total;
+      }
+    }
+  }
+
+  // 2 ((sum_j W_ij) x_i - sum_j W_ij x_j), then back through the scaling to length 1: what changes the length is taken
+  // out.
+  void finish(int x, long row, bool unit) {
+    const Packed& f = features[x];
+    const long i = row + pairs.first, d = f.width;
+    const In* in = f.x + i * d;
+    const Acc* products = accumulated[x].data + (i - first_tile * tile) * P;
+    const long panel_stride = (last_tile - first_tile) * tile * P;
+    Acc* out = (Acc*)task.gradients[x] + row * d;
+    const Acc own = row_sum[x].data[i - first_tile * tile];
+    const Acc s = f.scale.data[i];
+    for (long panel = 0; panel < d; panel += P, products += panel_stride)
+      for (long c = panel; c < panel + P && c < d; ++c)
+        out[c] = own * (Acc(widen(in[c])) * s - f.centre.data[c]) - products[c - panel];
+    if (!unit) {
+      for (long c = 0; c < d; ++c) out[c] *= 2;
+      return;
+    }
+    constexpr int N = kLanes<Acc>;
+    Acc part[N] = {};
+    long c = 0;
+    for (; c + N <= d; c += N)
+      for (int l = 0; l < N; ++l) part[l] += Acc(widen(in[c + l])) * s * out[c + l];
+    for (; c < d; ++c) part[0] += Acc(widen(in[c])) * s * out[c];
+    Acc along = 0;
+    for (int l = 0; l < N; ++l) along += part[l];
+    const Acc back = kCopies ? (s == 0 ? Acc(0) : Acc(2)) : 2 * s;
+    for (c = 0; c < d; ++c) out[c] = back * (out[c] - Acc(widen(in[c])) * s * along);
+  }
+};
+
+template <class In, class Acc, class Mul>
+int run_pass(const StructurePass& task) {
+  Pass<In, Acc, Mul> pass(task);
+  return pass.prepare() && pass.run() ? 0 : 1;
+}
+
+inline int run(const StructurePass& task) {
+  if (task.dtype == kFloat64) return run_pass<double, double, Multiply<double>>(task);
+  if (task.dtype == kFloat32) return run_pass<float, float, Multiply<float>>(task);
+#if defined(__AVX512BF16__)
+  return run_pass<BFloat16, float, MultiplyBF16>(task);
+#else
+  return run_pass<BFloat16, float, Multiply<float>>(task);
+#endif
+}
+
+}  // namespace ISA

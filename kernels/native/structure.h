@@ -1,0 +1,34 @@
+// What Python (native/__init__.py, through ctypes) and the instruction sets share. Change kInterface with it.
+#pragma once
+
+#include <stdint.h>
+
+extern "C" {
+
+enum { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2 };
+enum { kEuclidean = 0, kCosine = 1, kGaussian = 2 };
+enum { kSquared = 0, kAbsolute = 1, kHuber = 2 };
+enum {
+  kDistanceSums = 0,  // sums: omega D_real, omega D_fake, omega
+  kSlopeSums = 1,     // sums: Q_real u_real, Q_fake u_fake, omega
+  kLoss = 2,          // sums: omega rho, -, omega; and gradients where asked for
+};
+
+// One pass over the pairs of rows [first, first + rows) and all columns [0, columns), the pair of a row with itself
+// excepted. Features are contiguous [columns, width]; "acc" is float, double for float64 features.
+struct StructurePass {
+  const void* features[2];      // real, fake
+  const void* weight;           // acc [columns], or null
+  const void* labels;           // int32 (int64 for float64 features) [columns], or null
+  void* gradients[2];           // acc [rows, width], not divided by the sum of omega; null where not needed
+  double* sums;                 // [3]
+  int64_t columns, width, first, rows;
+  double tau, delta;
+  double inverse_mean[2];       // 1 without normalize="mean"
+  double mean_slope[2];         // kappa: sum(Q u) / sum(omega), 0 without normalize="mean"
+  int32_t dtype, relation, penalty, unit, stage, threads;
+};
+
+constexpr int32_t kInterface = 1;
+
+}

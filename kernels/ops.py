@@ -1,0 +1,215 @@
+"""The fused loss as a torch operator and as an autograd function: what torch.compile and autograd see of a backend.
+
+The gradients come with the loss, in one sequence of passes; backward only scales them, out of place, so it can be
+repeated. It is not differentiable again: that is refused, never left out. Compiled code calls the operator; plain
+eager code the function, which saves the operator's Python layers (a few times the kernel's own time at small
+batches), and so does a process group, whose collectives must not be reordered.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sadm_kernels import native, triton
+from sadm_kernels.problem import Problem
+from sadm_kernels.reference import compute_dtype, gather_rows
+
+_BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton}
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def _add_nothing(sums: Tensor) -> Tensor:
+    return sums
+
+
+def _evaluate(
+    backend: str, p: Problem, normalize: str, need: tuple[bool, bool], add_ranks: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """S (0-d), 1 / sum(omega) (0-d), and the gradients of S * sum(omega): [b, d], or None where not needed."""
+    dtype, device = compute_dtype(p.real), p.real.device
+    if len(p.all_real) < 2 or p.all_real.shape[1] == 0:
+        nothing = (p.all_real.sum() + p.all_fake.sum()).to(dtype) * 0.0  # no pair; NaN for NaN
+        no_real, no_fake = (torch.zeros(p.real.shape, dtype=dtype, device=device) if n else None for n in need)
+        return nothing, torch.ones_like(nothing), no_real, no_fake
+    module, moments = _BACKENDS[backend], None
+    if normalize == "mean" and p.relation != "cosine":
+        sums = add_ranks(module.distance_sums(p))
+        mean = sums[:2] / sums[2].clamp_min(_TINY)
+        moments = torch.cat([1.0 / torch.where(mean == 0, 1.0, mean), torch.zeros_like(mean)])
+        if any(need):
+            slopes = add_ranks(module.slope_sums(p, moments))
+            moments[2:] = slopes[:2] / slopes[2].clamp_min(_TINY)
+    sums, grad_real, grad_fake = module.loss_and_gradients(p, moments, *need)
+    sums = add_ranks(sums)
+    total = sums[1].clamp_min(_TINY)  # no pair counts: 0 / tiny
+    return (sums[0] / total).to(dtype), total.reciprocal().to(dtype), grad_real, grad_fake
+
+
+@torch.library.custom_op("sadm_kernels::structure_loss", mutates_args=())
+def _structure_loss(
+    real: Tensor,
+    fake: Tensor,
+    weight: Tensor | None,
+    labels: Tensor | None,
+    relation: str,
+    penalty: str,
+    normalize: str,
+    tau: float,
+    delta: float,
+    backend: str,
+    need_real: bool,
+    need_fake: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = _problem(real, fake, weight, labels, relation, penalty, normalize, tau, delta, None)
+    loss, inverse_total, *grads = _evaluate(backend, p, normalize, (need_real, need_fake), _add_nothing)
+    grad_real, grad_fake = (loss.new_empty(0) if grad is None else grad for grad in grads)
+    return loss, inverse_total, grad_real, grad_fake
+
+
+@_structure_loss.register_fake
+def _(
+    real: Tensor,
+    fake: Tensor,
+    weight: Tensor | None,
+    labels: Tensor | None,
+    relation: str,
+    penalty: str,
+    normalize: str,
+    tau: float,
+    delta: float,
+    backend: str,
+    need_real: bool,
+    need_fake: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(real)
+
+    def gradient(needed: bool) -> Tensor:
+        return real.new_empty(real.shape if needed else (0,), dtype=dtype)
+
+    return real.new_empty((), dtype=dtype), real.new_empty((), dtype=dtype), gradient(need_real), gradient(need_fake)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, inverse_total, grad_real, grad_fake = output
+    ctx.save_for_backward(inverse_total, grad_real, grad_fake)
+    ctx.dtype = inputs[0].dtype
+    ctx.needed = inputs[-2:]
+
+
+def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """The gradients of real and fake for the gradient of the loss; None where none was needed."""
+    if torch.is_grad_enabled():  # torch's own once_differentiable does not see torch.autograd.grad
+        raise RuntimeError(
+            "structure_loss: its fused gradient has no second derivative (create_graph=True); use impl='reference'"
+        )
+    inverse_total, *gradients = ctx.saved_tensors
+    scale = grad * inverse_total
+    return [(g * scale).to(ctx.dtype) if needed else None for g, needed in zip(gradients, ctx.needed, strict=True)]
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return (*_scaled(ctx, grad), *([None] * 10))
+
+
+_structure_loss.register_autograd(_backward, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator's eager twin; with `group` own rows against the columns of all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        real: Tensor,
+        fake: Tensor,
+        weight: Tensor | None,
+        labels: Tensor | None,
+        options: dict[str, Any],
+        backend: str,
+        group: dist.ProcessGroup | None,
+        needed: tuple[bool, bool],
+    ) -> Tensor:
+        def add_ranks(sums: Tensor) -> Tensor:
+            sums = sums.contiguous()
+            dist.all_reduce(sums, group=group)
+            return sums
+
+        p = _problem(real, fake, weight, labels, **options, group=group)
+        ctx.needed, ctx.dtype = needed, real.dtype  # not needs_input_grad, which is set without autograd as well
+        reduce = _add_nothing if group is None else add_ranks
+        loss, *saved = _evaluate(backend, p, options["normalize"], needed, reduce)
+        ctx.save_for_backward(*saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_scaled(ctx, grad), *([None] * 6))
+
+
+def _problem(
+    real: Tensor,
+    fake: Tensor,
+    weight: Tensor | None,
+    labels: Tensor | None,
+    relation: str,
+    penalty: str,
+    normalize: str,
+    tau: float,
+    delta: float,
+    group: dist.ProcessGroup | None,
+) -> Problem:
+    real, fake = real.contiguous(), fake.contiguous()
+    if weight is not None:
+        weight = weight.to(compute_dtype(real)).contiguous()
+    if labels is not None:
+        labels = labels.long().contiguous()
+
+    def columns(x: Tensor | None) -> Any:
+        return x if x is None or group is None else gather_rows(x, group)
+
+    return Problem(
+        real=real,
+        fake=fake,
+        all_real=columns(real),
+        all_fake=columns(fake),
+        first=0 if group is None else dist.get_rank(group) * len(real),
+        weight=weight,
+        all_weight=columns(weight),
+        labels=labels,
+        all_labels=columns(labels),
+        relation=relation,
+        penalty=penalty,
+        unit=normalize == "unit" or relation == "cosine",
+        tau=tau,
+        delta=delta,
+    )
+
+
+def structure_loss(
+    backend: str,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    weight: Tensor | None,
+    labels: Tensor | None,
+    group: dist.ProcessGroup | None,
+    **options: Any,
+) -> Tensor:
+    """S by the fused `backend`; arguments as in sadm_kernels.structure_loss, which has checked them."""
+    grad = torch.is_grad_enabled()
+    need = (grad and real.requires_grad, grad and fake.requires_grad)
+    if group is not None or not (torch.compiler.is_compiling() or _traced(real) or _traced(fake)):
+        loss: Tensor = _Eager.apply(real, fake, weight, labels, options, backend, group, need)
+        return loss
+    return _structure_loss(
+        real, fake, weight, labels, **options, backend=backend, need_real=need[0], need_fake=need[1]
+    )[0]
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether x stands for a tensor (fake, proxy, ...) instead of being one with memory behind it."""
+    return type(x) is not Tensor and type(x) is not torch.nn.Parameter

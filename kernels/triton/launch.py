@@ -1,0 +1,399 @@
+"""The host's side of the GPU kernels: which tiles, which grid, in which order. Nothing here waits for the device.
+
+The work of one call: norms of all columns, then one of
+    pair_sums       no gradient wanted: half of the pairs (all of them when a group's rows meet its columns)
+    row_gradient    one launch for each gradient; the first one brings the loss along
+    weight_strip    bfloat16 from STRIPS_FROM rows on: W for some rows at a time and one GEMM a gradient and strip
+Sums are float32 within a program and float64 across programs, in an order that no scheduling changes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sadm_kernels.problem import Problem
+
+
+class Tile(NamedTuple):
+    """Rows, columns, features a step of the products, features of the gradient a program owns; warps; stages."""
+
+    m: int
+    n: int
+    k: int
+    d: int
+    warps: int
+    stages: int
+
+
+# By kernel and bytes a feature, for three generations: 80 (Ampere; also Ada and consumer Blackwell, which have as little
+# shared memory), 90 (Hopper), 100 (data-centre Blackwell). Chosen by what compiles to tensor-core instructions without
+# spilling registers (aot.py, budget.json), large tiles first; not by measured times. No autotuning: the choice must be
+# the same on all ranks and in all runs. "few": too few rows for one program a multiprocessor, so shorter blocks.
+TILES: dict[int, dict[tuple[str, int], Tile]] = {
+    80: {
+        ("sums", 2): Tile(64, 64, 64, 0, 4, 3),
+        ("sums", 4): Tile(64, 64, 32, 0, 8, 3),
+        ("rows", 2): Tile(64, 64, 64, 128, 8, 3),
+        ("rows", 4): Tile(32, 64, 32, 64, 8, 3),
+        ("few", 2): Tile(32, 64, 64, 128, 4, 3),
+        ("few", 4): Tile(32, 64, 32, 64, 8, 3),
+        ("strip", 2): Tile(64, 64, 64, 0, 4, 3),
+    },
+    90: {
+        ("sums", 2): Tile(64, 64, 64, 0, 4, 3),
+        ("sums", 4): Tile(64, 64, 32, 0, 8, 3),
+        ("rows", 2): Tile(64, 64, 64, 256, 8, 3),
+        ("rows", 4): Tile(64, 32, 32, 64, 8, 3),
+        ("few", 2): Tile(32, 64, 64, 128, 4, 3),
+        ("few", 4): Tile(32, 64, 32, 64, 8, 3),
+        ("strip", 2): Tile(64, 64, 64, 0, 4, 3),
+    },
+    100: {
+        ("sums", 2): Tile(64, 64, 64, 0, 8, 3),
+        ("sums", 4): Tile(64, 64, 32, 0, 8, 3),
+        ("rows", 2): Tile(64, 64, 64, 256, 8, 3),
+        ("rows", 4): Tile(64, 64, 32, 128, 8, 3),
+        ("few", 2): Tile(32, 64, 64, 128, 4, 3),
+        ("few", 4): Tile(32, 64, 32, 64, 8, 3),
+        ("strip", 2): Tile(64, 64, 64, 0, 8, 3),
+    },
+}
+FEW_ROWS = 512
+STRIPS_FROM = 2048
+STRIP_ELEMENTS = 2**23  # of bfloat16: 16 MB a gradient, to be read back from the L2 cache
+WEIGHT_TILE = Tile(32, 64, 0, 0, 4, 1)
+FINISH_TILE = Tile(16, 0, 0, 128, 4, 1)
+
+
+class Machine(NamedTuple):
+    """Where kernels go: the module that has them and the GPU's compute capability times ten."""
+
+    kernels: Any
+    capability: int
+
+
+def machine_of(device: torch.device) -> Machine:
+    """The machine behind `device`. RuntimeError where there are no kernels for it."""
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"impl='triton': the features are on {device}, must be on a CUDA device; use impl='reference'"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"impl='triton': {torch.cuda.get_device_name(device)} has compute capability {major}.{minor},"
+            " must be 8.0 or newer; use impl='reference'"
+        )
+    from sadm_kernels.triton import device_code
+
+    return Machine(device_code, 10 * major + minor)
+
+
+def tile_of(kernel: str, element_size: int, d: int, capability: int) -> Tile:
+    """The table's tile, cut down to d features."""
+    generation = 90 if capability == 90 else 100 if 100 <= capability < 110 else 80
+    tile = TILES[generation][kernel, element_size]
+    enough = max(16, 1 << (d - 1).bit_length())
+    return tile._replace(k=min(tile.k, enough), d=min(tile.d, enough))
+
+
+def strip_height(b: int, n: int) -> int:
+    """Rows a strip: of a fixed size, and never more than a quarter of all. A multiple of 128."""
+    return max(128, min(STRIP_ELEMENTS // n, b // 4) // 128 * 128)
+
+
+class _Run(NamedTuple):
+    """A problem as the kernels take it; `tile` is that of its main kernel."""
+
+    machine: Machine
+    problem: Problem
+    tile: Tile
+    features: tuple[Tensor, Tensor]
+    stats: Tensor
+    weight: Tensor
+    labels: Tensor
+    moments: Tensor
+    options: dict[str, Any]
+    shape: dict[str, Any]
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        return (*self.features, self.stats, self.weight, self.labels, self.moments)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """first, b, n, d (padded)."""
+        n, d = self.features[0].shape
+        return self.problem.first, len(self.problem.real), n, d
+
+    @property
+    def floats(self) -> tuple[float, float]:
+        return 0.5 / self.problem.tau**2, self.problem.delta
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.stats.device)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any, **constants: Any) -> None:
+    # Contraction to fused multiply-add is spelled out, because Triton's default for it is about to change.
+    kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+
+
+def _padded(d: int) -> int:
+    return math.ceil(d / 16) * 16
+
+
+def _check(p: Problem) -> None:
+    n, d = p.all_real.shape
+    d = _padded(d)
+    if p.real.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise RuntimeError(
+            f"impl='triton': features are {p.real.dtype}, must be float16, bfloat16 or float32; use impl='reference'"
+        )
+    if n * d >= 2**31:
+        raise RuntimeError(
+            f"impl='triton': {n} x {d} features, must be fewer than 2^31 (32-bit offsets); use impl='reference'"
+        )
+
+
+@contextlib.contextmanager
+def _device(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device, wherever the tensors are."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+    else:
+        yield
+
+
+def _start(p: Problem, moments: Tensor | None, kernel: str, machine: Machine) -> _Run:
+    """Choose the tile, and launch the norms."""
+    n, d = p.all_real.shape
+    # Rows have to start on 16 bytes, or they are loaded a feature at a time, through more registers than there are.
+    padding = (0, _padded(d) - d)
+    features = (F.pad(p.all_real, padding), F.pad(p.all_fake, padding)) if any(padding) else (p.all_real, p.all_fake)
+    d = _padded(d)
+    tile = tile_of(kernel, p.real.element_size(), d, machine.capability)
+    stats = torch.empty((2, n), dtype=torch.float32, device=p.real.device)
+    unit = p.unit or p.relation == "cosine"
+    shape = {
+        "BLOCK_K": tile.k,
+        "EVEN_K": d % tile.k == 0,
+        # float32 features: three products of tf32 parts, which keep float32's precision. One would lose it, and exact
+        # products ("ieee") are left without tensor cores. Narrower features are exact in any case.
+        "PRECISION": "tf32x3" if p.real.dtype == torch.float32 else "ieee",
+    }
+    _launch(
+        machine.kernels.row_norms,
+        (math.ceil(n / tile.m), 2),
+        tile,
+        *features,
+        stats,
+        n,
+        d,
+        UNIT=unit,
+        BLOCK=tile.m,
+        **shape,
+    )
+    return _Run(
+        machine,
+        p,
+        tile,
+        features,
+        stats,
+        # What a kernel does not read is stood in for by what is at hand.
+        weight=stats if p.all_weight is None else p.all_weight.contiguous(),
+        labels=stats if p.all_labels is None else p.all_labels.contiguous(),
+        moments=stats if moments is None else moments.to(torch.float32),
+        options={
+            "RELATION": p.relation,
+            "PENALTY": p.penalty,
+            "UNIT": unit,
+            "MEAN": moments is not None and p.relation != "cosine",
+            "WEIGHTED": p.all_weight is not None,
+            "LABELLED": p.all_labels is not None,
+        },
+        shape={"BLOCK_M": tile.m, "BLOCK_N": tile.n, **shape},
+    )
+
+
+def _denominator(run: _Run) -> Tensor:
+    """sum omega, 0-d float64."""
+    first, b, n, _ = run.sizes
+    flags = {name: run.options[name] for name in ("WEIGHTED", "LABELLED")}
+    if not any(flags.values()):
+        return torch.full((), float(b * (n - 1)), dtype=torch.float64, device=run.stats.device)
+    tile = WEIGHT_TILE
+    partials = run.empty(b)
+    grid = (math.ceil(b / tile.m),)
+    arguments = (run.weight, run.labels, partials, first, b, n)
+    _launch(run.machine.kernels.weight_sums, grid, tile, *arguments, **flags, BLOCK_M=tile.m, BLOCK_N=tile.n)
+    return partials.sum(dtype=torch.float64)
+
+
+def _pair_sums(run: _Run, statistic: str) -> Tensor:
+    """[sums of the statistic ..., sum omega], float64."""
+    _, b, n, _ = run.sizes
+    tile = run.tile
+    triangle = b == n
+    across = math.ceil(n / tile.n)
+    programs = across * (across + 1) // 2 if triangle else math.ceil(b / tile.m) * across
+    partials = run.empty(1 if statistic == "loss" else 2, programs)
+    _launch(
+        run.machine.kernels.pair_sums,
+        (programs,),
+        tile,
+        *run.pointers,
+        partials,
+        *run.sizes,
+        *run.floats,
+        STATISTIC=statistic,
+        TRIANGLE=triangle,
+        **run.options,
+        **run.shape,
+    )
+    return torch.cat([partials.sum(dim=1, dtype=torch.float64), _denominator(run)[None]])
+
+
+def _row_gradients(run: _Run, needed: tuple[bool, bool]) -> tuple[Tensor, list[Tensor | None]]:
+    """Rows' losses [b] and gradients [b, d], of real and fake."""
+    _, b, _, d = run.sizes
+    tile = run.tile
+    loss = run.empty(b)
+    gradients: list[Tensor | None] = [None, None]
+    for fake in (side for side in (0, 1) if needed[side]):
+        gradient = gradients[fake] = run.empty(b, d)
+        _launch(
+            run.machine.kernels.row_gradient,
+            (math.ceil(b / tile.m), math.ceil(d / tile.d)),
+            tile,
+            *run.pointers,
+            gradient,
+            loss,
+            *run.sizes,
+            *run.floats,
+            FAKE=fake,
+            LOSS=fake == needed.index(True),
+            BLOCK_D=tile.d,
+            EVEN_D=d % tile.d == 0,
+            **run.options,
+            **run.shape,
+        )
+    return loss, gradients
+
+
+def _product(strip: Tensor, x: Tensor) -> Tensor:
+    """bfloat16 matrices to a float32 product: rounded to bfloat16 it would lose small differences of large sums."""
+    if strip.is_cuda:
+        return torch.mm(strip, x, out_dtype=torch.float32)
+    return strip.float() @ x.float()
+
+
+def _strip_gradients(run: _Run, needed: tuple[bool, bool]) -> tuple[Tensor, list[Tensor | None]]:
+    """What `_row_gradients` returns, strip by strip."""
+    first, b, n, d = run.sizes
+    tile = run.tile
+    height = strip_height(b, n)
+    stride = math.ceil(n / 16) * 16  # rows of a GEMM's operand start on 16 bytes
+    blocks = math.ceil(n / tile.n)
+    strips = [run.empty(height if wanted else 0, stride, dtype=torch.bfloat16) for wanted in needed]
+    loss = run.empty(b)
+    gradients = [run.empty(b, d) if wanted else None for wanted in needed]
+    for start in range(0, b, height):
+        rows = min(height, b - start)
+        partials = run.empty(3, blocks, rows)
+        _launch(
+            run.machine.kernels.weight_strip,
+            (blocks, math.ceil(rows / tile.m)),
+            tile,
+            *run.pointers,
+            *strips,
+            partials,
+            start,
+            rows,
+            stride,
+            *run.sizes,
+            *run.floats,
+            REAL=needed[0],
+            FAKE=needed[1],
+            **run.options,
+            **run.shape,
+        )
+        for fake in (side for side in (0, 1) if needed[side]):
+            x = run.features[fake]
+            _launch(
+                run.machine.kernels.finish_strip,
+                (math.ceil(rows / FINISH_TILE.m), math.ceil(d / FINISH_TILE.d)),
+                FINISH_TILE,
+                x,
+                run.stats,
+                _product(strips[fake][:rows, :n], x),
+                partials,
+                gradients[fake],
+                loss,
+                start,
+                rows,
+                blocks,
+                first,
+                n,
+                d,
+                UNIT=run.options["UNIT"],
+                FAKE=fake,
+                LOSS=fake == needed.index(True),
+                BLOCK_M=FINISH_TILE.m,
+                BLOCK_D=FINISH_TILE.d,
+            )
+    return loss, gradients
+
+
+def distance_sums(p: Problem, *, machine: Machine | None = None) -> Tensor:
+    """[sum omega D(real), sum omega D(fake), sum omega] over own rows and all columns, float64 [3].
+
+    RuntimeError, from all functions here: float64 features, 2^31 or more of them, or no GPU that runs the kernels.
+    """
+    _check(p)
+    machine = machine or machine_of(p.real.device)
+    with _device(p.real.device):
+        return _pair_sums(_start(p, None, "sums", machine), "distances")
+
+
+def slope_sums(p: Problem, moments: Tensor, *, machine: Machine | None = None) -> Tensor:
+    """[sum Q u of real, of fake, sum omega], float64 [3]; of `moments` [4] only 1/m is read."""
+    _check(p)
+    machine = machine or machine_of(p.real.device)
+    with _device(p.real.device):
+        return _pair_sums(_start(p, moments, "sums", machine), "slopes")
+
+
+def loss_and_gradients(
+    p: Problem, moments: Tensor | None, need_real: bool, need_fake: bool, *, machine: Machine | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[numerator, denominator] of S over own rows, float64 [2], and the needed gradients [b, d] float32.
+
+    Gradients are those of the numerator of the whole batch, for own rows; the caller divides by its denominator.
+    `moments` [4] = (1/m_F, 1/m_G, kappa_F, kappa_G) stays on the device; None unless normalize="mean".
+    """
+    _check(p)
+    machine = machine or machine_of(p.real.device)
+    needed = (need_real, need_fake)
+    b, n = len(p.real), len(p.all_real)
+    with _device(p.real.device):
+        if not any(needed):
+            return _pair_sums(_start(p, moments, "sums", machine), "loss"), None, None
+        # Strips take W times X out of the kernel, so W must have the features' dtype and bfloat16's range: float16
+        # would need its powers of two (row_gradient), and a float32 GEMM would follow torch's allow_tf32.
+        if p.real.dtype == torch.bfloat16 and min(b, n) >= STRIPS_FROM:
+            run = _start(p, moments, "strip", machine)
+            loss, gradients = _strip_gradients(run, needed)
+        else:
+            run = _start(p, moments, "few" if b <= FEW_ROWS else "rows", machine)
+            loss, gradients = _row_gradients(run, needed)
+        sums = torch.stack([loss.sum(dtype=torch.float64), _denominator(run)])
+    d = p.real.shape[1]
+    grad_real, grad_fake = (x if x is None else x[:, :d].contiguous() for x in gradients)
+    return sums, grad_real, grad_fake
