@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/installed
 EXTRAS := dali,demo,diffusers,test,triton
 NATIVE := CMakeLists.txt $(wildcard kernels/native/*.h kernels/native/*.cpp)
 
-.PHONY: help install demo test test-fast lint format clean
+.PHONY: help install demo test test-fast benchmark lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -46,6 +46,9 @@ test: lint ## every check: ruff, mypy, pytest
 
 test-fast: install ## pytest without the tests that start training processes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(TEST_PROCESSES) -m 'not slow'
+
+benchmark: install ## the structure loss against its peers: table, CSV and picture (about 20 minutes)
+	@$(BIN)/python benchmarks/structure_loss.py
 
 lint: install build/typing/sadm_kernels ## ruff and mypy, nothing is changed
 	@$(BIN)/ruff check

@@ -15,27 +15,41 @@
 
 namespace ISA {
 
-// 64-byte aligned memory; `data` is null when there is none left.
-template <class T>
-struct Buffer {
-  T* data = nullptr;
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { free(data); }
-  bool take(size_t count) {
-    size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    const size_t huge = size_t(1) << 21;
-    if (bytes >= 2 * huge) {
-      bytes = (bytes + huge - 1) / huge * huge;
-      data = (T*)aligned_alloc(huge, bytes);
+// All memory of a pass in one block: what is wanted is named first, then taken at once. The allocator keeps one block
+// of a few megabytes for the next call; many would go back to the system, and their pages would be cleared every time.
+class Arena {
+  static constexpr int kMost = 64;
+  void* slots_[kMost];  // addresses of pointers
+  size_t offsets_[kMost], bytes_ = 0;
+  int count_ = 0;
+  void* block_ = nullptr;
+
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { free(block_); }
+
+  // `pointer` will point to `count` elements, 64-byte aligned, after allocate().
+  template <class T>
+  void want(T*& pointer, size_t count) {
+    slots_[count_] = &pointer;
+    offsets_[count_++] = bytes_;
+    bytes_ += (count * sizeof(T) + 63) / 64 * 64;
+  }
+
+  bool allocate() {
+    const size_t page = bytes_ >= size_t(32) << 20 ? size_t(2) << 20 : 64;  // big blocks: pages of 2 MiB if there are
+    block_ = aligned_alloc(page, (bytes_ + page) / page * page);
+    if (!block_) return false;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-      if (data) madvise(data, bytes, MADV_HUGEPAGE);  // a page fault for 4 KiB costs more than filling it
+    if (page > 64) madvise(block_, bytes_, MADV_HUGEPAGE);
 #endif
-    } else {
-      data = (T*)aligned_alloc(64, bytes ? bytes : 64);
+    for (int i = 0; i < count_; ++i) {
+      char* p = (char*)block_ + offsets_[i];
+      __builtin_memcpy(slots_[i], &p, sizeof p);
     }
-    return data != nullptr;
+    return true;
   }
 };
 
@@ -88,12 +102,12 @@ struct Features {
 
   const In* x;                                           // [rows, width]
   long rows, width, padded_rows, words, padded_words, padded_width;
-  Buffer<Acc> squared, noise, norm, scale, centre;  // of a row; `centre` of a feature
-  Buffer<Acc> length;   // of the rows as packed: those that come first in a word, then those that come second
-  Buffer<Word> across;  // [padded_rows / P][padded_words][P]: depth along the features, for <x_i, x_j>
-  Buffer<Word> along;   // [padded_width / P][padded_rows / kDepth][P]: depth along the rows, for sum_j W_ij x_j
+  Acc *squared, *noise, *norm, *scale, *centre;  // of a row; `centre` of a feature
+  Acc* length;   // of the rows as packed: those that come first in a word, then those that come second
+  Word* across;  // [padded_rows / P][padded_words][P]: depth along the features, for <x_i, x_j>
+  Word* along;   // [padded_width / P][padded_rows / kDepth][P]: depth along the rows, for sum_j W_ij x_j
 
-  bool take(const void* features, long n, long d, bool gradient) {
+  void prepare(const void* features, long n, long d, bool gradient, Arena& arena) {
     x = (const In*)features;
     rows = n;
     width = d;
@@ -101,9 +115,14 @@ struct Features {
     words = (d + kDepth - 1) / kDepth;
     padded_words = round_up(words, N);
     padded_width = round_up(d, P);
-    return squared.take(padded_rows) && noise.take(padded_rows) && norm.take(padded_rows) && scale.take(padded_rows) &&
-           length.take(padded_rows) && centre.take(padded_width) && across.take(padded_rows * padded_words) &&
-           (!gradient || along.take(padded_width * (padded_rows / kDepth)));
+    arena.want(squared, padded_rows);
+    arena.want(noise, padded_rows);
+    arena.want(norm, padded_rows);
+    arena.want(scale, padded_rows);
+    arena.want(length, padded_rows);
+    arena.want(centre, padded_width);
+    arena.want(across, padded_rows * padded_words);
+    if (gradient) arena.want(along, padded_width * (padded_rows / kDepth));
   }
 
   // Length and scale of the rows of a panel; rows behind the last one count as zeros.
@@ -121,10 +140,10 @@ struct Features {
         for (int l = 0; l < N; ++l) sum += part[l];
       }
       const Acc row_length = unit ? Acc(__builtin_sqrt(sum)) : Acc(1);
-      length.data[i % kDepth * (padded_rows / kDepth) + i / kDepth] = kRaw ? row_length : Acc(1);
-      scale.data[i] = unit ? (sum == 0 ? Acc(0) : 1 / row_length) : Acc(1);
-      squared.data[i] = norm.data[i] = unit ? (sum == 0 ? Acc(0) : sum / sum) : sum;
-      noise.data[i] = 8 * eps * squared.data[i];
+      length[i % kDepth * (padded_rows / kDepth) + i / kDepth] = kRaw ? row_length : Acc(1);
+      scale[i] = unit ? (sum == 0 ? Acc(0) : 1 / row_length) : Acc(1);
+      squared[i] = norm[i] = unit ? (sum == 0 ? Acc(0) : sum / sum) : sum;
+      noise[i] = 8 * eps * squared[i];
     }
   }
 
@@ -134,9 +153,9 @@ struct Features {
     long count = width - panel * P < P ? width - panel * P : P;
     for (long i = 0; i < rows; ++i) {
       const In* row = x + i * width + panel * P;
-      for (long c = 0; c < count; ++c) sum[c] += Acc(widen(row[c])) * scale.data[i];
+      for (long c = 0; c < count; ++c) sum[c] += Acc(widen(row[c])) * scale[i];
     }
-    for (long c = 0; c < P; ++c) centre.data[panel * P + c] = sum[c] / Acc(rows);
+    for (long c = 0; c < P; ++c) centre[panel * P + c] = sum[c] / Acc(rows);
   }
 
   // Rows of a panel of their own, in words, into both layouts. `rows_of_panel` is [P][row_stride] of scratch.
@@ -155,34 +174,34 @@ struct Features {
         __builtin_memcpy(out, row, width * sizeof(In));
         __builtin_memset((In*)out + width, 0, stride * sizeof(Word) - width * sizeof(In));
       } else {
-        Acc s = scale.data[i];
+        Acc s = scale[i];
         Acc part[N] = {};
         long c = 0;
         for (; c + N <= width; c += N)
           for (int l = 0; l < N; ++l) {
-            Acc value = Acc(widen(row[c + l])) * s - centre.data[c + l];
+            Acc value = Acc(widen(row[c + l])) * s - centre[c + l];
             out[c + l] = value;
             part[l] += value * value;
           }
         for (int l = 0; c < width; ++c, ++l) {
-          Acc value = Acc(widen(row[c])) * s - centre.data[c];
+          Acc value = Acc(widen(row[c])) * s - centre[c];
           out[c] = value;
           part[l] += value * value;
         }
         for (; c < stride; ++c) out[c] = 0;
         Acc sum = 0;
         for (int l = 0; l < N; ++l) sum += part[l];
-        squared.data[i] = sum;
+        squared[i] = sum;
       }
     }
-    Word* across_panel = across.data + panel * P * padded_words;
+    Word* across_panel = across + panel * P * padded_words;
     for (long r = 0; r < P; r += N)
       for (long k = 0; k < padded_words; k += N)
         transpose_block<Acc>((const Acc*)(rows_of_panel + r * stride + k), stride, (Acc*)(across_panel + k * P + r), P);
     if (!gradient) return;
     for (long c = 0; c < padded_width; c += P)
       for (long r = 0; r < P; r += kDepth) {
-        Word* out = along.data + c * (padded_rows / kDepth) + (panel * P + r) / kDepth * P;
+        Word* out = along + c * (padded_rows / kDepth) + (panel * P + r) / kDepth * P;
         if constexpr (kRaw) {
           const uint16_t* low = (const uint16_t*)(rows_of_panel + r * stride) + c;
           const uint16_t* high = (const uint16_t*)(rows_of_panel + (r + 1) * stride) + c;

@@ -5,6 +5,8 @@
 // terms. So nothing of size columns x columns is ever stored, and the result does not depend on the thread count.
 #pragma once
 
+#include <omp.h>
+
 #include "pack.h"
 
 namespace ISA {
@@ -41,13 +43,21 @@ class Pass {
   Epilogue<Acc> epilogue_of_tile;
   bool gradient;
   long tile, column_tiles, first_tile, last_tile, strip_tiles;
-  Buffer<Acc> strip[2];        // [strip_tiles][column_tiles][tile][tile]
-  Buffer<Word> stored[2];      // the same as bf16, where products are of bf16
-  Buffer<Acc> accumulated[2];  // [padded_width / P][rows of the row tiles][P]: sum_j W_ij x_j
-  Buffer<Acc> row_sum[2];      // sum_j W_ij
-  Buffer<double> tile_sums;    // [strip_tiles][column_tiles][3]
+  Arena arena;
+  Acc* strip[2];        // [strip_tiles][column_tiles][tile][tile]
+  Word* stored[2];      // the same as bf16, where products are of bf16
+  Acc* accumulated[2];  // [padded_width / P][rows of the row tiles][P]: sum_j W_ij x_j
+  Acc* row_sum[2];      // sum_j W_ij
+  double* tile_sums;    // [strip_tiles][column_tiles][3]
+  Acc* gram;            // [threads][2][tile][tile]
+  Word* panel_rows;     // [threads][P][row_stride]
+  Acc* padded_weight;   // weights and labels of padded columns are read with the others, so they must exist
+  Integer<Acc>* padded_labels;
 
-  long tile_rows(long t) const { return t * tile + tile < features[0].padded_rows ? tile : features[0].padded_rows - t * tile; }
+  long tile_rows(long t) const {
+    const long rest = features[0].padded_rows - t * tile;
+    return rest < tile ? rest : tile;
+  }
   long strip_index(long row_tile, long column_tile) const { return row_tile % strip_tiles * column_tiles + column_tile; }
 
  public:
@@ -62,10 +72,8 @@ class Pass {
                                        : choose_epilogue<Acc, false>(task.relation, task.penalty, task.stage, masked);
     const long target = n >= 512 ? 128 : n >= 128 ? 64 : 32;
     tile = target / P * P > P ? target / P * P : P;
-    bool ok = true;
     for (int x = 0; x < 2; ++x) {
-      ok = ok && features[x].take(task.features[x], n, task.width, task.gradients[x] && gradient);
-      pairs.rows[x] = {features[x].squared.data, features[x].noise.data, features[x].norm.data, features[x].scale.data};
+      features[x].prepare(task.features[x], n, task.width, task.gradients[x] && gradient, arena);
       pairs.need[x] = gradient && task.gradients[x];
       pairs.inverse_mean[x] = Acc(task.inverse_mean[x]);
       pairs.mean_slope[x] = Acc(task.mean_slope[x]);
@@ -81,46 +89,38 @@ class Pass {
     last_tile = (pairs.end + tile - 1) / tile;
     strip_tiles = 256 / tile > 1 ? 256 / tile : 1;
     if (strip_tiles > last_tile - first_tile) strip_tiles = last_tile - first_tile;
-    ok = ok && tile_sums.take(strip_tiles * column_tiles * 3) && take_masks();
+    arena.want(tile_sums, strip_tiles * column_tiles * 3);
+    arena.want(gram, size_t(task.threads) * 2 * tile * tile);
+    arena.want(panel_rows, size_t(task.threads) * P * features[0].row_stride());
+    if (task.weight) arena.want(padded_weight, features[0].padded_rows);
+    if (task.labels) arena.want(padded_labels, features[0].padded_rows);
     for (int x = 0; x < 2; ++x)
       if (pairs.need[x]) {
         const size_t tiles = size_t(strip_tiles) * column_tiles * tile * tile;
-        ok = ok && (kCopies ? stored[x].take(tiles) : strip[x].take(tiles));
-        ok = ok && accumulated[x].take(size_t(last_tile - first_tile) * tile * features[x].padded_width);
-        ok = ok && row_sum[x].take((last_tile - first_tile) * tile);
+        if constexpr (kCopies)
+          arena.want(stored[x], tiles);
+        else
+          arena.want(strip[x], tiles);
+        arena.want(accumulated[x], size_t(last_tile - first_tile) * tile * features[x].padded_width);
+        arena.want(row_sum[x], (last_tile - first_tile) * tile);
       }
-    return ok;
-  }
-
-  // Weights and labels of padded columns are read with the others, so they must exist.
-  Buffer<Acc> padded_weight;
-  Buffer<Integer<Acc>> padded_labels;
-  bool take_masks() {
-    const long n = task.columns, padded = features[0].padded_rows;
-    pairs.weight = nullptr;
-    pairs.labels = nullptr;
-    if (task.weight) {
-      if (!padded_weight.take(padded)) return false;
-      __builtin_memset(padded_weight.data, 0, padded * sizeof(Acc));
-      __builtin_memcpy(padded_weight.data, task.weight, n * sizeof(Acc));
-      pairs.weight = padded_weight.data;
-    }
-    if (task.labels) {
-      if (!padded_labels.take(padded)) return false;
-      __builtin_memset(padded_labels.data, 0, padded * sizeof(Acc));
-      __builtin_memcpy(padded_labels.data, task.labels, n * sizeof(Acc));
-      pairs.labels = padded_labels.data;
-    }
+    if (!arena.allocate()) return false;
+    for (int x = 0; x < 2; ++x)
+      pairs.rows[x] = {features[x].squared, features[x].noise, features[x].norm, features[x].scale};
+    pairs.weight = copy_padded(padded_weight, (const Acc*)task.weight);
+    pairs.labels = copy_padded(padded_labels, (const Integer<Acc>*)task.labels);
     return true;
   }
 
-  bool run() {
+  void run() {
     const bool unit = task.unit || task.relation == kCosine;
     const long row_panels = features[0].padded_rows / P, feature_panels = features[0].padded_width / P;
     double sums[3] = {0, 0, 0};
-    bool memory = true;
 #pragma omp parallel num_threads(task.threads)
     {
+      const long thread = omp_get_thread_num();
+      Word* rows_of_panel = panel_rows + thread * P * features[0].row_stride();
+      Acc* tiles[2] = {gram + thread * 2 * tile * tile, gram + (thread * 2 + 1) * tile * tile};
 #pragma omp for schedule(static)
       for (long i = 0; i < 2 * row_panels; ++i) features[i % 2].measure(i / 2, unit);
 #pragma omp for schedule(static)
@@ -128,53 +128,50 @@ class Pass {
         if (!kCopies)
           features[i % 2].average(i / 2);
         else
-          __builtin_memset(features[i % 2].centre.data + i / 2 * P, 0, P * sizeof(Acc));
+          __builtin_memset(features[i % 2].centre + i / 2 * P, 0, P * sizeof(Acc));
       }
-      Buffer<Word> rows_of_panel;
-      Buffer<Acc> gram[2];
-      if (!rows_of_panel.take(P * features[0].row_stride()) || !gram[0].take(tile * tile) || !gram[1].take(tile * tile)) {
-#pragma omp atomic write
-        memory = false;
-      }
-#pragma omp barrier
-      if (memory) {
 #pragma omp for schedule(static)
-        for (long i = 0; i < 2 * row_panels; ++i) features[i % 2].pack(i / 2, pairs.need[i % 2], rows_of_panel.data);
-        for (long begin = first_tile; begin < last_tile; begin += strip_tiles) {
-          const long end = begin + strip_tiles < last_tile ? begin + strip_tiles : last_tile;
-          const long first_column = pairs.triangle ? begin : 0;
-          const long columns = column_tiles - first_column;
+      for (long i = 0; i < 2 * row_panels; ++i) features[i % 2].pack(i / 2, pairs.need[i % 2], rows_of_panel);
+      for (long begin = first_tile; begin < last_tile; begin += strip_tiles) {
+        const long end = begin + strip_tiles < last_tile ? begin + strip_tiles : last_tile;
+        const long first_column = pairs.triangle ? begin : 0;
+        const long columns = column_tiles - first_column;
 #pragma omp for schedule(dynamic)
-          for (long t = 0; t < (end - begin) * columns; ++t)
-            relate_tile(begin + t / columns, first_column + t % columns, gram);
+        for (long t = 0; t < (end - begin) * columns; ++t)
+          relate_tile(begin + t / columns, first_column + t % columns, tiles);
 #pragma omp single nowait
-          add_sums(begin, end, sums);
-          if (gradient) {
-            const long outputs = pairs.triangle ? column_tiles - begin : end - begin;
-            const long groups = (feature_panels + kOutputs - 1) / kOutputs;
-#pragma omp for schedule(dynamic)
-            for (long t = 0; t < 2 * outputs * groups; ++t)
-              if (pairs.need[t % 2]) accumulate(t % 2, begin + t / 2 / groups, t / 2 % groups, begin, end);
-          } else {
-#pragma omp barrier
-          }
-        }
+        add_sums(begin, end, sums);
         if (gradient) {
-#pragma omp for schedule(static)
-          for (long i = 0; i < 2 * task.rows; ++i)
-            if (pairs.need[i % 2]) finish(i % 2, i / 2, unit);
+          const long outputs = pairs.triangle ? column_tiles - begin : end - begin;
+          const long groups = (feature_panels + kOutputs - 1) / kOutputs;
+#pragma omp for schedule(dynamic)
+          for (long t = 0; t < 2 * outputs * groups; ++t)
+            if (pairs.need[t % 2]) accumulate(t % 2, begin + t / 2 / groups, t / 2 % groups, begin, end);
+        } else {
+#pragma omp barrier
         }
+      }
+      if (gradient) {
+#pragma omp for schedule(static)
+        for (long i = 0; i < 2 * task.rows; ++i)
+          if (pairs.need[i % 2]) finish(i % 2, i / 2, unit);
       }
     }
-    if (!memory) return false;
     for (int k = 0; k < 3; ++k) task.sums[k] = pairs.triangle ? 2 * sums[k] : sums[k];
     if (!pairs.weight && !pairs.labels) task.sums[2] = double(task.rows) * double(task.columns - 1);
-    return true;
   }
 
  private:
+  template <class T>
+  const T* copy_padded(T* padded, const T* values) const {
+    if (!values) return nullptr;
+    __builtin_memcpy(padded, values, task.columns * sizeof(T));
+    __builtin_memset(padded + task.columns, 0, (features[0].padded_rows - task.columns) * sizeof(T));
+    return padded;
+  }
+
   // Gram tiles of both inputs, their sums, and the pair weights into the strip.
-  void relate_tile(long row_tile, long column_tile, Buffer<Acc> gram[2]) {
+  void relate_tile(long row_tile, long column_tile, Acc* const tiles[2]) {
     if (pairs.triangle && column_tile < row_tile) return;
     const bool mirrored = pairs.triangle && column_tile == row_tile;
     const long rows = tile_rows(row_tile), columns = tile_rows(column_tile);
@@ -185,21 +182,21 @@ class Pass {
     const long index = strip_index(row_tile, column_tile);
     Acc* out[2];
     for (int x = 0; x < 2; ++x) {
-      out[x] = pairs.need[x] && !kCopies ? strip[x].data + index * tile * tile : gram[x].data;
+      out[x] = pairs.need[x] && !kCopies ? strip[x] + index * tile * tile : tiles[x];
       const Packed& f = features[x];
       for (long k = 0; k < f.words; k += kDepthBlock) {
         const long depth = f.words - k < kDepthBlock ? f.words - k : kDepthBlock;
         for (long j = 0; j < columns; j += P) {
-          const Word* b = f.across.data + (column0 + j) * f.padded_words + k * P;
+          const Word* b = f.across + (column0 + j) * f.padded_words + k * P;
           const long stop = mirrored && j + P < end ? j + P : end;  // no register tile below the diagonal
           for (long i = begin / kRows * kRows; i < stop; i += kRows) {
-            const Word* a = f.across.data + (row0 + i) / P * P * f.padded_words + k * P + (row0 + i) % P;
+            const Word* a = f.across + (row0 + i) / P * P * f.padded_words + k * P + (row0 + i) % P;
             register_tile<Mul, Acc, true>(a, P, b, depth, out[x] + i * tile + j, tile, k > 0);
           }
         }
       }
     }
-    double* sums = tile_sums.data + index * 3;
+    double* sums = tile_sums + index * 3;
     sums[0] = sums[1] = sums[2] = 0;
     Acc* first_row[2] = {out[0] + begin * tile, out[1] + begin * tile};
     epilogue_of_tile(pairs, row0 + begin, row0 + end, column0, column0 + columns, first_row, tile, sums);
@@ -207,29 +204,37 @@ class Pass {
       if (!pairs.need[x]) continue;
       __builtin_memset(out[x], 0, begin * tile * sizeof(Acc));
       __builtin_memset(out[x] + end * tile, 0, (rows - end) * tile * sizeof(Acc));
-      if (mirrored)
-        for (long i = 0; i < rows; ++i) {
-          out[x][i * tile + i] = 0;
-          for (long j = i + 1; j < columns; ++j) out[x][j * tile + i] = out[x][i * tile + j];
-        }
+      if (mirrored) mirror(out[x], rows);
 #if defined(__AVX512BF16__)
-      if constexpr (kCopies) store_words(out[x], rows, tile, stored[x].data + index * tile * tile);
+      if constexpr (kCopies) store_words(out[x], rows, tile, stored[x] + index * tile * tile);
 #endif
+    }
+  }
+
+  // Fills what is below the diagonal of a tile from what is above it; the diagonal is no pair.
+  void mirror(Acc* w, long rows) {
+    constexpr int N = kLanes<Acc>;
+    for (long i = 0; i < rows; i += N) {
+      for (long j = i + N; j < rows; j += N) transpose_block<Acc>(w + i * tile + j, tile, w + j * tile + i, tile);
+      for (long r = i; r < i + N; ++r) {
+        w[r * tile + r] = 0;
+        for (long c = r + 1; c < i + N; ++c) w[c * tile + r] = w[r * tile + c];
+      }
     }
   }
 
   void add_sums(long begin, long end, double sums[3]) {
     for (long i = begin; i < end; ++i)
       for (long j = pairs.triangle ? i : 0; j < column_tiles; ++j)
-        for (int k = 0; k < 3; ++k) sums[k] += tile_sums.data[strip_index(i, j) * 3 + k];
+        for (int k = 0; k < 3; ++k) sums[k] += tile_sums[strip_index(i, j) * 3 + k];
   }
 
   const Word* weights(int x, long row_tile, long column_tile) const {
     const long index = strip_index(row_tile, column_tile) * tile * tile;
     if constexpr (kCopies)
-      return stored[x].data + index;
+      return stored[x] + index;
     else
-      return strip[x].data + index;
+      return strip[x] + index;
   }
 
   // What the strip [begin, end) of row tiles adds to sum_j W_ij x_j of one row tile, for one group of features.
@@ -251,10 +256,10 @@ class Pass {
     const Packed& f = features[x];
     const long depth = tile_rows(other) / kDepth;
     const long all_rows = (last_tile - first_tile) * tile;
-    Acc* out = accumulated[x].data + (row_tile - first_tile) * tile * P;
+    Acc* out = accumulated[x] + (row_tile - first_tile) * tile * P;
     const long end = group * kOutputs * P + kOutputs * P;
     for (long c = group * kOutputs * P; c < end && c < f.padded_width; c += P) {
-      const Word* b = f.along.data + c * (f.padded_rows / kDepth) + other * tile / kDepth * P;
+      const Word* b = f.along + c * (f.padded_rows / kDepth) + other * tile / kDepth * P;
       for (long i = 0; i < rows; i += kRows)
         register_tile<Mul, Acc, kTransposed>(w + (kTransposed ? i : i * stride), stride, b, depth,
                                              out + c * all_rows + i * P, P, !fresh);
@@ -267,8 +272,8 @@ class Pass {
   void add_row_sums(int x, long row_tile, const Word* w, long stride, long other, bool fresh, long rows) {
     typedef Vector<Acc> V;
     constexpr int N = kLanes<Acc>;
-    Acc* out = row_sum[x].data + (row_tile - first_tile) * tile;
-    const Acc* first = features[x].length.data + other * tile / kDepth;
+    Acc* out = row_sum[x] + (row_tile - first_tile) * tile;
+    const Acc* first = features[x].length + other * tile / kDepth;
     const Acc* second = first + (kDepth - 1) * (features[x].padded_rows / kDepth);
     const long depth = tile_rows(other) / kDepth;
     if (kTransposed) {
@@ -296,14 +301,14 @@ class Pass {
     const Packed& f = features[x];
     const long i = row + pairs.first, d = f.width;
     const In* in = f.x + i * d;
-    const Acc* products = accumulated[x].data + (i - first_tile * tile) * P;
+    const Acc* products = accumulated[x] + (i - first_tile * tile) * P;
     const long panel_stride = (last_tile - first_tile) * tile * P;
     Acc* out = (Acc*)task.gradients[x] + row * d;
-    const Acc own = row_sum[x].data[i - first_tile * tile];
-    const Acc s = f.scale.data[i];
+    const Acc own = row_sum[x][i - first_tile * tile];
+    const Acc s = f.scale[i];
     for (long panel = 0; panel < d; panel += P, products += panel_stride)
       for (long c = panel; c < panel + P && c < d; ++c)
-        out[c] = own * (Acc(widen(in[c])) * s - f.centre.data[c]) - products[c - panel];
+        out[c] = own * (Acc(widen(in[c])) * s - f.centre[c]) - products[c - panel];
     if (!unit) {
       for (long c = 0; c < d; ++c) out[c] *= 2;
       return;
@@ -324,7 +329,9 @@ class Pass {
 template <class In, class Acc, class Mul>
 int run_pass(const StructurePass& task) {
   Pass<In, Acc, Mul> pass(task);
-  return pass.prepare() && pass.run() ? 0 : 1;
+  if (!pass.prepare()) return 1;
+  pass.run();
+  return 0;
 }
 
 inline int run(const StructurePass& task) {
