@@ -108,7 +108,11 @@ def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         )
     inverse_total, *gradients = ctx.saved_tensors
     scale = grad * inverse_total
-    return [(g * scale).to(ctx.dtype) if needed else None for g, needed in zip(gradients, ctx.needed, strict=True)]
+
+    def scaled(g: Tensor) -> Tensor:
+        return torch.mul(g, scale, out=torch.empty_like(g, dtype=ctx.dtype))  # in one go, rounded once
+
+    return [scaled(g) if needed else None for g, needed in zip(gradients, ctx.needed, strict=True)]
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

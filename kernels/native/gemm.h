@@ -43,9 +43,10 @@ constexpr int kRows = 4, kVectors = 4;
 template <class Acc>
 constexpr int kPanel = kVectors * kLanes<Acc>;  // columns of a panel; a multiple of kRows, so A can be read from one
 
-// a(m, k) = a[m * row_stride + k * depth_stride]; one of the two strides is 1: kRowsTouch says which.
+// a(m, k) = a[m * stride + k], or a[k * stride + m] where kRowsTouch. The depth may come in `segments` of which each
+// begins `a_segment` words after the last one in A; in B they follow each other.
 template <class Mul, class Acc, bool kRowsTouch>
-ALWAYS_INLINE void register_tile(const typename Mul::Word* __restrict a, long stride,
+ALWAYS_INLINE void register_tile(const typename Mul::Word* __restrict a, long stride, long segments, long a_segment,
                                  const typename Mul::Word* __restrict b, long depth, Acc* __restrict c, long c_stride,
                                  bool add) {
   typedef Vector<Acc> V;
@@ -55,17 +56,18 @@ ALWAYS_INLINE void register_tile(const typename Mul::Word* __restrict a, long st
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) sum[m][v] = V{};
-  for (long k = 0; k < depth; ++k) {
-    decltype(Mul::load_words(b)) columns[kVectors];
+  for (long s = 0; s < segments; ++s, a += a_segment, b += depth * kPanel<Acc>)
+    for (long k = 0; k < depth; ++k) {
+      decltype(Mul::load_words(b)) columns[kVectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) columns[v] = Mul::load_words(b + k * kPanel<Acc> + v * N);
+      for (int v = 0; v < kVectors; ++v) columns[v] = Mul::load_words(b + k * kPanel<Acc> + v * N);
 #pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      auto row = Mul::splat_word(kRowsTouch ? a[k * stride + m] : a[m * stride + k]);
+      for (int m = 0; m < kRows; ++m) {
+        auto row = Mul::splat_word(kRowsTouch ? a[k * stride + m] : a[m * stride + k]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[m][v] = Mul::multiply_add(row, columns[v], sum[m][v]);
+        for (int v = 0; v < kVectors; ++v) sum[m][v] = Mul::multiply_add(row, columns[v], sum[m][v]);
+      }
     }
-  }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 16

@@ -33,8 +33,9 @@ class Pass {
   typedef typename Mul::Word Word;
   typedef Features<In, Acc, Mul> Packed;
   static constexpr long P = kPanel<Acc>, kDepth = Mul::kDepth;
-  static constexpr long kDepthBlock = 128;  // words of depth for which a panel stays in the first-level cache
-  static constexpr long kOutputs = 4;       // panels of features that one task of a product covers
+  static constexpr long kDepthBlock = 256;  // words of depth for which a panel stays near
+  static constexpr long kSegments = kDepth;  // tiles of W in one product: as deep for bf16 words as for floats
+  static constexpr long kOutputs = 8;       // panels of features that one task of a product covers
   static constexpr bool kCopies = kDepth > 1;
 
   const StructurePass& task;
@@ -58,7 +59,9 @@ class Pass {
     const long rest = features[0].padded_rows - t * tile;
     return rest < tile ? rest : tile;
   }
-  long strip_index(long row_tile, long column_tile) const { return row_tile % strip_tiles * column_tiles + column_tile; }
+  long strip_index(long row_tile, long column_tile) const {
+    return row_tile % strip_tiles * column_tiles + column_tile;
+  }
 
  public:
   explicit Pass(const StructurePass& t) : task(t) {}
@@ -87,7 +90,9 @@ class Pass {
     column_tiles = (features[0].padded_rows + tile - 1) / tile;
     first_tile = pairs.first / tile;
     last_tile = (pairs.end + tile - 1) / tile;
-    strip_tiles = 256 / tile > 1 ? 256 / tile : 1;
+    // Higher strips read W and write sum_j W_ij x_j fewer times; they pay where rows are long.
+    const long height = task.width >= 256 ? 512 : 256;
+    strip_tiles = height / tile > 1 ? height / tile : 1;
     if (strip_tiles > last_tile - first_tile) strip_tiles = last_tile - first_tile;
     arena.want(tile_sums, strip_tiles * column_tiles * 3);
     arena.want(gram, size_t(task.threads) * 2 * tile * tile);
@@ -191,7 +196,7 @@ class Pass {
           const long stop = mirrored && j + P < end ? j + P : end;  // no register tile below the diagonal
           for (long i = begin / kRows * kRows; i < stop; i += kRows) {
             const Word* a = f.across + (row0 + i) / P * P * f.padded_words + k * P + (row0 + i) % P;
-            register_tile<Mul, Acc, true>(a, P, b, depth, out[x] + i * tile + j, tile, k > 0);
+            register_tile<Mul, Acc, true>(a, P, 1, 0, b, depth, out[x] + i * tile + j, tile, k > 0);
           }
         }
       }
@@ -239,32 +244,41 @@ class Pass {
 
   // What the strip [begin, end) of row tiles adds to sum_j W_ij x_j of one row tile, for one group of features.
   void accumulate(int x, long row_tile, long group, long begin, long end) {
-    const long rows = tile_rows(row_tile);
-    const long words = tile / kDepth;  // of a row of W
+    const bool in_strip = row_tile < end;
+    bool fresh = begin == first_tile;  // the first strip adds to nothing
     if (pairs.triangle)
-      for (long other = begin; other < end && other < row_tile; ++other)
-        multiply<true>(x, row_tile, group, weights(x, other, row_tile) + (kCopies ? tile * tile / 2 : 0), tile, other,
-                       other == 0, rows);
-    if (row_tile < end)
-      for (long other = pairs.triangle ? row_tile : 0; other < column_tiles; ++other)
-        multiply<false>(x, row_tile, group, weights(x, row_tile, other), words, other,
-                        pairs.triangle ? row_tile == 0 && other == 0 : other == 0, rows);
+      for (long other = begin, last = in_strip ? row_tile : end, count; other < last; other += count, fresh = false) {
+        count = last - other < kSegments ? last - other : kSegments;
+        const Word* w = weights(x, other, row_tile) + (kCopies ? tile * tile / 2 : 0);
+        multiply<true>(x, row_tile, group, w, tile, other, count, column_tiles * tile * tile, fresh);
+      }
+    if (in_strip)
+      for (long other = pairs.triangle ? row_tile : 0, count; other < column_tiles; other += count, fresh = false) {
+        const long whole = tile_rows(column_tiles - 1) == tile ? column_tiles : column_tiles - 1;
+        count = other < whole ? (whole - other < kSegments ? whole - other : kSegments) : 1;
+        const Word* w = weights(x, row_tile, other);
+        multiply<false>(x, row_tile, group, w, tile / kDepth, other, count, tile * tile, fresh);
+      }
   }
 
+  // `count` tiles of W, `step` words apart, times the rows from the tile `other` on. All have the same number of rows.
   template <bool kTransposed>
-  void multiply(int x, long row_tile, long group, const Word* w, long stride, long other, bool fresh, long rows) {
+  void multiply(int x, long row_tile, long group, const Word* w, long stride, long other, long count, long step,
+                bool fresh) {
     const Packed& f = features[x];
-    const long depth = tile_rows(other) / kDepth;
+    const long rows = tile_rows(row_tile), depth = tile_rows(other) / kDepth;
     const long all_rows = (last_tile - first_tile) * tile;
     Acc* out = accumulated[x] + (row_tile - first_tile) * tile * P;
     const long end = group * kOutputs * P + kOutputs * P;
     for (long c = group * kOutputs * P; c < end && c < f.padded_width; c += P) {
       const Word* b = f.along + c * (f.padded_rows / kDepth) + other * tile / kDepth * P;
       for (long i = 0; i < rows; i += kRows)
-        register_tile<Mul, Acc, kTransposed>(w + (kTransposed ? i : i * stride), stride, b, depth,
+        register_tile<Mul, Acc, kTransposed>(w + (kTransposed ? i : i * stride), stride, count, step, b, depth,
                                              out + c * all_rows + i * P, P, !fresh);
     }
-    if (group == 0) add_row_sums<kTransposed>(x, row_tile, w, stride, other, fresh, rows);
+    if (group == 0)
+      for (long s = 0; s < count; ++s)
+        add_row_sums<kTransposed>(x, row_tile, w + s * step, stride, other + s, fresh && s == 0, rows);
   }
 
   // Sums of the weights as they are multiplied, so that what all rows share cancels to the last bit of W.
@@ -306,9 +320,15 @@ class Pass {
     Acc* out = (Acc*)task.gradients[x] + row * d;
     const Acc own = row_sum[x][i - first_tile * tile];
     const Acc s = f.scale[i];
-    for (long panel = 0; panel < d; panel += P, products += panel_stride)
-      for (long c = panel; c < panel + P && c < d; ++c)
-        out[c] = own * (Acc(widen(in[c])) * s - f.centre[c]) - products[c - panel];
+    for (long panel = 0; panel < d; panel += P, products += panel_stride) {
+      const Acc* centre = f.centre + panel;
+      const In* x_panel = in + panel;
+      if (d - panel >= P)  // a trip count that the compiler knows
+        for (long c = 0; c < P; ++c) out[panel + c] = own * (Acc(widen(x_panel[c])) * s - centre[c]) - products[c];
+      else
+        for (long c = 0; c < d - panel; ++c)
+          out[panel + c] = own * (Acc(widen(x_panel[c])) * s - centre[c]) - products[c];
+    }
     if (!unit) {
       for (long c = 0; c < d; ++c) out[c] *= 2;
       return;
