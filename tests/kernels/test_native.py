@@ -56,6 +56,20 @@ def test_equals_the_reference_at_any_shape(size, d, relation, penalty, normalize
 
 
 @needs_kernel
+@pytest.mark.parametrize(("size", "d"), [(1100, 40), (1057, 300)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equals_the_reference_over_several_strips(size: int, d: int, dtype: torch.dtype) -> None:
+    """More rows than a strip has, and no multiple of a tile."""
+    real, fake = features(size, d, 1.0, dtype)
+    options = {"weight": torch.linspace(0, 1, size, dtype=torch.float64), "normalize": "mean"}
+    expected = evaluate("reference", real.double(), fake.double(), **options)
+    # As below: float32 sums of about a thousand terms; bfloat16 weights and gradients.
+    unit = {torch.float64: 1e-12, torch.float32: 64 * EPS, torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps}[dtype]
+    for found, value in zip(evaluate("native", real, fake, **options), expected, strict=True):
+        assert float((found.double() - value).norm() / value.norm()) < unit
+
+
+@needs_kernel
 @pytest.mark.parametrize("mean", [0.0, 3.0, 10.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("relation", RELATIONS)
