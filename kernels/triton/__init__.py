@@ -19,5 +19,6 @@ def why_missing() -> str:
         return "torch sees no CUDA device: check nvidia-smi and that torch is a CUDA build, or use impl='reference'"
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, 8.0 is the oldest: use impl='reference'"
+        name = torch.cuda.get_device_name()
+        return f"{name} has compute capability {major}.{minor}, must be 8.0 or newer: use impl='reference'"
     return "ok"

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 """What runs on the GPU: the pair arithmetic of reference.py on tiles, and the kernels around it.
 
 Names: rows i are this rank's b samples, columns j all n of them; row i is column first + i, so that everything is read
@@ -19,16 +20,9 @@ MERGE: tl.constexpr = tl.constexpr(8.0 * 2.0**-23)
 
 @triton.jit
 def _products(
-    X,
-    rows,
-    columns,
-    d,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    X, rows, columns, d,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """<x_i, x_j>, [M, N] float32."""
     ks = tl.arange(0, BLOCK_K)
     row_pointers = X + rows[:, None] * d + ks[None, :]
@@ -109,21 +103,10 @@ def _omega(own, columns, counted, weight, labels, WEIGHTED: tl.constexpr, LABELL
 
 @triton.jit
 def _side(
-    X,
-    stats,
-    own,
-    columns,
-    d,
-    scale,
-    gamma,
-    RELATION: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    X, stats, own, columns, d, scale, gamma,
+    RELATION: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """<x_i, x_j>, R_ij, D_ij of one input, [M, N], and the columns' `stats`, [N]."""
     dots = _products(X, own, columns, d, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
     of_columns = tl.load(stats + columns)
@@ -133,30 +116,10 @@ def _side(
 
 @triton.jit
 def _pairs(
-    F,
-    G,
-    stats,
-    weight,
-    labels,
-    scale_f,
-    scale_g,
-    rows,
-    columns,
-    first,
-    b,
-    n,
-    d,
-    gamma,
-    RELATION: tl.constexpr,
-    UNIT: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    LABELLED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    F, G, stats, weight, labels, scale_f, scale_g, rows, columns, first, b, n, d, gamma,
+    RELATION: tl.constexpr, UNIT: tl.constexpr, WEIGHTED: tl.constexpr, LABELLED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Both sides of a tile and its pair weights; `rows` and `columns` may run beyond the end."""
     own = tl.minimum(rows, b - 1) + first
     inside = tl.minimum(columns, n - 1)
@@ -184,16 +147,9 @@ def _scales(moments, MEAN: tl.constexpr):
 
 @triton.jit
 def _pull(
-    side,
-    slope,
-    omega,
-    scale,
-    kappa,
-    gamma,
-    RELATION: tl.constexpr,
-    UNIT: tl.constexpr,
-    MEAN: tl.constexpr,
-):
+    side, slope, omega, scale, kappa, gamma,
+    RELATION: tl.constexpr, UNIT: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
     """V_ij = W_ij s_j (s = 1 unless UNIT), where S has the gradient 2 sum_j W_ij (s_i x_i - s_j x_j) in s_i x_i. [M, N]
 
     `slope` is dS/dR_ij, `kappa` what every distance loses to the mean. Cosine's gradient is without the first term and
@@ -219,16 +175,10 @@ def _pull(
 
 @triton.jit
 def _norms(
-    X,
-    stats,
-    n,
-    d,
+    X, stats, n, d,
     UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = tl.minimum(columns, n - 1)
     dots = _products(X, inside, inside, d, BLOCK, BLOCK, BLOCK_K, EVEN_K, PRECISION)
@@ -242,17 +192,10 @@ def _norms(
 
 @triton.jit(do_not_specialize=["n"])
 def row_norms(
-    F,
-    G,
-    stats,
-    n,
-    d,
+    F, G, stats, n, d,
     UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """`stats` of all columns. Grid: blocks of columns, 2 inputs.
 
     |x|^2 is the diagonal of the same matrix product that <x_i, x_j> comes from, not a sum of squares: tensor cores
@@ -267,17 +210,10 @@ def row_norms(
 
 @triton.jit(do_not_specialize=["first", "b", "n"])
 def weight_sums(
-    weight,
-    labels,
-    partials,
-    first,
-    b,
-    n,
-    WEIGHTED: tl.constexpr,
-    LABELLED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    weight, labels, partials, first, b, n,
+    WEIGHTED: tl.constexpr, LABELLED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """`partials` [b]: sum_j omega_ij. Grid: blocks of rows.
 
     On its own, because in the others this sum would need the weights in a second register layout.
@@ -295,33 +231,11 @@ def weight_sums(
 
 @triton.jit(do_not_specialize=["first", "b", "n"])
 def pair_sums(
-    F,
-    G,
-    stats,
-    weight,
-    labels,
-    moments,
-    partials,
-    first,
-    b,
-    n,
-    d,
-    gamma,
-    delta,
-    STATISTIC: tl.constexpr,
-    RELATION: tl.constexpr,
-    PENALTY: tl.constexpr,
-    UNIT: tl.constexpr,
-    MEAN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    LABELLED: tl.constexpr,
-    TRIANGLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    F, G, stats, weight, labels, moments, partials, first, b, n, d, gamma, delta,
+    STATISTIC: tl.constexpr, RELATION: tl.constexpr, PENALTY: tl.constexpr, UNIT: tl.constexpr, MEAN: tl.constexpr,
+    WEIGHTED: tl.constexpr, LABELLED: tl.constexpr, TRIANGLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Sums over pairs, a column of `partials` [1 or 2, programs] from each program (tile).
 
     STATISTIC "loss": omega rho(R_G - R_F); "distances": omega D, real and fake; "slopes": Q u, real and fake.
@@ -371,36 +285,12 @@ def pair_sums(
 
 @triton.jit(do_not_specialize=["first", "b", "n"])
 def row_gradient(
-    F,
-    G,
-    stats,
-    weight,
-    labels,
-    moments,
-    gradient,
-    partials,
-    first,
-    b,
-    n,
-    d,
-    gamma,
-    delta,
-    RELATION: tl.constexpr,
-    PENALTY: tl.constexpr,
-    UNIT: tl.constexpr,
-    MEAN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    LABELLED: tl.constexpr,
-    FAKE: tl.constexpr,
-    LOSS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    F, G, stats, weight, labels, moments, gradient, partials, first, b, n, d, gamma, delta,
+    RELATION: tl.constexpr, PENALTY: tl.constexpr, UNIT: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
+    LABELLED: tl.constexpr, FAKE: tl.constexpr, LOSS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """`gradient` [b, d] float32 of one input, FAKE or real. Grid: blocks of rows, chunks of d.
 
     A program owns its part of the gradient and goes through all columns: attention without softmax. Where LOSS, the
@@ -474,20 +364,9 @@ def row_gradient(
 
 @triton.jit
 def _strip_half(
-    side,
-    slope,
-    omega,
-    scale,
-    kappa,
-    gamma,
-    strip,
-    along,
-    offsets,
-    inside,
-    RELATION: tl.constexpr,
-    UNIT: tl.constexpr,
-    MEAN: tl.constexpr,
-):
+    side, slope, omega, scale, kappa, gamma, strip, along, offsets, inside,
+    RELATION: tl.constexpr, UNIT: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
     pull = _pull(side, slope, omega, scale, kappa, gamma, RELATION, UNIT, MEAN).to(strip.dtype.element_ty)
     tl.store(strip + offsets, pull, mask=inside)
     rounded = pull.to(tl.float32)
@@ -496,38 +375,12 @@ def _strip_half(
 
 @triton.jit(do_not_specialize=["start", "height", "first", "b", "n"])
 def weight_strip(
-    F,
-    G,
-    stats,
-    weight,
-    labels,
-    moments,
-    real_strip,
-    fake_strip,
-    partials,
-    start,
-    height,
-    stride,
-    first,
-    b,
-    n,
-    d,
-    gamma,
-    delta,
-    RELATION: tl.constexpr,
-    PENALTY: tl.constexpr,
-    UNIT: tl.constexpr,
-    MEAN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    LABELLED: tl.constexpr,
-    REAL: tl.constexpr,
-    FAKE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    F, G, stats, weight, labels, moments, real_strip, fake_strip, partials, start, height, stride, first, b, n, d,
+    gamma, delta,
+    RELATION: tl.constexpr, PENALTY: tl.constexpr, UNIT: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
+    LABELLED: tl.constexpr, REAL: tl.constexpr, FAKE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """V (see row_gradient) of the rows start ... start + height - 1, for the inputs REAL, FAKE; a GEMM does the rest.
 
     Strips [height, n], bfloat16, rows `stride` apart. `partials` [3, column blocks, height] float32 takes the rows'
@@ -568,24 +421,10 @@ def weight_strip(
 
 @triton.jit(do_not_specialize=["start", "height", "blocks", "first", "n"])
 def finish_strip(
-    X,
-    stats,
-    product,
-    partials,
-    gradient,
-    loss,
-    start,
-    height,
-    blocks,
-    first,
-    n,
-    d,
-    UNIT: tl.constexpr,
-    FAKE: tl.constexpr,
-    LOSS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    X, stats, product, partials, gradient, loss, start, height, blocks, first, n, d,
+    UNIT: tl.constexpr, FAKE: tl.constexpr, LOSS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Rows of `gradient` [b, d] from a strip's `product` V X [height, d] and its `partials`. Grid: lines, chunks of d.
 
     Where LOSS, also the rows of `loss` [b].
@@ -594,7 +433,7 @@ def finish_strip(
     own = lines < height
     along = tl.zeros([BLOCK_M], dtype=tl.float32)
     sums = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for block in range(0, blocks):
+    for block in range(blocks):
         along += tl.load(partials + ((1 + FAKE) * blocks + block) * height + lines, mask=own, other=0.0)
         if LOSS:
             sums += tl.load(partials + block * height + lines, mask=own, other=0.0)

@@ -30,19 +30,20 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By kernel and bytes a feature, for three generations: 80 (Ampere; also Ada and consumer Blackwell, which have as little
-# shared memory), 90 (Hopper), 100 (data-centre Blackwell). Chosen by what compiles to tensor-core instructions without
-# spilling registers (aot.py, budget.json), large tiles first; not by measured times. No autotuning: the choice must be
-# the same on all ranks and in all runs. "few": too few rows for one program a multiprocessor, so shorter blocks.
+# By kernel and bytes a feature, for three generations: 80 (Ampere; also Ada and consumer Blackwell, whose matrix
+# instructions are the same), 90 (Hopper), 100 (data-centre Blackwell). Chosen by what compiles to tensor-core
+# instructions without spilling registers (aot.py, budget.json), large tiles first; not by measured times. No
+# autotuning: the choice must be the same on all ranks and in all runs.
+# "few" is for batches that do not give each multiprocessor a program: shorter blocks.
 TILES: dict[int, dict[tuple[str, int], Tile]] = {
     80: {
         ("sums", 2): Tile(64, 64, 64, 0, 4, 3),
-        ("sums", 4): Tile(64, 64, 32, 0, 8, 3),
+        ("sums", 4): Tile(64, 64, 16, 0, 8, 3),
         ("rows", 2): Tile(64, 64, 64, 128, 8, 3),
         ("rows", 4): Tile(32, 64, 32, 64, 8, 3),
         ("few", 2): Tile(32, 64, 64, 128, 4, 3),
         ("few", 4): Tile(32, 64, 32, 64, 8, 3),
-        ("strip", 2): Tile(64, 64, 64, 0, 4, 3),
+        ("strip", 2): Tile(64, 64, 64, 0, 8, 3),
     },
     90: {
         ("sums", 2): Tile(64, 64, 64, 0, 4, 3),
