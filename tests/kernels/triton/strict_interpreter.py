@@ -9,7 +9,6 @@ It does not see: races between the threads of one program, layouts, shared memor
 """
 
 import contextlib
-import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -313,7 +312,6 @@ def strict_mode() -> Iterator[Strict]:
             interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
             interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
             interpreter.InterpretedFunction.rewritten_fn.clear()
-            interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)  # makes a table at every call
             yield strict
         finally:
             interpreter.InterpretedFunction.rewritten_fn.clear()
