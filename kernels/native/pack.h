@@ -5,31 +5,21 @@
 // the bf16 instructions stay as they came (their products are exact in float32); the epilogue scales the products.
 #pragma once
 
-#include <stdlib.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "gemm.h"
 #include "relation.h"
+#include "workspace.h"
 
 namespace ISA {
 
-// All memory of a pass in one block: what is wanted is named first, then taken at once. The allocator keeps one block
-// of a few megabytes for the next call; many would go back to the system, and their pages would be cleared every time.
+// All memory of a pass in one block: what is wanted is named first, then taken at once.
 class Arena {
   static constexpr int kMost = 64;
   void* slots_[kMost];  // addresses of pointers
   size_t offsets_[kMost], bytes_ = 0;
   int count_ = 0;
-  void* block_ = nullptr;
+  Workspace workspace_;
 
  public:
-  Arena() = default;
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  ~Arena() { free(block_); }
-
   // `pointer` will point to `count` elements, 64-byte aligned, after allocate().
   template <class T>
   void want(T*& pointer, size_t count) {
@@ -39,14 +29,10 @@ class Arena {
   }
 
   bool allocate() {
-    const size_t page = bytes_ >= size_t(32) << 20 ? size_t(2) << 20 : 64;  // big blocks: pages of 2 MiB if there are
-    block_ = aligned_alloc(page, (bytes_ + page) / page * page);
-    if (!block_) return false;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (page > 64) madvise(block_, bytes_, MADV_HUGEPAGE);
-#endif
+    char* block = workspace_.take(bytes_);
+    if (!block) return false;
     for (int i = 0; i < count_; ++i) {
-      char* p = (char*)block_ + offsets_[i];
+      char* p = block + offsets_[i];
       __builtin_memcpy(slots_[i], &p, sizeof p);
     }
     return true;
