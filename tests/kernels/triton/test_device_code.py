@@ -310,6 +310,32 @@ def test_features_far_from_the_origin(place, dtype, mean) -> None:
         assert_as_exact_as_eager(real, fake, fused(real, fake, normalize=normalize), mean=mean, normalize=normalize)
 
 
+@pytest.mark.parametrize("strips", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_rounding_leaves_what_nothing_may_move(place, monkeypatch, dtype, strips) -> None:
+    """Distances do not see the batch as a whole move, nor a row of unit length grow, however pulls are rounded."""
+    monkeypatch.setattr(launch, "STRIPS_FROM", 0 if strips else 10**9)
+    mean = 10.0
+    real, fake = features(place.size, place.d, dtype, place.device, mean)
+    grad = fused(real, fake, normalize="none")[2].double()
+    # float32 sums of `size` terms as large as features times pulls, which make gradients of features' differences.
+    rounding = place.size * torch.finfo(FP32).eps * (1 + mean)
+    if dtype != FP16:  # whose powers of two differ between (i, j) and (j, i)
+        assert float(grad.sum(0).abs().max()) <= rounding * float(grad.abs().sum(0).max())
+    grad = fused(real, fake, normalize="unit")[2].double()
+    along = (grad * fake.double()).sum(1).abs()
+    assert float((along / (grad.norm(dim=1) * fake.double().norm(dim=1))).max()) <= rounding
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_equal_batches_have_no_difference_and_no_gradient(place, relation, penalty, normalize) -> None:
+    real, _ = features(place.size, place.d, BF16, place.device)
+    for value in fused(real, real.clone(), relation=relation, penalty=penalty, normalize=normalize):
+        assert not value.any()
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 @pytest.mark.parametrize("normalize", ["unit", "none"])
 def test_float16_features_may_have_any_scale_and_weights_of_any_size(place, normalize, scale) -> None:
