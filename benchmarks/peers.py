@@ -52,7 +52,7 @@ class Case:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         return {"relation": self.relation, "penalty": self.penalty, "normalize": self.normalize}
 
     @property
