@@ -1,5 +1,6 @@
 """The structure loss on NVIDIA GPUs. Importing this does not import triton; the first call does."""
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -9,6 +10,7 @@ from sadm_kernels.triton.launch import distance_sums, loss_and_gradients, slope_
 __all__ = ["distance_sums", "loss_and_gradients", "slope_sums", "why_missing"]
 
 
+@cache  # asked by every call of the loss on a GPU
 def why_missing() -> str:
     """ "ok", or one line: why the kernels cannot run here, and what to do."""
     if find_spec("triton") is None:
