@@ -1,5 +1,5 @@
-// Scratch memory that outlives a pass. Fresh pages have to be cleared by the system, which at a thousand rows takes a
-// tenth of the time of a pass; so each calling thread keeps a block of up to kKept bytes for its next call.
+// Scratch memory that outlives a pass. Fresh pages have to be cleared by the system, which at a thousand rows is a
+// good part of a pass; so each calling thread keeps a block of up to kKept bytes for its next call.
 #pragma once
 
 #include <stddef.h>

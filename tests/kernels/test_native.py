@@ -184,7 +184,7 @@ def test_rows_against_all_columns_are_a_part_of_the_whole(relation: str, normali
             relation=relation,
             penalty="huber",
             unit=normalize == "unit" or relation == "cosine",
-            tau=0.8,
+            tau=0.8 if normalize != "none" else width**0.5,  # of the order of the distances, or nothing is left of exp
             delta=0.2,
         )
 
@@ -199,12 +199,15 @@ def test_rows_against_all_columns_are_a_part_of_the_whole(relation: str, normali
         moments[2:] = slopes[:2] / slopes[2]
     whole = native.loss_and_gradients(part(0, size), moments, True, True)
     pieces = [native.loss_and_gradients(part(a, b), moments, True, True) for a, b in ((0, 37), (37, 138), (138, 150))]
-    # bfloat16: the same weights, rounded alike, so only float32 sums differ in their order
-    rtol, atol = (1e-9, 1e-9) if dtype == torch.float64 else (1e-4, 1e-2)
-    torch.testing.assert_close(sum(piece[0] for piece in pieces), whole[0], rtol=rtol, atol=0)
+    # The same pair weights, in bfloat16 rounded alike; only the sums over columns run in another order.
+    limit = 32 * torch.finfo(compute).eps
+    torch.testing.assert_close(sum(piece[0] for piece in pieces), whole[0], rtol=limit, atol=0)
     for x in (1, 2):
         parts = [piece[x] for piece in pieces]
-        torch.testing.assert_close(torch.cat([g for g in parts if g is not None]), whole[x], rtol=rtol, atol=atol)
+        expected = whole[x]
+        assert expected is not None
+        difference = torch.cat([g for g in parts if g is not None]) - expected
+        assert float(expected.norm()) > 0 and float(difference.norm() / expected.norm()) < limit
 
 
 @needs_kernel
