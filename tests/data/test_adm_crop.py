@@ -44,7 +44,7 @@ def test_an_image_smaller_than_the_crop_is_refused_with_both_sizes() -> None:
         adm_crop(Image.new("L", (20, 9)), 10)
 
 
-@pytest.mark.parametrize("width, height", [(20, 30), (7, 3), (9, 10)])
+@pytest.mark.parametrize("width, height", [(8, 13), (7, 3), (9, 10)])
 def test_a_smaller_image_is_enlarged_bicubically_when_asked(photo: Any, width: int, height: int) -> None:
     image = photo(width, height, seed=6)
     scale = 10 / min(width, height)
