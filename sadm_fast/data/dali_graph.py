@@ -13,14 +13,18 @@ from nvidia.dali import fn, math, pipeline_def, types
 
 
 @pipeline_def(enable_conditionals=True)
-def crop_pipeline(source: Any, size: int, channels: int, halvings: int, on_gpu: bool) -> tuple[Any, ...]:
-    """A pipeline from paths to crops, with at most `halvings` box halvings of an image.
+def crop_pipeline(
+    source: Any, size: int, channels: int, halvings: int, from_paths: bool, mixed_decode: bool
+) -> tuple[Any, ...]:
+    """A pipeline from files to crops, with at most `halvings` box halvings of an image; small images are enlarged.
 
-    source: callable(run) -> paths uint8 [B, length], labels int64 [B], sample ids int64 [B], mirror int32
-    [B]. Outputs: pixels uint8 [B, size, size, channels], labels, sample ids, and the images' shapes int64 [B,
-    3] as (height, width, channels); the last three on the CPU.
+    source: callable(run) -> images, labels int64 [B], sample ids int64 [B], mirror int32 [B]. images:
+    from_paths: paths uint8 [B, length], which DALI opens; otherwise a list of B encoded images uint8 [n_i].
+    mixed_decode: decode JPEG with nvJPEG and crop on the GPU; otherwise nothing touches one. Outputs: pixels
+    uint8 [B, size, size, channels] (on the GPU if mixed_decode), and on the CPU labels, sample ids and the
+    images' shapes int64 [B, 3] as (height, width, channels).
     """
-    path, label, sample_id, mirror = fn.external_source(
+    images, label, sample_id, mirror = fn.external_source(
         source=source,
         num_outputs=4,
         batch=True,
@@ -29,10 +33,10 @@ def crop_pipeline(source: Any, size: int, channels: int, halvings: int, on_gpu: 
     )
     # Mapping small files into memory costs more than reading them, and gains nothing on a network file
     # system.
-    encoded = fn.io.file.read(path, dont_use_mmap=True)
+    encoded = fn.io.file.read(images, dont_use_mmap=True) if from_paths else images
     image = fn.decoders.image(
         encoded,
-        device="mixed" if on_gpu else "cpu",
+        device="mixed" if mixed_decode else "cpu",
         output_type=types.RGB if channels == 3 else types.GRAY,
         adjust_orientation=False,
     )

@@ -1,5 +1,6 @@
 """The ADM crop against cases worked out by hand."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def test_grey_keeps_one_channel() -> None:
 def test_an_image_smaller_than_the_crop_is_refused_with_both_sizes() -> None:
     with pytest.raises(ValueError, match="20x9 image is smaller than the 10x10 crop"):
         adm_crop(Image.new("L", (20, 9)), 10)
+
+
+@pytest.mark.parametrize("width, height", [(8, 13), (7, 3), (9, 10)])
+def test_a_smaller_image_is_enlarged_bicubically_when_asked(photo: Any, width: int, height: int) -> None:
+    image = photo(width, height, seed=6)
+    scale = 10 / min(width, height)
+    enlarged = np.asarray(image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC))
+    top, left = (enlarged.shape[0] - 10) // 2, (enlarged.shape[1] - 10) // 2
+    np.testing.assert_array_equal(adm_crop(image, 10, enlarge=True), enlarged[top : top + 10, left : left + 10])
+
+
+def test_an_encoded_image_in_memory_is_read_like_a_file(photo: Any, tmp_path: Path) -> None:
+    photo(12, 12, seed=7).save(tmp_path / "a.jpg")
+    from_memory = read_crop(io.BytesIO((tmp_path / "a.jpg").read_bytes()), 12, 3)
+    np.testing.assert_array_equal(from_memory, read_crop(str(tmp_path / "a.jpg"), 12, 3))
 
 
 def test_a_mode_that_cannot_be_resized_faithfully_is_refused() -> None:
