@@ -25,7 +25,8 @@ from sadm_fast.metrics.evaluation import Evaluator
 from sadm_fast.preparation import build_denoiser, build_psi, prepare_judge, prepare_psi, resolve_classes
 from sadm_fast.report import write_report
 from sadm_fast.run_facts import run_facts
-from sadm_fast.run_folder import RunFolder, write_json
+from sadm_fast.files import write_json
+from sadm_fast.run_folder import RunFolder
 from sadm_fast.snapshots import (
     RelationView,
     build_evaluator,

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from sadm_fast.engine import Outcome
-from sadm_fast.run_folder import RunFolder, append_json
+from sadm_fast.files import append_json
+from sadm_fast.run_folder import RunFolder
 
 _QUARTILES = 4
 
