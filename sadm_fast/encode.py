@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.bench:
             return _bench(arguments)
         return _encode(arguments)
-    except UserError as error:  # from any rank: each encodes images of its own
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
@@ -84,7 +84,11 @@ def _encode(arguments: argparse.Namespace) -> int:
             latents.autoencoder, device=place.device, precision=latents.precision, scale=latents.scale
         )
         check_autoencoder(config, autoencoder)
-        encode(config, images, autoencoder, place, console)
+        try:
+            encode(config, images, autoencoder, place, console)
+        except UserError as error:  # about images of this rank, which no other rank sees
+            print(f"error: rank {place.rank}: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -19,6 +19,7 @@ class RunFolder:
         self.facts = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
+        self.broken = path / "broken.jsonl"
         self.tensorboard = path / "tensorboard"
         self.samples = path / "samples"
         self.relations = path / "relations"

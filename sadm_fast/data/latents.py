@@ -73,6 +73,11 @@ class Encoding:
     def shards(self) -> int:
         return -(-self.images // self.shard_size)
 
+    @property
+    def space(self) -> dict[str, Any]:
+        """What makes two latent spaces the same; Autoencoder.space is compared with it."""
+        return {"autoencoder": self.autoencoder, "scale": self.scale, "shift": self.shift}
+
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(vars(self)))
 

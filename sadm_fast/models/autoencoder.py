@@ -38,7 +38,10 @@ class Autoencoder:
         image_channels, latent_channels, downsample: C, c, and H / h.
     """
 
-    def __init__(self, module: nn.Module, configuration: Mapping[str, Any], scale: float | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, configuration: Mapping[str, Any], *, name: str, scale: float | None = None
+    ) -> None:
+        self.name = name
         self.module: Any = module.eval().requires_grad_(False)
         self.identity = _identity(module, configuration)
         self.scale = LatentScale(
@@ -74,9 +77,26 @@ class Autoencoder:
                 f"latents.autoencoder={path}: cannot be loaded ({reason}); give a folder with config.json and"
                 " diffusion_pytorch_model.safetensors of a diffusers AutoencoderKL, or a hub id that is in the cache"
             ) from None
-        loaded = cls(module, module.config, scale)
+        loaded = cls(module, module.config, name=path, scale=scale)
         nn.Module.to(module, device=device, dtype=_DTYPES[precision])  # diffusers' own `to` warns about nothing
         return loaded
+
+    @property
+    def space(self) -> dict[str, Any]:
+        """What latents, manifests and checkpoints of this autoencoder carry."""
+        return {"autoencoder": self.identity, "scale": self.scale.scale, "shift": self.scale.shift}
+
+    def require_space(self, space: Mapping[str, Any], whose: str) -> None:
+        """UserError if latents of `space` would not be decoded to pictures by this autoencoder but to noise."""
+        for key, here in self.space.items():
+            there = space.get(key)
+            if there != here:
+                if key == "autoencoder":
+                    here, there = f"sha256 {here[:12]}", f"sha256 {str(there)[:12]}"
+                raise UserError(
+                    f"latents.autoencoder={self.name}: has {key} {here}, but {whose} was made with {there};"
+                    " give the autoencoder that it was made with"
+                )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Posterior:
