@@ -94,20 +94,22 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from sadm_fast.console import Console
-    from sadm_fast.data.checking import check_again
+    from sadm_fast.data.checking import checked, forget
     from sadm_fast.data.detection import open_any
-    from sadm_fast.data.latents import LatentSource, check_shards_again
+    from sadm_fast.data.latent_check import check_shards
+    from sadm_fast.data.latents import LatentSource
 
     console = Console()
     with console.progress("listing shards") as progress:
         source = open_any(arguments.check, progress)
     with console.progress("checking") as progress:
         if isinstance(source, LatentSource):
-            problems = check_shards_again(source, threads=arguments.threads, progress=progress)
+            problems = check_shards(source, threads=arguments.threads, progress=progress)
             what = f"{len(source)} latents of {source.encoding.resolution} pixels, encoder {source.encoding.autoencoder[:12]}"
         else:
-            report = check_again(source, threads=arguments.threads, progress=progress)
-            problems = [reason for _, reason in report.problems]
+            forget(source)
+            report = checked(source, threads=arguments.threads, progress=progress)
+            problems = [f"{name}: {reason}" for name, reason in report.problems]
             what = f"{len(source)} images of {len(source.classes)} classes"
             if report.smallest_name:
                 what += f", shortest side {report.smallest_side} pixels ({report.smallest_name})"

@@ -13,6 +13,7 @@ from sadm_fast.config import Config
 from sadm_fast.console import Console
 from sadm_fast.data import Loader, load_images, make_loader, open_images
 from sadm_fast.data.checking import require_sound
+from sadm_fast.data.latent_check import checked_shards
 from sadm_fast.data.latent_loader import LatentLoader
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.order import MicroBatchPlan

@@ -15,8 +15,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -135,19 +134,22 @@ class LatentSource(Source):
     """A finished cache. Sample i is row i of the shards in order, which is the order of the images they came from."""
 
     def __init__(self, root: Path, encoding: Encoding, shards: list[dict[str, Any]], manifest: str) -> None:
-        self.root, self.where = root, str(root)
+        self.root = root
         self.encoding = encoding
         self.classes = encoding.classes
         self.scale = LatentScale(encoding.scale, encoding.shift)
-        self._shards, self._manifest = shards, manifest
-        self._maps = [_map_shard(root / shard["file"], shard["count"], encoding) for shard in shards]
-        self.labels = np.concatenate([labels for _, labels in self._maps])
+        self.shards, self._manifest = shards, manifest
+        mapped = [_map_shard(root / shard["file"], shard["count"], encoding) for shard in shards]
+        self._maps = [moments.reshape(-1, *moments.shape[2:]) for moments, _ in mapped]  # row 2i: image, 2i+1: mirror
+        self.labels = np.concatenate([labels for _, labels in mapped])
         self._rows = np.arange(len(self.labels))
-        self._ends = np.cumsum([len(labels) for _, labels in self._maps])
+        counts = np.array([len(labels) for _, labels in mapped])
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Read the manifest and map the shards; sizes are checked, contents are not (`damaged_shards`).
+        """Read the manifest and map the shards; sizes are checked, contents are not (sadm_fast.data.latent_check).
 
         Raises UserError: no cache, an unfinished one, another format, a shard that is missing or cut short.
         """
@@ -178,12 +180,14 @@ class LatentSource(Source):
                 raise UserError(f"{root / MANIFEST}: names {shard['file']!r}, which is outside of the cache")
         return cls(root, encoding, shards, hashlib.sha256(text.encode()).hexdigest())
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    @property
+    def where(self) -> str:
+        return str(self.root)
 
     def name(self, index: int) -> str:
-        shard, row = self._place(int(self._rows[index]))
-        return f"{self.root / self._shards[shard]['file']}: row {row}"
+        row = int(self._rows[index])
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return f"{self.root / self.shards[shard]['file']}: row {row - int(self._starts[shard])}"
 
     def fingerprint(self) -> str:
         """sha256 over the manifest (which holds every shard's) and the chosen rows."""
@@ -198,16 +202,12 @@ class LatentSource(Source):
         """Copy moments of samples `indices` [m], mirrored where `mirror` [m]: into out [m, 2, c, h, w] (mean, std)."""
         rows = self._rows[indices]
         shards = np.searchsorted(self._ends, rows, side="right")
-        for shard in np.unique(shards).tolist():
-            chosen = np.flatnonzero(shards == shard)
-            moments, labels = self._maps[shard]
-            place = rows[chosen] - (self._ends[shard] - len(labels))
-            flat = moments.reshape(2 * len(labels), *moments.shape[2:])
-            wanted = 2 * place + mirror[chosen]
-            if len(chosen) == len(rows):
-                np.take(flat, wanted, axis=0, out=out, mode="clip")  # "raise" would copy into a buffer first
-            else:
-                out[chosen] = flat[wanted]
+        wanted = 2 * (rows - self._starts[shards]) + mirror
+        if (shards == shards[0]).all():
+            np.take(self._maps[shards[0]], wanted, axis=0, out=out, mode="clip")  # "raise" would copy to a buffer first
+            return
+        for place, (shard, row) in enumerate(zip(shards.tolist(), wanted.tolist(), strict=True)):
+            out[place] = self._maps[shard][row]
 
     def means(self, indices: np.ndarray) -> Tensor:
         """The posterior means of samples, not mirrored, as scaled latents: float32 [m, c, h, w]."""
@@ -219,32 +219,6 @@ class LatentSource(Source):
     def buffer(self, count: int) -> np.ndarray:
         """Room for `read` of so many samples."""
         return np.empty((count, 2, *self.encoding.latent_shape), dtype=_DTYPES[self.encoding.dtype])
-
-    def damaged_shards(self, *, threads: int = 4, progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Read every shard and compare its hash: one line for each that differs."""
-
-        def damage(shard: dict[str, Any]) -> str | None:
-            path = self.root / shard["file"]
-            try:
-                with path.open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                        return f"{path}: does not match its hash in {MANIFEST}"
-            except OSError as error:
-                return f"{path}: cannot be read ({error.strerror or error})"
-            return None
-
-        problems = []
-        with ThreadPoolExecutor(threads) as pool:
-            for done, problem in enumerate(pool.map(damage, self._shards), start=1):
-                if problem:
-                    problems.append(problem)
-                if progress is not None:
-                    progress(done, len(self._shards))
-        return problems
-
-    def _place(self, row: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        return shard, row - int(self._ends[shard]) + len(self._maps[shard][1])
 
 
 def _inside(file: str) -> bool:
