@@ -105,7 +105,8 @@ def _check(arguments: argparse.Namespace) -> int:
     with console.progress("checking") as progress:
         if isinstance(source, LatentSource):
             problems = check_shards(source, threads=arguments.threads, progress=progress)
-            what = f"{len(source)} latents of {source.encoding.resolution} pixels, encoder {source.encoding.autoencoder[:12]}"
+            made = source.encoding
+            what = f"{len(source)} latents of {made.resolution}-pixel images, autoencoder {made.autoencoder[:12]}"
         else:
             forget(source)
             report = checked(source, threads=arguments.threads, progress=progress)

@@ -4,6 +4,7 @@ What the denoiser sees is called a sample here: an image in [-1, 1] or a scaled 
 """
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from sadm_fast.config import Config
 from sadm_fast.console import Console
-from sadm_fast.data import Loader, load_images, make_loader, open_images
+from sadm_fast.data import load_images, make_loader, open_images
+from sadm_fast.data.batch import Loader
 from sadm_fast.data.checking import require_sound
 from sadm_fast.data.latent_check import checked_shards
 from sadm_fast.data.latent_loader import LatentLoader
@@ -56,7 +58,7 @@ def open_images_to_encode(config: Config, console: Console, *, check: bool = Tru
     return images
 
 
-def _listed(path: str, kind: str, console: Console) -> ImageSource:
+def _listed(path: str, kind: Literal["folder", "webdataset"], console: Console) -> ImageSource:
     with console.progress("listing shards") as progress:
         return open_images(path, kind=kind, progress=progress)
 
@@ -103,7 +105,7 @@ def make_feed(
 ) -> Loader:
     """An endless iterator of this rank's micro-batches of samples from global sample `first_sample` on; close it."""
     data = config.data
-    common = {
+    common: dict[str, Any] = {
         "seed": seed,
         "flip": data.flip,
         "micro_batch": micro_batch,

@@ -70,7 +70,7 @@ def start_from_weights(config: Config, denoiser: DiT) -> None:
         denoiser.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"denoiser.weights={path}: does not fit the denoiser of this configuration ({reason})") from None
+        raise UserError(f"denoiser.weights={path}: does not fit this configuration's denoiser ({reason})") from None
 
 
 def build_psi(config: Config) -> StructureEncoder:

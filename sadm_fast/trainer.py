@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from sadm_fast import checkpoint
 from sadm_fast.config import Config
 from sadm_fast.console import Console
-from sadm_fast.data import Loader
+from sadm_fast.data.batch import Loader
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.source import Source
 from sadm_fast.ema import EMA
 from sadm_fast.engine import NonFiniteLoss, Players, gradient_norm, learning_rate
 from sadm_fast.errors import UserError
 from sadm_fast.feed import make_feed
+from sadm_fast.files import append_json, write_json
 from sadm_fast.game import draw
-from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.masters import gather, local_masters, trainable_shapes
 from sadm_fast.metrics.evaluation import Evaluator
+from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.preparation import (
     build_denoiser,
     build_psi,
@@ -36,7 +37,6 @@ from sadm_fast.preparation import (
 )
 from sadm_fast.report import write_report
 from sadm_fast.run_facts import run_facts
-from sadm_fast.files import append_json, write_json
 from sadm_fast.run_folder import RunFolder
 from sadm_fast.snapshots import (
     RelationView,

@@ -56,7 +56,9 @@ class Interval:
     def reduce(self, samples_per_step: int, broken_images: int) -> dict[str, float | int | None]:
         """Means over samples, steps and ranks; times of this interval; broken images of all ranks. Collective."""
         seconds = time.perf_counter() - self._started
-        sums = torch.cat([self._loss, self._count, self._game, self._loss.new_tensor([self._waited, 1.0, broken_images])])
+        sums = torch.cat(
+            [self._loss, self._count, self._game, self._loss.new_tensor([self._waited, 1.0, broken_images])]
+        )
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         values = sums.tolist()

@@ -1,4 +1,4 @@
-"""Is every shard of a cache still what encode.py wrote? Hashing takes minutes at ImageNet's size, so it is remembered."""
+"""Is every shard of a cache still what encode.py wrote? Hashing ImageNet takes minutes, so the answer is remembered."""
 
 import hashlib
 import json

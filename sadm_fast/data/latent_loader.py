@@ -62,9 +62,7 @@ class LatentLoader:
             latents, torch.from_numpy(self._source.labels[wanted.indices]).to(self._device), sample_ids
         )  # fmt: skip
 
-    def _start(
-        self, wanted: MicroBatch, pool: ThreadPoolExecutor
-    ) -> tuple[MicroBatch, np.ndarray, list[Future[None]]]:
+    def _start(self, wanted: MicroBatch, pool: ThreadPoolExecutor) -> tuple[MicroBatch, np.ndarray, list[Future[None]]]:
         moments = self._source.buffer(len(wanted.indices))
         parts = [slice(first, first + _ROWS_A_TASK) for first in range(0, len(moments), _ROWS_A_TASK)]
         tasks = [

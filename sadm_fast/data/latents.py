@@ -158,7 +158,7 @@ class LatentSource(Source):
             text = (root / MANIFEST).read_text()
             manifest = json.loads(text)
             encoding = Encoding.from_json(manifest["encoding"])
-            shards = [
+            shards: list[dict[str, Any]] = [
                 {"file": str(s["file"]), "count": int(s["count"]), "size": int(s["size"]), "sha256": str(s["sha256"])}
                 for s in manifest["shards"]
             ]
@@ -168,11 +168,12 @@ class LatentSource(Source):
             if (root / ENCODING).exists():
                 raise UserError(f"data.path={root}: the cache is not finished; start encode.py again") from None
             raise UserError(
-                f"data.path={root}: holds no latents ({MANIFEST}: {error.strerror}); encode the images first (encode.py)"
+                f"data.path={root}: holds no latents ({MANIFEST}: {error.strerror});"
+                " encode the images first (encode.py)"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{root / MANIFEST}: not a manifest that this code reads ({reason}); encode again") from None
+            raise UserError(f"{root / MANIFEST}: not a manifest this code reads ({reason}); encode again") from None
         if not any(shard["count"] for shard in shards):
             raise UserError(f"data.path={root}: the cache holds no samples; encode the images again")
         for shard in shards:
@@ -238,7 +239,9 @@ def _map_shard(path: Path, count: int, encoding: Encoding) -> tuple[np.ndarray, 
             header = json.loads(file.read(min(header_size, size)))
             for name, (dtype, dimensions) in wanted.items():
                 if header[name]["dtype"] != dtype or header[name]["shape"] != dimensions:
-                    raise ValueError(f"{name} is {header[name]['dtype']} {header[name]['shape']}, not {dtype} {dimensions}")
+                    raise ValueError(
+                        f"{name} is {header[name]['dtype']} {header[name]['shape']}, not {dtype} {dimensions}"
+                    )
                 if 8 + header_size + header[name]["data_offsets"][1] > size:
                     raise ValueError("it is cut short")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

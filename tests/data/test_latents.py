@@ -133,8 +133,8 @@ def cut_short(root: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unfinished": (unfinished, "the cache is not finished; start encode.py again"),
     "no manifest": (lambda root: (root / MANIFEST).unlink(), r"holds no latents \(manifest.json: No such file"),
-    "not json": (lambda root: (root / MANIFEST).write_text("{"), "not a manifest that this code reads"),
-    "a list": (lambda root: (root / MANIFEST).write_text("[]"), "not a manifest that this code reads"),
+    "not json": (lambda root: (root / MANIFEST).write_text("{"), "not a manifest this code reads"),
+    "a list": (lambda root: (root / MANIFEST).write_text("[]"), "not a manifest this code reads"),
     "other format": (
         lambda root: edit_manifest(root, lambda m: m["encoding"].update(format="x/9")),
         "format 'x/9', this code reads",

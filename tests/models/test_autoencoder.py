@@ -71,7 +71,9 @@ def test_another_autoencoder_or_scale_is_refused_by_name(saved: Path, tmp_path: 
     autoencoder = Autoencoder.load(str(saved))
     autoencoder.require_space(autoencoder.space, "the cache")
     other = Autoencoder.load(str(save_autoencoder(tmp_path / "other", seed=1)))
-    with pytest.raises(UserError, match=r"latents\.autoencoder=.*one: has autoencoder sha256 .* but the cache was made"):
+    with pytest.raises(
+        UserError, match=r"latents\.autoencoder=.*one: has autoencoder sha256 .* but the cache was made"
+    ):
         autoencoder.require_space(other.space, "the cache")
     with pytest.raises(UserError, match=r"has scale 0\.5, but the cache was made with 0\.25"):
         autoencoder.require_space(autoencoder.space | {"scale": 0.25}, "the cache")
