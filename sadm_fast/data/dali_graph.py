@@ -1,10 +1,13 @@
 """The ADM crop (sadm_fast.data.adm_crop) as a DALI graph.
 
-DALI has no box filter, but halving an even side with LINEAR and no antialiasing averages the same two pixels.
-Pillow's box filter on an odd side 2k+1 averages pairs from the first edge up to the middle and pairs that end
-at the last edge, with one triple between them; here the middle of that triple is dropped and the rest is
-exact. The last step, CUBIC with antialiasing and subpixel_scale=False, and a crop window rounded down, agree
-with Pillow up to rounding. EXIF orientation is not applied, as in the references.
+DALI has no box filter, so a halving takes the four pixels of each 2x2 block apart with nearest-neighbour
+resizes and averages them in uint8, across and then down, rounded up like Pillow's two passes: exact for even
+sides. Pillow's box filter on an odd side 2k+1 averages pairs from the first edge up to the middle and pairs
+that end at the last edge, with one triple between them; here the middle of that triple is left out and the
+rest is exact. The last step, CUBIC with antialiasing and subpixel_scale=False, and a crop window rounded
+down, differ from Pillow only in that Pillow rounds to uint8 between its two passes and DALI does not. (Two
+resizes with uint8 between them come within 72 dB of Pillow, and take more than twice the time.) EXIF
+orientation is not applied, as in the references.
 """
 
 from typing import Any
@@ -59,25 +62,28 @@ def _halve_while_large(image: Any, height: Any, width: Any, size: int, levels: i
     """Halve while the shorter side is at least 2 * size, at most `levels` times; image uint8 HWC."""
     if levels:
         if math.min(height, width) >= 2 * size:
-            image = _even(_even(image, height, 0), width, 1)
-            half_height, half_width = height // 2, width // 2
-            image = fn.resize(
-                image,
-                resize_y=fn.cast(half_height, dtype=types.FLOAT),
-                resize_x=fn.cast(half_width, dtype=types.FLOAT),
-                interp_type=types.INTERP_LINEAR,
-                antialias=False,
-            )
-            image = _halve_while_large(image, half_height, half_width, size, levels - 1)
+            image = _halve(image, fn.cast(height, dtype=types.FLOAT), fn.cast(width, dtype=types.FLOAT))
+            image = _halve_while_large(image, height // 2, width // 2, size, levels - 1)
     return image
 
 
-def _even(image: Any, side: Any, axis: int) -> Any:
-    """Drop the middle of the three rows (axis 0) or columns (axis 1) that Pillow's box filter averages."""
-    if side % 2 == 1:
-        dropped = 2 * ((side // 2 + 1) // 2) - 1
-        if axis == 0:
-            image = fn.cat(image[:dropped], image[dropped + 1 :], axis=0)
-        else:
-            image = fn.cat(image[:, :dropped], image[:, dropped + 1 :], axis=1)
-    return image
+def _halve(image: Any, height: Any, width: Any) -> Any:
+    """Pillow's box filter to (height // 2, width // 2), each side rounded down."""
+    half = fn.stack(math.floor(height / 2), math.floor(width / 2))
+
+    def nearest(down: float, right: float) -> Any:
+        window = {"roi_start": [down, right], "roi_end": fn.stack(height + down, width + right)}
+        return fn.resize(image, size=half, interp_type=types.INTERP_NN, **window)
+
+    # Output i of k samples the pixel at (i + 1/2) n / k = 2i + 1 + (n - 2k)(i + 1/2) / k. Half a pixel before and
+    # after that lie the two pixels of its pair, in both halves of an odd side too; the excess over one half makes
+    # them the outer two of the triple.
+    before, after = -0.501, 0.501
+    upper = _mean(nearest(before, before), nearest(before, after))
+    lower = _mean(nearest(after, before), nearest(after, after))
+    return _mean(upper, lower)
+
+
+def _mean(a: Any, b: Any) -> Any:
+    """(a + b + 1) // 2 of uint8, without a wider type: a cast costs more than all the rest."""
+    return (a | b) - ((a ^ b) >> types.Constant(1).uint8())
