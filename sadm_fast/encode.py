@@ -87,7 +87,7 @@ def _encode(arguments: argparse.Namespace) -> int:
         try:
             encode(config, images, autoencoder, place, console)
         except UserError as error:  # about images of this rank, which no other rank sees
-            print(f"error: rank {place.rank}: {error}", file=sys.stderr)
+            print(f"error: {f'rank {place.rank}: ' if place.world_size > 1 else ''}{error}", file=sys.stderr)
             return 2
     return 0
 

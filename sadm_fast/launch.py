@@ -4,6 +4,7 @@ import datetime
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
@@ -86,6 +87,8 @@ def _start_deepspeed(backend: str) -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by the names that torch is about to drop; nobody at a terminal can change that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Shared-memory collectives for CPUs: compiled at the first start, for tens of seconds and not without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, verbose=False)

@@ -3,13 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +13,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from sadm_fast import run_folder, train
 from sadm_fast.config import load_config
+from tests.programs import Program, assert_same_state, last_checkpoint, lines, start_line, tree
 from tests.ranks import ROOT, clean_environment
 
 CLASSES = ("circle", "square", "triangle")
 SCRIPT = ROOT / "sadm_fast" / "train.py"
-TIMEOUT = 600.0
 
 METRICS = {
     "step", "samples_seen", "loss_denoise", "loss_denoise_q1", "loss_denoise_q2", "loss_denoise_q3", "loss_denoise_q4",
     "structure_distance", "loss_discriminator", "grad_norm_denoiser", "grad_norm_discriminator", "lr",
-    "lr_discriminator", "samples_per_s", "data_wait_fraction", "memory_bytes", "skipped_steps", "wall_s",
+    "lr_discriminator", "samples_per_s", "data_wait_fraction", "memory_bytes", "broken_images", "skipped_steps",
+    "wall_s",
 }  # fmt: skip
 TIMES = {"samples_per_s", "data_wait_fraction", "memory_bytes", "wall_s"}
 SCORES = {"fid_classifier", "fid_random", "fid_pixels"}
@@ -75,93 +71,9 @@ def config(tmp_path: Path) -> Path:
 
 
 def command(config: Path, run: Path, *overrides: str, ranks: int = 0) -> list[str]:
-    """What a person types: plain python, or the DeepSpeed launcher for `ranks` processes."""
-    arguments = [str(SCRIPT), "--config", str(config), "--run-dir", str(run)]
-    arguments += [part for override in overrides for part in ("--set", override)]
-    if not ranks:
-        return [sys.executable, *arguments]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    return [*launcher, "--master_port", str(free_port()), *arguments]
-
-
-class Program:
-    """A started command in a process group of its own, as on a terminal, with somebody reading what it says."""
-
-    def __init__(self, argv: list[str], cwd: Path) -> None:
-        self.process = subprocess.Popen(
-            argv, cwd=cwd, env=clean_environment(), text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        pool = ThreadPoolExecutor(1)
-        self._said = pool.submit(self.process.communicate)
-        pool.shutdown(wait=False)
-
-    def finish(self, code: int | None = 0) -> tuple[str, str]:
-        """stdout and stderr, once the program and everybody it started have closed them."""
-        try:
-            out, err = self._said.result(timeout=TIMEOUT)
-        except BaseException:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            raise
-        found = self.process.returncode
-        assert code is None or found == code, f"exit code {found}\n{out}\n{err}"
-        return out, err
-
-    def at_step(self, step: int, metrics: Path, send: Callable[[], None]) -> None:
-        """`send` once the log shows the step; fails if the program ends before."""
-        deadline = time.monotonic() + TIMEOUT
-        while not (metrics.exists() and metrics.read_text().count("\n") >= step):
-            assert time.monotonic() < deadline, f"no step {step} in {TIMEOUT:.0f} s"
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=0.02)
-                pytest.fail(f"ended before step {step}: {self.finish(None)}")
-        send()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def last_checkpoint(run: Path) -> int:
-    """The step of the newest complete checkpoint."""
-    return max(json.loads(path.read_text())["step"] for path in run.glob("checkpoints/step-*/COMPLETE"))
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    """Every file below root with its content."""
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-def assert_same_state(a: Path, b: Path) -> None:
-    """Two checkpoints hold the same weights, optimizer states and averages, bit for bit."""
-    first, second = load_file(a / "ema.safetensors"), load_file(b / "ema.safetensors")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    files = sorted(str(path.relative_to(a)) for path in a.glob("d*/*.pt"))
-    assert files and files == sorted(str(path.relative_to(b)) for path in b.glob("d*/*.pt"))
-    for name in files:
-        tensors = [
-            {key: value for key, value in flat(torch.load(folder / name, weights_only=False)) if torch.is_tensor(value)}
-            for folder in (a, b)
-        ]
-        assert tensors[0] and tensors[0].keys() == tensors[1].keys(), name
-        different = [key for key in tensors[0] if not torch.equal(tensors[0][key], tensors[1][key])]
-        assert not different, f"{name}: {different}"
-
-
-def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested containers, with their paths."""
-    if isinstance(value, dict):
-        return [leaf for key, item in value.items() for leaf in flat(item, f"{prefix}/{key}")]
-    if isinstance(value, list | tuple):
-        return [leaf for i, item in enumerate(value) for leaf in flat(item, f"{prefix}/{i}")]
-    return [(prefix, value)]
+    """Train into `run`: plain python, or the DeepSpeed launcher for `ranks` processes."""
+    changes = [part for override in overrides for part in ("--set", override)]
+    return start_line(SCRIPT, "--config", str(config), "--run-dir", str(run), *changes, ranks=ranks)
 
 
 @pytest.mark.slow
@@ -487,7 +399,7 @@ def test_the_one_line_stays_alone_when_started_as_a_program(config: Path, tmp_pa
         env=environment,
         text=True,
         capture_output=True,
-        timeout=TIMEOUT,
+        timeout=600,
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "circle/07.png" in done.stderr

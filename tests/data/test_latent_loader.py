@@ -1,7 +1,6 @@
 """Micro-batches of latents: the order, the flip and the draw are functions of the sample counter."""
 
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
