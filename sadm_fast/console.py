@@ -30,9 +30,9 @@ class Console:
         if self._speaks:
             self._console.print(text, markup=False)
 
-    def bar(self, description: str, total: int, start: int = 0) -> "Bar":
-        """Progress over `total` steps; use as a context manager."""
-        return Bar(self._console if self._speaks else None, description, total, start)
+    def bar(self, description: str, total: int, start: int = 0, *, brief: bool = False) -> "Bar":
+        """Progress over `total` steps; use as a context manager. brief: in a pipe, say nothing of quick work."""
+        return Bar(self._console if self._speaks else None, description, total, start, brief)
 
     @contextmanager
     def progress(self, description: str) -> Iterator[Callable[[int, int], None]]:
@@ -42,7 +42,7 @@ class Console:
 
             def report(done: int, total: int) -> None:
                 if not bars:
-                    bars.append(stack.enter_context(self.bar(description, total)))
+                    bars.append(stack.enter_context(self.bar(description, total, brief=True)))
                 bars[0].at(done)
 
             yield report
@@ -51,9 +51,10 @@ class Console:
 class Bar:
     """Progress of one long piece of work."""
 
-    def __init__(self, console: RichConsole | None, description: str, total: int, start: int) -> None:
+    def __init__(self, console: RichConsole | None, description: str, total: int, start: int, brief: bool) -> None:
         self._console, self._description, self._total = console, description, total
         self._said = time.monotonic()
+        self._says_the_end = not brief
         self._progress: Progress | None = None
         self._task: Any = None
         if console is not None and console.is_terminal:
@@ -83,6 +84,6 @@ class Bar:
             self._progress.update(self._task, completed=done, note=note)
         elif self._console is not None:
             now = time.monotonic()
-            if done == self._total or now - self._said >= _PLAIN_EVERY_S:
-                self._said = now
+            if (done == self._total and self._says_the_end) or now - self._said >= _PLAIN_EVERY_S:
+                self._said, self._says_the_end = now, True
                 self._console.print(f"{self._description} {done}/{self._total} {note}".rstrip(), markup=False)

@@ -235,7 +235,7 @@ def test_a_shard_that_does_not_fit_on_the_disk_ends_in_one_line_and_leaves_nothi
 
     def limited() -> None:  # a file cannot grow beyond the limit: the kernel says so as it does of a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
 
     done = subprocess.run(argv, env=clean_environment(), preexec_fn=limited, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

@@ -318,7 +318,7 @@ BAD: dict[str, tuple[Spoil, list[str]]] = {
     "class without images": (empty_class, ["hexagon", "no images"]),
     "not an image": (not_an_image, ["circle/07.png", "is not an image"]),
     "not an image by its name": (not_an_image_by_name, ["circle/notes.txt", "not an image"]),
-    "image smaller than the crop": (small_image, ["square/small.png", "7x16", "data.resolution=8"]),
+    "image smaller than the crop": (small_image, ["square/small.png", "7 pixels", "data.resolution=8"]),
     "too few classes": (lambda *_: ["denoiser.num_classes=2"], ["denoiser.num_classes=2", "3"]),
     "unknown key": (lambda *_: ["train.setps=3"], ["train.setps", "steps"]),
     "wrong type": (lambda *_: ["train.steps=many"], ["train.steps", "many"]),

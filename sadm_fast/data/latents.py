@@ -210,6 +210,10 @@ class LatentSource(Source):
         for place, (shard, row) in enumerate(zip(shards.tolist(), wanted.tolist(), strict=True)):
             out[place] = self._maps[shard][row]
 
+    def longest_map(self) -> np.ndarray:
+        """The rows [2n, 2, c, h, w] of the largest shard as they lie in mapped memory; read-only."""
+        return max(self._maps, key=len)
+
     def means(self, indices: np.ndarray) -> Tensor:
         """The posterior means of samples, not mirrored, as scaled latents: float32 [m, c, h, w]."""
         indices = np.asarray(indices, dtype=np.int64)
