@@ -85,9 +85,11 @@ def _variants() -> Iterator[tuple[str, Image.Image, dict[str, Any]]]:
         yield f"{name}-resampled-to-{side}.png", _resampled(photograph(name), side), {}
     for name, side in {"china": 1024, "coffee": 1153, "motorcycle-right": 1500, "hubble": 1801}.items():
         yield f"{name}-resampled-to-{side}.jpg", _resampled(photograph(name), side), jpeg
-    yield "flower-resampled-to-2049-turned.jpg", _resampled(photograph("flower"), 2049).transpose(
-        Image.Transpose.ROTATE_270
-    ), jpeg
+    yield (
+        "flower-resampled-to-2049-turned.jpg",
+        _resampled(photograph("flower"), 2049).transpose(Image.Transpose.ROTATE_270),
+        jpeg,
+    )
 
 
 def _cut(image: Image.Image, width: int, height: int) -> Image.Image:
