@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sadm_fast.engine_files import load_engine, save_engine
 from sadm_fast.errors import UserError
-from sadm_fast.run_folder import write_json
+from sadm_fast.files import write_json
 
 MANIFEST = "COMPLETE"
 FORMAT = 1

@@ -21,13 +21,40 @@ class Block(BaseModel):
 
 
 class DataConfig(Block):
-    path: str = Field("demo:mnist5k", description="image folder (class/name.png), or demo:mnist5k")
-    resolution: int = Field(16, ge=8, description="side of the square crop, pixels")
+    path: str = Field("demo:mnist5k", description="where the samples are; demo:mnist5k is the embedded demo set")
+    source: Literal["folder", "webdataset", "latents"] = Field(
+        "folder", description="folder: class/name.png; webdataset: tar shards; latents: what encode.py wrote"
+    )
+    resolution: int = Field(16, ge=8, description="side of the square crop, pixels (also of the images behind latents)")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour")
     flip: bool = Field(False, description="mirror half of the images; wrong for digits and text")
+    enlarge: bool = Field(
+        False, description="enlarge images smaller than the crop, as DiT does; false: they are broken"
+    )
+    broken: Literal["refuse", "skip"] = Field(
+        "refuse", description="refuse: decode all images once before training; skip: replace and count when met"
+    )
     loader: Literal["dali", "torch"] = Field("dali", description="DALI, or PIL in torch workers")
-    threads: int = Field(2, ge=1, description="decoding threads of each rank")
+    decode: Literal["auto", "mixed", "cpu"] = Field("auto", description="DALI: mixed decodes JPEG on the GPU")
+    threads: int = Field(2, ge=1, description="reading and decoding threads of each rank")
     prefetch: int = Field(2, ge=1, description="batches prepared ahead")
+
+
+class LatentsConfig(Block):
+    """The latent space of data.source=latents, and how encode.py fills data.path."""
+
+    autoencoder: str = Field(
+        "stabilityai/sd-vae-ft-ema", description="diffusers AutoencoderKL: a local folder or a hub id"
+    )
+    channels: int = Field(4, ge=1, description="channels of a latent")
+    downsample: int = Field(8, ge=1, description="pixels of the image a side of a latent's pixel")
+    scale: float | None = Field(None, gt=0, description="scaled = scale * raw; null: the autoencoder's scaling_factor")
+    images: str | None = Field(None, description="encode.py: the images that data.path is made from")
+    images_source: Literal["folder", "webdataset"] = "folder"
+    dtype: Literal["float16", "float32"] = Field("float16", description="encode.py: of the cached mean and deviation")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="encode.py: of the autoencoder's arithmetic")
+    shard_size: int = Field(8192, ge=1, description="encode.py: images a shard; a killed run redoes at most one")
+    batch: int = Field(32, ge=1, description="encode.py: images of one forward")
 
 
 class VPConfig(Block):
@@ -68,6 +95,9 @@ class DenoiserConfig(Block):
     num_heads: int = Field(4, ge=1)
     num_classes: int | None = Field(None, ge=1, description="null: the number of class folders")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by the null class")
+    weights: str | None = Field(
+        None, description="safetensors file to start from (fine-tuning); labels of another number of classes start anew"
+    )
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -223,6 +253,7 @@ class Config(Block):
         "fast", description="reference: straightforward PyTorch, no fusion, no reuse, eager"
     )
     data: DataConfig = Field(default_factory=lambda: DataConfig())
+    latents: LatentsConfig | None = Field(None, description="needed for data.source=latents, and only there")
     diffusion: Annotated[EDMConfig | VPConfig | FlowConfig, Field(discriminator="process")] = Field(
         default_factory=lambda: EDMConfig(process="edm")
     )
@@ -238,9 +269,22 @@ class Config(Block):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.data.resolution % self.denoiser.patch:
+        patch = self.denoiser.patch
+        cell = patch if self.latents is None else patch * self.latents.downsample
+        if self.data.resolution % cell:
+            allowed = f"the patch size {patch}"
+            if self.latents is not None:
+                allowed = f"{cell}, the patch size {patch} on {self.latents.downsample}x smaller latents"
+            raise ValueError(f"data.resolution={self.data.resolution}: must be a multiple of {allowed}")
+        if (self.data.source == "latents") != (self.latents is not None):
             raise ValueError(
-                f"data.resolution={self.data.resolution}: must be a multiple of the patch size {self.denoiser.patch}"
+                f"data.source={self.data.source}: "
+                + ("needs a latents block" if self.latents is None else "the latents block is for data.source=latents")
+            )
+        if self.latents is not None and self.evaluate.every is not None:
+            raise ValueError(
+                "evaluate.every: the judges compare pixels; with data.source=latents it must be null"
+                " (sample.py --folder writes images for other evaluators)"
             )
         if self.game.mode != "plain" and self.train.micro_batch < 2:
             raise ValueError(
@@ -252,6 +296,15 @@ class Config(Block):
         if zero.offload_optimizer is not None and zero.stage == 0:
             raise ValueError("deepspeed.zero_optimization.offload_optimizer: needs stage 1, 2 or 3, not 0")
         return self
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of what the denoiser sees: an image or a latent."""
+        data, latents = self.data, self.latents
+        if latents is None:
+            return data.channels, data.resolution, data.resolution
+        side = data.resolution // latents.downsample
+        return latents.channels, side, side
 
     @property
     def process(self) -> Process:
@@ -280,6 +333,13 @@ CHANGEABLE = (
     "data.threads",
     "data.prefetch",
     "data.loader",
+    "data.decode",
+    "data.broken",
+    "latents.autoencoder",  # may have moved; that it is the same one is checked by its hash
+    "latents.images",
+    "latents.images_source",
+    "latents.batch",
+    "latents.shard_size",
     "sampling",
     "evaluate",
     "deepspeed.wall_clock_breakdown",
@@ -287,14 +347,15 @@ CHANGEABLE = (
 
 
 def without(tree: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """A copy of nested dictionaries without the dotted `paths`."""
+    """A copy of nested dictionaries without the dotted `paths`; KeyError if one is not there."""
     result = {k: without(v, ()) if isinstance(v, dict) else v for k, v in tree.items()}
     for path in paths:
         *parents, last = path.split(".")
-        node = result
+        node: Any = result
         for key in parents:
             node = node[key]
-        node.pop(last)
+        if node is not None:  # a block that is not there
+            node.pop(last)
     return result
 
 

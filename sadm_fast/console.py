@@ -1,6 +1,8 @@
 """What a person sees in the terminal: sentences, and a bar on a terminal or a plain line now and then in a pipe."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -31,6 +33,19 @@ class Console:
     def bar(self, description: str, total: int, start: int = 0) -> "Bar":
         """Progress over `total` steps; use as a context manager."""
         return Bar(self._console if self._speaks else None, description, total, start)
+
+    @contextmanager
+    def progress(self, description: str) -> Iterator[Callable[[int, int], None]]:
+        """Yields report(done, total); a bar appears with its first call, so work that is skipped shows none."""
+        with ExitStack() as stack:
+            bars: list[Bar] = []
+
+            def report(done: int, total: int) -> None:
+                if not bars:
+                    bars.append(stack.enter_context(self.bar(description, total)))
+                bars[0].at(done)
+
+            yield report
 
 
 class Bar:

@@ -36,8 +36,8 @@ def meta_models(config: Config, num_classes: int) -> tuple[DiT, nn.Module | None
 
 
 def _denoise(config: Config, denoiser: DiT) -> Tensor:
-    b, c, r = config.train.micro_batch, config.data.channels, config.data.resolution
-    x = torch.empty(b, c, r, r, device="meta")
+    b, (c, h, w) = config.train.micro_batch, config.sample_shape
+    x = torch.empty(b, c, h, w, device="meta")
     y = torch.zeros(b, dtype=torch.long, device="meta")
     return denoiser(x, torch.empty(b, device="meta"), y)[:, :c]
 

@@ -16,6 +16,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_CPU_CHUNK = 1 << 18  # numbers drawn at once on a CPU, so that the integers stay in its caches
 
 
 class Stream(IntEnum):
@@ -32,18 +33,15 @@ class Stream(IntEnum):
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit counter words (int64 tensors of one shape) and a key to four 32-bit random words."""
+    """Philox4x32-10: four 32-bit counter words (int64, shapes that broadcast) and a key to four 32-bit random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         # int64 products wrap, but their 64 bits are right; the masks drop the copies of the sign.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
+        high0, high1 = (p0 >> 32).bitwise_and_(_MASK), (p1 >> 32).bitwise_and_(_MASK)
+        c0, c2 = (high1 ^ c1).bitwise_xor_(k0), (high0 ^ c3).bitwise_xor_(k1)
+        c1, c3 = p1.bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
@@ -51,11 +49,11 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
 def _words(seed: int, stream: int, sample_ids: Tensor, count: int) -> Tensor:
     """`count` 32-bit words for each sample: int64 [B, count]."""
     blocks = -(-count // 4)
-    n = sample_ids.to(torch.int64).view(-1, 1).expand(-1, blocks)
-    block = torch.arange(blocks, device=n.device).expand_as(n)
-    counter = (block, torch.full_like(n, int(stream)), n & _MASK, (n >> 32) & _MASK)
+    n = sample_ids.to(torch.int64).view(-1, 1)
+    block = torch.arange(blocks, device=n.device)
+    counter = (block, torch.full_like(n[:1], int(stream)), n & _MASK, (n >> 32) & _MASK)
     words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
-    return torch.stack(words, dim=-1).flatten(1)[:, :count]
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :count]
 
 
 def uniform(seed: int, stream: Stream, sample_ids: Tensor, count: int = 1) -> Tensor:
@@ -66,13 +64,20 @@ def uniform(seed: int, stream: Stream, sample_ids: Tensor, count: int = 1) -> Te
 def normal(seed: int, stream: Stream, sample_ids: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal numbers (Box-Muller): float32 [B, *shape] for int64 sample_ids [B]."""
     count = math.prod(shape)
-    half = -(-count // 2)
-    u = (_words(seed, stream, sample_ids, 2 * half).float() + 0.5) * 2.0**-32
-    # fp32 rounds the largest words up to 1.0 exactly: log gives 0, which is a finite (and fair) sample.
-    radius = (-2.0 * u[:, :half].log()).sqrt()
-    angle = (2.0 * math.pi) * u[:, half:]
-    z = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+    at_once = max(1, _CPU_CHUNK // count) if sample_ids.device.type == "cpu" else len(sample_ids)
+    parts = [_normal(seed, stream, part, count) for part in sample_ids.split(max(1, at_once))]
+    z = parts[0] if len(parts) == 1 else torch.cat(parts)
     return z.reshape(-1, *shape)
+
+
+def _normal(seed: int, stream: Stream, sample_ids: Tensor, count: int) -> Tensor:
+    """float32 [B, count]."""
+    half = -(-count // 2)
+    u = _words(seed, stream, sample_ids, 2 * half).float().add_(0.5).mul_(2.0**-32)
+    # fp32 rounds the largest words up to 1.0 exactly: log gives 0, which is a finite (and fair) sample.
+    radius = u[:, :half].log().mul_(-2.0).sqrt_()
+    angle = u[:, half:] * (2.0 * math.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:

@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from sadm_fast.console import Console
-    from sadm_fast.data import open_folder
-    from sadm_fast.launch import distributed
+    from sadm_fast.feed import open_data
+    from sadm_fast.launch import distributed, first_on_rank_zero
     from sadm_fast.preparation import prepare_judge
     from sadm_fast.run_folder import RunFolder
     from sadm_fast.snapshots import build_evaluator, evaluation_images
@@ -55,7 +55,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         trained = load_trained(arguments.run, place.device)
         evaluate = trained.config.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
         config = trained.config.model_copy(update={"evaluate": evaluate})
-        images = open_folder(arguments.data or config.data.path, config.data.resolution)
+        if config.latents is not None:
+            raise UserError(
+                f"{arguments.run}: is trained on latents, which the judges do not know; write images with"
+                " sample.py --folder and score those"
+            )
+        images = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0, path=arguments.data))
         judge, facts = prepare_judge(config, images, RunFolder(arguments.run).pretrained, place.device, console)
         evaluator = build_evaluator(config, images, judge, place.device)
         scores = evaluator.score(evaluation_images(config, trained.model, len(trained.classes), place.device))

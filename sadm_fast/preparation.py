@@ -14,8 +14,9 @@ from torch import nn
 
 from sadm_fast.config import ClassifierTraining, Config, StructureEncoderConfig
 from sadm_fast.console import Console
-from sadm_fast.data import ImageFolder, load_images, make_loader
+from sadm_fast.data.source import Source, split
 from sadm_fast.errors import UserError
+from sadm_fast.feed import load_samples, make_feed
 from sadm_fast.metrics.judges import ClassifierJudge
 from sadm_fast.models import DiT, ResNet18, SmallCNN, StructureEncoder
 from sadm_fast.models.structure_encoder import collect_statistics
@@ -28,12 +29,13 @@ _JUDGE_SEED = 7919  # added to the run's seed: the judge is not Psi's twin
 
 def build_denoiser(config: Config, num_classes: int) -> DiT:
     """The denoiser with weights drawn from the run's seed; on the CPU (or the default device)."""
-    denoiser, data = config.denoiser, config.data
+    denoiser = config.denoiser
+    channels, side, _ = config.sample_shape
     torch.manual_seed(config.seed)
     common: dict[str, Any] = {
-        "input_size": data.resolution,
-        "in_channels": data.channels,
-        "out_channels": config.process.output_channels(data.channels),
+        "input_size": side,
+        "in_channels": channels,
+        "out_channels": config.process.output_channels(channels),
         "num_classes": num_classes,
     }
     if denoiser.name is not None:
@@ -47,21 +49,45 @@ def build_denoiser(config: Config, num_classes: int) -> DiT:
     )
 
 
+def start_from_weights(config: Config, denoiser: DiT) -> None:
+    """Load denoiser.weights, if given: a whole DiT state in safetensors, for fine-tuning.
+
+    A label table for another number of classes is left as it was drawn, which is what fine-tuning on another dataset
+    wants. Raises UserError for a file that cannot be read or does not fit otherwise.
+    """
+    path = config.denoiser.weights
+    if path is None:
+        return
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"denoiser.weights={path}: cannot be read as safetensors ({error})") from None
+    table = "y_embedder.embedding_table.weight"
+    own = denoiser.state_dict()
+    if table in state and state[table].shape[1:] == own[table].shape[1:] and len(state[table]) != len(own[table]):
+        state[table] = own[table]
+    try:
+        denoiser.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"denoiser.weights={path}: does not fit this configuration's denoiser ({reason})") from None
+
+
 def build_psi(config: Config) -> StructureEncoder:
     """An untrained structure encoder; weights from the run's seed."""
-    psi, channels = config.structure_encoder, config.data.channels
+    psi, channels = config.structure_encoder, config.sample_shape[0]
     torch.manual_seed(config.seed)
     if psi.architecture == "resnet18":
         return ResNet18(channels, psi.stem, psi.norm)
     return SmallCNN(channels, psi.width, psi.feature_dim)
 
 
-def resolve_classes(config: Config, images: ImageFolder) -> int:
+def resolve_classes(config: Config, images: Source) -> int:
     """num_classes of the run; UserError if the configuration asks for fewer than there are folders."""
     there, asked = len(images.classes), config.denoiser.num_classes
     if asked is not None and asked < there:
         raise UserError(
-            f"denoiser.num_classes={asked}: data.path={images.root} has {there} class folders; use {there} or null"
+            f"denoiser.num_classes={asked}: data.path={images.where} has {there} classes; use {there} or null"
         )
     return there if asked is None else asked
 
@@ -73,7 +99,7 @@ def check_psi(config: Config) -> None:
 
 
 def prepare_psi(
-    config: Config, images: ImageFolder, pretrained: Path, device: torch.device, console: Console
+    config: Config, images: Source, pretrained: Path, device: torch.device, console: Console
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Psi, trained as a classifier on the run's own data or loaded; and what is known of it. Collective."""
     psi = config.structure_encoder
@@ -86,14 +112,14 @@ def prepare_psi(
 
 
 def prepare_judge(
-    config: Config, images: ImageFolder, pretrained: Path, device: torch.device, console: Console
+    config: Config, images: Source, pretrained: Path, device: torch.device, console: Console
 ) -> tuple[ClassifierJudge, dict[str, Any]]:
     """The classifier whose features `fid_classifier` compares: another architecture and seed than Psi's. Collective."""
     seed = config.seed + _JUDGE_SEED
 
     def build() -> nn.Module:
         torch.manual_seed(seed)
-        return ClassifierJudge(config.data.channels)
+        return ClassifierJudge(config.sample_shape[0])
 
     return _trained(
         "judge", build, config.evaluate.judge, None, config, seed, images,
@@ -108,7 +134,7 @@ def _trained(
     architecture: StructureEncoderConfig | None,
     config: Config,
     seed: int,
-    images: ImageFolder,
+    images: Source,
     path: Path,
     device: torch.device,
     console: Console,
@@ -116,19 +142,14 @@ def _trained(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def train(module: Any) -> dict[str, Any]:
-        rest, held_out = images.split(_HELD_OUT, config.seed)
-        loader = make_loader(
+        rest, held_out = split(images, _HELD_OUT, config.seed)
+        loader = make_feed(
+            config,
             rest,
-            loader=config.data.loader,
-            resolution=config.data.resolution,
-            channels=config.data.channels,
-            flip=config.data.flip,
             seed=seed,
             micro_batch=max(1, training.batch // world),
             rank=rank,
             world_size=world,
-            threads=config.data.threads,
-            prefetch=config.data.prefetch,
             device=device,
         )
         console.say(f"Training the {what} on {len(rest)} images ({len(held_out)} held out), {training.steps} steps")
@@ -150,10 +171,9 @@ def _trained(
             loader.close()
         info: dict[str, Any] = {"steps": training.steps, "held_out_images": len(held_out), "accuracy": None}
         if len(held_out):
-            chosen = range(0, len(held_out), -(-len(held_out) // _HELD_OUT_AT_MOST))
-            pictures = load_images(held_out, list(chosen), config.data.resolution, config.data.channels)
-            labels = torch.from_numpy(held_out.labels[list(chosen)])
-            info["accuracy"] = accuracy(module, head, pictures, labels)
+            chosen = list(range(0, len(held_out), -(-len(held_out) // _HELD_OUT_AT_MOST)))
+            labels = torch.from_numpy(held_out.labels[chosen])
+            info["accuracy"] = accuracy(module, head, load_samples(config, held_out, chosen), labels)
         return info
 
     described = {

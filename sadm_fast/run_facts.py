@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sadm_fast.config import Config
-from sadm_fast.data import ImageFolder
+from sadm_fast.data.source import Source
 
 _PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "triton", "numpy", "diffusers", "sadm_fast")
 
@@ -52,7 +52,7 @@ def _processor() -> str:
 
 def run_facts(
     config: Config,
-    images: ImageFolder,
+    images: Source,
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
     psi: Mapping[str, Any],
     judge: Mapping[str, Any],

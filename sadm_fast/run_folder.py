@@ -1,13 +1,13 @@
 """A run's folder: where everything lies, and whose it is."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from sadm_fast.config import CHANGEABLE, Config, flatten, without
 from sadm_fast.errors import UserError
+from sadm_fast.files import write_json, write_text
 
 
 class RunFolder:
@@ -19,6 +19,7 @@ class RunFolder:
         self.facts = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
+        self.broken = path / "broken.jsonl"
         self.tensorboard = path / "tensorboard"
         self.samples = path / "samples"
         self.relations = path / "relations"
@@ -97,30 +98,3 @@ def _differences(there: Any, here: dict[str, Any]) -> str:
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     shown = [f"{key}: {json.dumps(old.get(key))} there, {json.dumps(new.get(key))} here" for key in changed[:2]]
     return "; ".join(shown) + (f"; and {len(changed) - 2} more" if len(changed) > 2 else "")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: readers see the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file as a whole."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def append_json(path: Path, value: dict[str, Any]) -> None:
-    """Add a line to a JSON-lines file; what is not finite becomes null, because JSON has no word for it."""
-    with open(path, "a") as file:
-        file.write(json.dumps(_finite(value), allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -26,6 +26,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="sampler steps (default: the run's)")
     parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the run's)")
     parser.add_argument("--seed", type=int, help="of the starting noise (default: the run's)")
+    parser.add_argument("--autoencoder", help="of a run on latents: folder or hub id (default: where the run had it)")
     parser.add_argument("--batch", type=int, default=250, help="samples at a time")
     parser.add_argument("--out", type=Path, help="the picture of the grid (default: samples.png in the run's folder)")
     parser.add_argument("--folder", type=Path, help="write every sample to FOLDER/class/number.png instead of a grid")
@@ -51,10 +52,11 @@ def _sample(arguments: argparse.Namespace) -> Path:
 
     from sadm_fast.console import Console
     from sadm_fast.data.batch import float_to_pixels
-    from sadm_fast.snapshots import generate, picture_grid, save_picture
+    from sadm_fast.snapshots import generate, picture_grid, save_picture, to_images
     from sadm_fast.trained import load_trained
 
     trained = load_trained(arguments.run, device)
+    autoencoder = trained.autoencoder(device, arguments.autoencoder)
     names = list(arguments.classes or trained.classes)
     unknown = [name for name in names if name not in trained.classes]
     if unknown:
@@ -75,7 +77,7 @@ def _sample(arguments: argparse.Namespace) -> Path:
     with Console().bar("sampling", arguments.count) as bar:
         for chosen in ids.split(arguments.batch):
             batch = generate(config, trained.model, labels[chosen], chosen, steps=steps, guidance_scale=scale)
-            images.append(batch.cpu())
+            images.append(to_images(batch, autoencoder).cpu())
             bar.at(int(chosen[-1]) + 1)
     pictures = torch.cat(images)
     try:

@@ -11,19 +11,22 @@ from torch import Tensor, nn
 
 from sadm_fast.config import Config
 from sadm_fast.counters import Stream, normal
-from sadm_fast.data import ImageFolder, load_images
 from sadm_fast.data.batch import float_to_pixels
+from sadm_fast.data.source import Source
 from sadm_fast.diffusion import guided, sample
+from sadm_fast.feed import load_samples
 from sadm_fast.game import Batch, predict
 from sadm_fast.metrics.evaluation import Evaluator
 from sadm_fast.metrics.judges import ClassifierJudge, PixelJudge, RandomJudge
 from sadm_fast.models import DiT
+from sadm_fast.models.autoencoder import Autoencoder
 from sadm_kernels import relation_matrix
 
 _RELATION_IMAGES = 60
 # The fixed batch is noisier than most of what is trained on: there the denoiser has to guess structure.
 _RELATION_LEVEL = 0.8
 _GRID_GAP = 2
+_DECODED_AT_ONCE = 8  # latents: a decoder takes some hundred times the memory of its image
 _GRID_SCALE_TO = 56  # small images are enlarged to about this many pixels
 
 
@@ -64,45 +67,55 @@ def save_picture(picture: Tensor, path: Path) -> None:
     temporary.replace(path)
 
 
+def to_images(samples: Tensor, autoencoder: Autoencoder | None) -> Tensor:
+    """Samples as images float32 [B, C, H, W] in about [-1, 1]: decoded if they are latents (of this autoencoder)."""
+    if autoencoder is None:
+        return samples
+    return torch.cat([autoencoder.decode(part) for part in samples.split(_DECODED_AT_ONCE)])
+
+
 @torch.no_grad()
 def generate(config: Config, model: DiT, labels: Tensor, ids: Tensor, *, steps: int, guidance_scale: float) -> Tensor:
-    """Images of `labels` [B] from starting noise that is a function of (seed, id): float32 [B, C, H, W]."""
-    shape = (config.data.channels, config.data.resolution, config.data.resolution)
-    noise = normal(config.seed, Stream.SAMPLE_NOISE, ids, shape)
+    """Samples of `labels` [B] from starting noise that is a function of (seed, id): float32 [B, C, H, W]."""
+    noise = normal(config.seed, Stream.SAMPLE_NOISE, ids, config.sample_shape)
     denoise = guided(config.process, model, labels, model.null_class, guidance_scale)
     return sample(config.process, denoise, noise, steps)
 
 
-def sample_grid(config: Config, model: DiT, num_classes: int, device: torch.device) -> Tensor:
+def sample_grid(
+    config: Config, model: DiT, num_classes: int, device: torch.device, autoencoder: Autoencoder | None
+) -> Tensor:
     """The grid of the run: a column a class, a row a starting noise; uint8 [C, H', W']."""
     classes = grid_classes(num_classes, config.sampling.columns)
     ids = torch.arange(len(classes) * config.sampling.rows, device=device)
     labels = torch.tensor(classes, device=device).repeat(config.sampling.rows)
-    images = generate(
+    samples = generate(
         config, model, labels, ids, steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale
     )
-    return picture_grid(images, len(classes))
+    return picture_grid(to_images(samples, autoencoder), len(classes))
 
 
-def real_grid(config: Config, images: ImageFolder) -> Tensor:
-    """Real images of the same classes in the same arrangement."""
-    classes = grid_classes(len(images.classes), config.sampling.columns)
+def real_grid(config: Config, source: Source, device: torch.device, autoencoder: Autoencoder | None) -> Tensor:
+    """Real images of the same classes in the same arrangement; latents are decoded."""
+    classes = grid_classes(len(source.classes), config.sampling.columns)
     chosen = []
     for row in range(config.sampling.rows):
         for c in classes:
-            members = np.flatnonzero(images.labels == c)
-            chosen.append(int(members[row % len(members)]))
-    return picture_grid(load_images(images, chosen, config.data.resolution, config.data.channels), len(classes))
+            members = np.flatnonzero(source.labels == c)
+            if len(members):  # a class of latents may be empty: all its images were broken
+                chosen.append(int(members[row % len(members)]))
+    samples = load_samples(config, source, chosen)
+    return picture_grid(to_images(samples.to(device), autoencoder), len(classes))
 
 
-def build_evaluator(config: Config, images: ImageFolder, judge: ClassifierJudge, device: torch.device) -> Evaluator:
+def build_evaluator(config: Config, images: Source, judge: ClassifierJudge, device: torch.device) -> Evaluator:
     """Statistics of (an even choice of) the real images in the three feature spaces. Collective."""
     channels, resolution = config.data.channels, config.data.resolution
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     stride = -(-len(images) // config.evaluate.real_images)
     mine = list(range(0, len(images), stride))[rank::world]
     real = (
-        load_images(images, mine[i : i + config.evaluate.batch], resolution, channels)
+        load_samples(config, images, mine[i : i + config.evaluate.batch])
         for i in range(0, len(mine), config.evaluate.batch)
     )
     judges = [judge, RandomJudge(channels), PixelJudge(channels, resolution, resolution)]
@@ -125,13 +138,13 @@ def evaluation_images(config: Config, model: DiT, num_classes: int, device: torc
 class RelationView:
     """What the discriminator sees: relations of a fixed real batch, and of its denoised counterpart."""
 
-    def __init__(self, config: Config, images: ImageFolder, device: torch.device) -> None:
+    def __init__(self, config: Config, source: Source, device: torch.device) -> None:
         self._config = config
-        per_class = max(1, _RELATION_IMAGES // len(images.classes))
-        classes = grid_classes(len(images.classes), _RELATION_IMAGES)
-        chosen = [int(i) for c in classes for i in np.flatnonzero(images.labels == c)[:per_class]]
-        x0 = load_images(images, chosen, config.data.resolution, config.data.channels).to(device)
-        labels = torch.from_numpy(images.labels[chosen]).long().to(device)
+        per_class = max(1, _RELATION_IMAGES // len(source.classes))
+        classes = grid_classes(len(source.classes), _RELATION_IMAGES)
+        chosen = [int(i) for c in classes for i in np.flatnonzero(source.labels == c)[:per_class]]
+        x0 = load_samples(config, source, chosen).to(device)
+        labels = torch.from_numpy(source.labels[chosen]).long().to(device)
         ids = torch.arange(len(x0), device=device) + (1 << 33)  # noise that no training sample has
         level = torch.full((len(x0),), _RELATION_LEVEL, dtype=torch.float64, device=device)
         noise = normal(config.seed, Stream.NOISE, ids, x0.shape[1:])

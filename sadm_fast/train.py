@@ -10,12 +10,16 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Started as a script, Python puts sadm_fast/ itself on the path, where a name could hide somebody else's module.
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sadm_fast.errors import UserError
+
+if TYPE_CHECKING:  # it takes seconds to import, --help should not
+    from sadm_fast.config import Config
 
 # Exit codes: 0 finished, 2 something for the user to change, 75 (EX_TEMPFAIL) stopped before the end and resumable.
 EXIT_USER_ERROR = 2
@@ -64,13 +68,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from sadm_fast.cost import describe
-        from sadm_fast.data import open_folder
-        from sadm_fast.preparation import resolve_classes
-
         if int(os.environ.get("RANK", "0")) == 0:
-            images = open_folder(config.data.path, config.data.resolution)
-            print(describe(config, resolve_classes(config, images), int(os.environ.get("WORLD_SIZE", "1"))))
+            _describe(config)
         return 0
 
     # What a person may have got wrong is found before the slow imports.
@@ -81,14 +80,22 @@ def _train(arguments: argparse.Namespace) -> int:
     from sadm_fast.launch import barrier, distributed, first_on_rank_zero
 
     with distributed() as place:
-        from sadm_fast.data import open_folder
+        from sadm_fast.data.latents import LatentSource
         from sadm_fast.engine import check_optimizers
+        from sadm_fast.feed import open_data
+        from sadm_fast.models.autoencoder import Autoencoder
         from sadm_fast.preparation import check_psi, resolve_classes
         from sadm_fast.trainer import Trainer
 
         console = Console(place.rank)
-        images = first_on_rank_zero(lambda: open_folder(config.data.path, config.data.resolution))
-        resolve_classes(config, images)
+        source = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0))
+        resolve_classes(config, source)
+        autoencoder = None
+        if isinstance(source, LatentSource) and config.latents is not None and place.rank == 0:  # it makes the pictures
+            autoencoder = Autoencoder.load(
+                config.latents.autoencoder, device=place.device, scale=config.latents.scale
+            )  # fmt: skip
+            autoencoder.require_space(source.encoding.space, f"data.path={source.where}")
         check_psi(config)
         check_optimizers(config)
         barrier()  # nobody claims the folder while another rank still checks it
@@ -96,10 +103,10 @@ def _train(arguments: argparse.Namespace) -> int:
             folder.claim(config)
         barrier()
         console.say(
-            f"{config.name}: {config.game.mode}, {len(images)} images of {len(images.classes)} classes, "
+            f"{config.name}: {config.game.mode}, {len(source)} images of {len(source.classes)} classes, "
             f"{place.world_size} rank(s) on {place.device}, into {folder.path}"
         )
-        trainer = Trainer(config, folder, images, place.device, console)
+        trainer = Trainer(config, folder, source, autoencoder, place.device, console)
         trainer.resume()
         finished = trainer.run()
         if finished:
@@ -108,6 +115,22 @@ def _train(arguments: argparse.Namespace) -> int:
             console.say(f"stopped at step {trainer.step} of {config.train.steps}; the same command continues")
         console.say(f"report: {folder.path / 'report.html'}")
     return 0 if finished else EXIT_STOPPED
+
+
+def _describe(config: "Config") -> None:
+    """--dry-run; without the data too, if denoiser.num_classes says what they would."""
+    from sadm_fast.console import Console
+    from sadm_fast.cost import describe
+    from sadm_fast.feed import open_data
+    from sadm_fast.preparation import resolve_classes
+
+    there = Path(config.data.path).exists() or config.data.path.startswith("demo:")
+    if there or config.denoiser.num_classes is None:
+        classes = resolve_classes(config, open_data(config, Console(), check=False))
+    else:
+        classes = config.denoiser.num_classes
+        print(f"data.path={config.data.path} is not there; planned for denoiser.num_classes={classes}\n")
+    print(describe(config, classes, int(os.environ.get("WORLD_SIZE", "1"))))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -11,6 +11,7 @@ from sadm_fast import checkpoint
 from sadm_fast.config import Config, check_config
 from sadm_fast.errors import UserError
 from sadm_fast.models import DiT
+from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.preparation import build_denoiser
 from sadm_fast.run_folder import RunFolder
 from sadm_fast.snapshots import load_weights
@@ -23,6 +24,20 @@ class Trained(NamedTuple):
     classes: list[str]
     model: DiT  # EMA weights, eval mode
     step: int
+    latent_space: dict[str, Any] | None  # of the autoencoder it was trained with; None: it paints pixels
+    checkpoint: Path
+
+    def autoencoder(self, device: torch.device, path: str | None = None) -> Autoencoder | None:
+        """What turns its samples into images, from `path` or where the run had it; None if they are images.
+
+        Raises UserError if it cannot be loaded or is not the one of the training.
+        """
+        latents = self.config.latents
+        if self.latent_space is None or latents is None:
+            return None
+        loaded = Autoencoder.load(path or latents.autoencoder, device=device, scale=latents.scale)
+        loaded.require_space(self.latent_space, f"checkpoint {self.checkpoint}")
+        return loaded
 
 
 def load_trained(run: Path, device: torch.device) -> Trained:
@@ -43,8 +58,11 @@ def load_trained(run: Path, device: torch.device) -> Trained:
     else:
         raise UserError(f"{run}: has no whole checkpoint yet; train first")
     model = build_denoiser(config, config.denoiser.num_classes or len(classes)).to(device).eval().requires_grad_(False)
+    space = json.loads((found / checkpoint.MANIFEST).read_text()).get("latent_space")
     try:
         load_weights(model, load_file(found / "ema.safetensors"))
+        if config.latents is not None and not isinstance(space, dict):
+            raise RuntimeError("it does not say which autoencoder it was trained with")
     except RuntimeError as error:
         raise UserError(f"{found}: does not fit the run's config.json ({error})") from None
-    return Trained(config, classes, model, checkpoint.step_of(found))
+    return Trained(config, classes, model, checkpoint.step_of(found), space, found)

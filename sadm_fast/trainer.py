@@ -15,17 +15,29 @@ from torch import Tensor, nn
 from sadm_fast import checkpoint
 from sadm_fast.config import Config
 from sadm_fast.console import Console
-from sadm_fast.data import ImageFolder, make_loader
+from sadm_fast.data.batch import Loader
+from sadm_fast.data.latents import LatentSource
+from sadm_fast.data.source import Source
 from sadm_fast.ema import EMA
 from sadm_fast.engine import NonFiniteLoss, Players, gradient_norm, learning_rate
 from sadm_fast.errors import UserError
+from sadm_fast.feed import make_feed
+from sadm_fast.files import append_json, write_json
 from sadm_fast.game import draw
 from sadm_fast.masters import gather, local_masters, trainable_shapes
 from sadm_fast.metrics.evaluation import Evaluator
-from sadm_fast.preparation import build_denoiser, build_psi, prepare_judge, prepare_psi, resolve_classes
+from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.preparation import (
+    build_denoiser,
+    build_psi,
+    prepare_judge,
+    prepare_psi,
+    resolve_classes,
+    start_from_weights,
+)
 from sadm_fast.report import write_report
 from sadm_fast.run_facts import run_facts
-from sadm_fast.run_folder import RunFolder, write_json
+from sadm_fast.run_folder import RunFolder
 from sadm_fast.snapshots import (
     RelationView,
     build_evaluator,
@@ -85,17 +97,19 @@ class Trainer:
     """A run from its folder to its report."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, images: ImageFolder, device: torch.device, console: Console
+        self,
+        config: Config,
+        folder: RunFolder,
+        source: Source,
+        autoencoder: Autoencoder | None,
+        device: torch.device,
+        console: Console,
     ) -> None:
-        self.config, self.folder, self.images, self.device, self.console = (
-            config,
-            folder,
-            images,
-            device,
-            console,
-        )
+        """autoencoder: of the latents in `source`, on rank 0, which makes the pictures; None elsewhere."""
+        self.config, self.folder, self.device, self.console = config, folder, device, console
+        self.source, self.autoencoder = source, autoencoder
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.num_classes = resolve_classes(config, images)
+        self.num_classes = resolve_classes(config, source)
         self.samples_per_step = config.train.micro_batch * config.train.grad_accumulation * self.world_size
 
         # A checkpoint that does not belong here is found before any training.
@@ -103,38 +117,44 @@ class Trainer:
         self.psi_facts: dict[str, Any] = {}
         psi: nn.Module | None = None
         if config.game.mode != "plain":
-            psi, self.psi_facts = prepare_psi(config, images, folder.pretrained, device, console)
+            psi, self.psi_facts = prepare_psi(config, source, folder.pretrained, device, console)
         self.evaluator: Evaluator | None = None
         self.judge_facts: dict[str, Any] = {}
         if config.evaluate.every is not None:
-            judge, self.judge_facts = prepare_judge(config, images, folder.pretrained, device, console)
-            self.evaluator = build_evaluator(config, images, judge, device)
+            judge, self.judge_facts = prepare_judge(config, source, folder.pretrained, device, console)
+            self.evaluator = build_evaluator(config, source, judge, device)
 
         denoiser = build_denoiser(config, self.num_classes)
+        if self._found is None:
+            start_from_weights(config, denoiser)
         self.viewer = build_denoiser(config, self.num_classes).to(device).eval().requires_grad_(False)
         self.psi_viewer = None if psi is None else build_psi(config).to(device).eval().requires_grad_(False)
         if psi is not None and self.psi_viewer is not None:
             self.psi_viewer.load_state_dict(psi.state_dict())
             psi.train()
-        self.relation_view = None if psi is None else RelationView(config, images, device)
+        self.relation_view = None if psi is None else RelationView(config, source, device)
         self.shapes = {"denoiser": trainable_shapes(denoiser)}
         if psi is not None:
             self.shapes["discriminator"] = trainable_shapes(psi)
         self.players = Players(config, denoiser, psi, device)
         self.ema = EMA(lambda: list(local_masters(self.players.denoiser)), config.train.ema)
         self.step = 0
+        self.samples_seen = 0  # global: the position in the data, whatever the number of ranks
         self.skipped_steps = 0
         self._saved_step = 0  # nothing is worth saving before the first step
         self._skipped_in_a_row = 0
+        self._noted = 0  # of the loader's broken images
         self._seconds_before = 0.0
         self._started = time.perf_counter()
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued here."""
+        latents = {"latent_space": self.source.encoding.space} if isinstance(self.source, LatentSource) else {}
         return {
             "configuration": self.config.fingerprint(),
-            "data": self.images.fingerprint(),
+            "data": self.source.fingerprint(),
+            **latents,
             "world_size": self.world_size,
             "zero_stage": self.config.deepspeed.zero_optimization.stage,
         }
@@ -144,18 +164,20 @@ class Trainer:
         if self._found is not None:
             averages, state = checkpoint.load(self._found, self.players.engines)
             self.ema.load(averages, state["ema_updates"])
-            self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+            self.step, self.samples_seen = state["step"], state["samples_seen"]
+            self.skipped_steps = state["skipped_steps"]
             self._seconds_before = state["seconds"]
             self._saved_step = self.step
             self.console.say(f"Continuing {self.folder.path} at step {self.step}")
         if self.rank == 0:
             self.folder.rewind(self.step)
             facts = run_facts(
-                self.config, self.images, self.shapes, self.psi_facts, self.judge_facts, self.world_size,
+                self.config, self.source, self.shapes, self.psi_facts, self.judge_facts, self.world_size,
                 grid_classes(self.num_classes, self.config.sampling.columns),
             )  # fmt: skip
             write_json(self.folder.facts, facts)
-            save_picture(real_grid(self.config, self.images), self.folder.samples / "real.png")
+            real = real_grid(self.config, self.source, self.device, self.autoencoder)
+            save_picture(real, self.folder.samples / "real.png")
 
     @property
     def seconds(self) -> float:
@@ -167,20 +189,15 @@ class Trainer:
         config = self.config
         vote = Vote(self.device)
         log = TrainingLog(self.folder, self.rank, self.step)
-        loader = make_loader(
-            self.images,
-            loader=config.data.loader,
-            resolution=config.data.resolution,
-            channels=config.data.channels,
-            flip=config.data.flip,
+        loader = make_feed(
+            config,
+            self.source,
             seed=config.seed,
             micro_batch=config.train.micro_batch,
             grad_accumulation=config.train.grad_accumulation,
             rank=self.rank,
             world_size=self.world_size,
-            start_iteration=self.step,
-            threads=config.data.threads,
-            prefetch=config.data.prefetch,
+            first_sample=self.samples_seen,
             device=self.device,
         )
         self._started = time.perf_counter()
@@ -193,7 +210,8 @@ class Trainer:
                 while self.step < config.train.steps and not vote.stop:
                     self._iteration(loader, vote, interval)
                     if self._due(config.train.log_every):
-                        line = self._log_line(interval)
+                        self._note_broken(loader)
+                        line = self._log_line(interval, len(loader.broken))
                         log.write(line)
                         bar.at(self.step, _note(line))
                         interval = Interval(self.device)
@@ -213,7 +231,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps
 
-    def _iteration(self, loader: Iterator[Any], vote: Vote, interval: Interval) -> None:
+    def _iteration(self, loader: Loader, vote: Vote, interval: Interval) -> None:
         config = self.config
         started = time.perf_counter()
         micro = [next(loader) for _ in range(config.train.grad_accumulation)]
@@ -243,6 +261,7 @@ class Trainer:
             else:
                 self._skip()
         self.step += 1
+        self.samples_seen += self.samples_per_step
         interval.step_done()
 
     def _skip(self) -> None:
@@ -258,12 +277,19 @@ class Trainer:
                 f"{wrong} had a loss that is not finite, at step {self.step}; {last}; lower the learning rate"
             )
 
-    def _log_line(self, interval: Interval) -> dict[str, Any]:
-        means = interval.reduce(self.samples_per_step)
+    def _note_broken(self, loader: Loader) -> None:
+        """Images that were replaced because they cannot be read: counted in the log, named in broken.jsonl."""
+        for name, reason in list(loader.broken.items())[self._noted :]:
+            self.console.say(f"broken image replaced by another: {reason}")
+            append_json(self.folder.broken, {"step": self.step, "rank": self.rank, "image": name, "reason": reason})
+        self._noted = len(loader.broken)
+
+    def _log_line(self, interval: Interval, broken_images: int) -> dict[str, Any]:
+        means = interval.reduce(self.samples_per_step, broken_images)
         discriminator = self.players.discriminator if self.players.playing(self.step - 1) else None
         return {
             "step": self.step,
-            "samples_seen": self.step * self.samples_per_step,
+            "samples_seen": self.samples_seen,
             **means,
             "grad_norm_denoiser": gradient_norm(self.players.denoiser),
             "grad_norm_discriminator": None if discriminator is None else gradient_norm(discriminator),
@@ -317,7 +343,7 @@ class Trainer:
 
     def _save_grid(self, log: TrainingLog, name: str, tag: str) -> None:
         if self.rank == 0:
-            picture = sample_grid(self.config, self.viewer, self.num_classes, self.device)
+            picture = sample_grid(self.config, self.viewer, self.num_classes, self.device, self.autoencoder)
             save_picture(picture, self.folder.samples / f"{name}.png")
             log.image(tag, picture, self.step)
 
@@ -326,6 +352,7 @@ class Trainer:
             return
         state = {
             "step": self.step,
+            "samples_seen": self.samples_seen,
             "skipped_steps": self.skipped_steps,
             "ema_updates": self.ema.updates,
             "seconds": self.seconds,

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from sadm_fast.engine import Outcome
-from sadm_fast.run_folder import RunFolder, append_json
+from sadm_fast.files import append_json
+from sadm_fast.run_folder import RunFolder
 
 _QUARTILES = 4
 
@@ -52,14 +53,16 @@ class Interval:
         """One iteration went by, taken or skipped."""
         self._steps += 1
 
-    def reduce(self, samples_per_step: int) -> dict[str, float | None]:
-        """Means over samples, steps and ranks; times of this interval. Collective."""
+    def reduce(self, samples_per_step: int, broken_images: int) -> dict[str, float | int | None]:
+        """Means over samples, steps and ranks; times of this interval; broken images of all ranks. Collective."""
         seconds = time.perf_counter() - self._started
-        sums = torch.cat([self._loss, self._count, self._game, self._loss.new_tensor([self._waited, 1.0])])
+        sums = torch.cat(
+            [self._loss, self._count, self._game, self._loss.new_tensor([self._waited, 1.0, broken_images])]
+        )
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         values = sums.tolist()
-        loss, count, game, (waited, ranks) = values[:4], values[4:8], values[8:12], values[12:]
+        loss, count, game, (waited, ranks, broken) = values[:4], values[4:8], values[8:12], values[12:]
         return {
             "loss_denoise": _ratio(sum(loss), sum(count)),
             **{f"loss_denoise_q{i + 1}": _ratio(loss[i], count[i]) for i in range(_QUARTILES)},
@@ -67,6 +70,7 @@ class Interval:
             "loss_discriminator": _ratio(game[2], game[3]),
             "samples_per_s": self._steps * samples_per_step / seconds,
             "data_wait_fraction": waited / ranks / seconds,
+            "broken_images": int(broken),
         }
 
 

@@ -78,7 +78,8 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
         ({"train": {"step": 5}}, "train.step: unknown key; did you mean steps?"),
         (
             {"data": {"zzz": 5}},
-            "data.zzz: unknown key; allowed: channels, flip, loader, path, prefetch, resolution, threads",
+            "data.zzz: unknown key; allowed: broken, channels, decode, enlarge, flip, loader, path, prefetch, resolution,"
+            " source, threads",
         ),
         ({"schema_file": "x"}, "schema_file: unknown key; did you mean $schema?"),
         (
@@ -145,6 +146,20 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
             "denoiser.hidden_size=100: must be a multiple of 4 and of num_heads=3",
         ),
         ({"data": {"resolution": 18}}, "data.resolution=18: must be a multiple of the patch size 4"),
+        (
+            {"data": {"source": "latents", "resolution": 500}, "latents": {}},
+            "data.resolution=500: must be a multiple of 32, the patch size 4 on 8x smaller latents",
+        ),
+        ({"data": {"source": "latents"}}, "data.source=latents: needs a latents block"),
+        (
+            {"latents": {}, "data": {"resolution": 32}},
+            "data.source=folder: the latents block is for data.source=latents",
+        ),
+        (
+            {"data": {"source": "latents", "resolution": 64}, "latents": {}, "evaluate": {"every": 5}},
+            "evaluate.every: the judges compare pixels; with data.source=latents it must be null"
+            " (sample.py --folder writes images for other evaluators)",
+        ),
         (
             {"data": {"resolution": 36}, "denoiser": {"name": "DiT-S/8"}},
             "data.resolution=36: must be a multiple of the patch size 8",
@@ -271,10 +286,11 @@ BASES: list[dict[str, Any]] = [
     {"deepspeed": STAGE3},
     {"deepspeed": STAGE3, "diffusion": {"process": "vp"}, "train": {"ema": {"profile": "exponential"}}},
     {"deepspeed": STAGE3, "diffusion": {"process": "flow"}, "denoiser": {"name": "DiT-S/4"}},
+    {"deepspeed": STAGE3, "data": {"source": "latents", "resolution": 128}, "latents": {}},
 ]
 
 
-@pytest.mark.parametrize("blocks", [{}, *BASES], ids=["plain", "stage3", "vp", "named"])
+@pytest.mark.parametrize("blocks", [{}, *BASES], ids=["plain", "stage3", "vp", "named", "latents"])
 def test_a_run_folders_configuration_can_be_read_back(blocks: dict[str, Any]) -> None:
     loaded = config(**blocks)
     again = check_config(json.loads(json.dumps(loaded.resolved())))
@@ -286,13 +302,13 @@ def other_values(value: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [n for n in (value + 8, 2 * value + 8, value - 1, 3) if n != value]
+        return [n for n in (value + 8, 2 * value, 2 * value + 8, value - 1, 3) if n != value]
     if isinstance(value, float):
         return [value + 0.125, value * 0.5]
     if isinstance(value, list):
         return [[v / 2 for v in value]]
     words = ["bf16", "reference", "torch", "apex_fused_adam", "resnet18", "small", "frozen", "structure", "global"]
-    words += ["cosine", "absolute", "none", "text"]
+    words += ["cosine", "absolute", "none", "cpu", "skip", "webdataset", "float32", "text"]
     return words if isinstance(value, str) else [5, 0.5, "text", True, {"device": "cpu"}]
 
 
@@ -319,7 +335,7 @@ def changes(base: dict[str, Any]) -> list[tuple[str, Config]]:
     return found
 
 
-@pytest.mark.parametrize("blocks", BASES, ids=["stage3", "vp", "named"])
+@pytest.mark.parametrize("blocks", BASES, ids=["stage3", "vp", "named", "latents"])
 def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(blocks: dict[str, Any]) -> None:
     base = config(**blocks)
     resolved = base.resolved()
@@ -329,7 +345,8 @@ def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(bloc
         changeable = any(path == free or path.startswith(free + ".") for free in CHANGEABLE)
         assert (other.fingerprint() == base.fingerprint()) == changeable, path
     # Another tag or name would need other keys beside it; those are told apart by the next test.
-    assert set(flatten(resolved)) - seen <= {"diffusion.process", "train.ema.profile", "denoiser.name"}
+    alone = {"diffusion.process", "train.ema.profile", "denoiser.name", "latents", "data.source", "evaluate.every"}
+    assert set(flatten(resolved)) - seen <= alone
 
 
 def test_processes_profiles_and_names_have_their_own_fingerprints() -> None:
@@ -343,12 +360,13 @@ def test_how_long_how_often_and_how_parallel_may_change_on_resume() -> None:
         f"train.{key}" for key in ("steps", "log_every", "sample_every", "checkpoint_every", "keep_last")
     }
     looking = {"sampling", "evaluate", "name", "deepspeed.wall_clock_breakdown"}
-    how = {"data.path", "data.threads", "data.prefetch", "data.loader"}
-    assert set(CHANGEABLE) == how_long_and_often | looking | how
+    how = {f"data.{key}" for key in ("path", "threads", "prefetch", "loader", "decode", "broken")}
+    making = {f"latents.{key}" for key in ("autoencoder", "images", "images_source", "batch", "shard_size")}
+    assert set(CHANGEABLE) == how_long_and_often | looking | how | making
 
 
 def test_every_changeable_field_exists() -> None:
-    resolved = config().resolved()
+    resolved = config(data={"source": "latents", "resolution": 128}, latents={}).resolved()
     for path in CHANGEABLE:
         assert without(resolved, [path]) != resolved
 

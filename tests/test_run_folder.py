@@ -7,7 +7,8 @@ import pytest
 
 from sadm_fast.config import Config, check_config
 from sadm_fast.errors import UserError
-from sadm_fast.run_folder import RunFolder, append_json, write_text
+from sadm_fast.files import append_json, write_text
+from sadm_fast.run_folder import RunFolder
 
 
 def config(**changes: object) -> Config:

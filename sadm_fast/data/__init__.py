@@ -1,4 +1,4 @@
-"""Images in, batches out: open a folder, then iterate over micro-batches in an order fixed by the seed.
+"""Images in, batches out: list a source, then iterate over micro-batches in an order fixed by the seed.
 
 Pixels are uint8 on disk and in the loaders, float32 x / 127.5 - 1 in a batch (sadm_fast.data.batch).
 """
@@ -6,124 +6,147 @@ Pixels are uint8 on disk and in the loaders, float32 x / 127.5 - 1 in a batch (s
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sadm_fast.data.adm_crop import read_crop
 from sadm_fast.data.batch import ImageBatch, pixels_to_float, stack_crops
+from sadm_fast.data.broken import CropSpec, read_all_or_replace
+from sadm_fast.data.checking import CheckReport, Progress, check, checked, forget, require_sound
 from sadm_fast.data.demo import PREFIX, demo_folder
-from sadm_fast.data.image_folder import ImageFolder, pixel_problem
+from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.order import MicroBatchPlan
+from sadm_fast.data.source import ImageSource, Source, split
+from sadm_fast.data.webdataset import TarShards
 from sadm_fast.errors import UserError
 
 if TYPE_CHECKING:  # importing DALI takes a second, the loaders are imported when one is made
     from sadm_fast.data.dali_loader import DaliLoader
     from sadm_fast.data.torch_loader import TorchLoader
 
-__all__ = ["ImageBatch", "ImageFolder", "load_images", "make_loader", "open_folder"]
+__all__ = [
+    "CheckReport",
+    "ImageBatch",
+    "ImageFolder",
+    "ImageSource",
+    "Source",
+    "TarShards",
+    "check",
+    "checked",
+    "forget",
+    "load_images",
+    "make_loader",
+    "open_images",
+    "require_sound",
+    "split",
+]
 
 
-def open_folder(path: str | Path, resolution: int) -> ImageFolder:
-    """The images at `path` (a folder root/class/name.ext, or "demo:mnist5k"), listed and checked.
+def open_images(
+    path: str | Path, *, kind: Literal["folder", "webdataset"] = "folder", progress: Progress | None = None
+) -> ImageSource:
+    """The images at `path`, listed but not opened (that is require_sound).
 
-    Raises UserError for everything that would keep it from being trained on (ImageFolder.scan and .check).
+    kind "folder": root/class/name.ext, or "demo:mnist5k"; "webdataset": tar shards, whose index is made if it is
+    missing (progress is called with shards done, shards). Raises UserError (ImageFolder.scan, TarShards.scan).
     """
+    if kind == "webdataset":
+        return TarShards.scan(path, progress)
     if str(path).startswith(PREFIX):
         path = demo_folder(str(path))
-    folder = ImageFolder.scan(path)
-    folder.check(resolution)
-    return folder
+    return ImageFolder.scan(path)
 
 
 def make_loader(
-    folder: ImageFolder,
+    source: ImageSource,
     *,
     loader: str = "dali",
     resolution: int,
     channels: int,
     flip: bool,
+    enlarge: bool = False,
     seed: int,
     micro_batch: int,
     grad_accumulation: int = 1,
     rank: int = 0,
     world_size: int = 1,
-    start_iteration: int = 0,
+    first_sample: int = 0,
     threads: int = 2,
     prefetch: int = 2,
+    decode: str = "auto",
     device: str | torch.device = "cpu",
 ) -> "DaliLoader | TorchLoader":
-    """An endless iterator of this rank's ImageBatch from start_iteration on; call close() after use.
+    """An endless iterator of this rank's ImageBatch from global sample first_sample on; call close() after use.
 
     loader: "dali", or "torch" (Pillow in worker processes; pixel-exact). channels: 1 or 3. flip: mirror half
-    of the samples, chosen by (seed, counter). threads: DALI threads or worker processes. prefetch:
-    micro-batches to work ahead. device: where the batch's tensors are; on "cuda" DALI decodes JPEG on the
-    GPU. Raises ValueError for arguments out of range, UserError when DALI is not installed.
+    of the samples, chosen by (seed, counter). enlarge: images smaller than the crop are enlarged; otherwise they
+    count as broken. first_sample: where an earlier run stopped, counted over all its ranks. threads: DALI
+    threads or worker processes. prefetch: micro-batches to work ahead. decode: "mixed" (JPEG on the GPU, DALI
+    only), "cpu", or "auto": mixed where there is a GPU. device: where the batch's tensors are.
+
+    Broken images are replaced and listed in the loader's `broken` (sadm_fast.data.broken). Raises ValueError for
+    arguments out of range, UserError when DALI is not installed or "mixed" is impossible.
     """
+    device = torch.device(device)
     if channels not in (1, 3):
         raise ValueError(f"channels={channels}: must be 1 or 3")
     if threads < 1 or prefetch < 1:
         raise ValueError(f"threads={threads}, prefetch={prefetch}: must be at least 1")
+    if loader not in ("dali", "torch"):
+        raise ValueError(f"loader={loader!r}: must be 'dali' or 'torch'")
+    if decode not in ("auto", "mixed", "cpu"):
+        raise ValueError(f"decode={decode!r}: must be 'auto', 'mixed' or 'cpu'")
+    if decode == "mixed" and device.type != "cuda":
+        raise UserError("data.decode=mixed: needs a GPU, and this run is on the CPU; use --set data.decode=auto")
+    if decode == "mixed" and loader == "torch":
+        raise UserError("data.decode=mixed: data.loader=torch decodes on the CPU; use --set data.loader=dali")
     plan = MicroBatchPlan(
-        num_images=len(folder),
+        num_images=len(source),
         seed=seed,
         flip=flip,
         micro_batch=micro_batch,
         grad_accumulation=grad_accumulation,
         rank=rank,
         world_size=world_size,
-        start_iteration=start_iteration,
+        first_sample=first_sample,
     )
-    if loader == "dali":
-        try:
-            from sadm_fast.data.dali_loader import DaliLoader
-        except ImportError as error:
-            raise UserError(
-                f"data.loader=dali: NVIDIA DALI cannot be imported ({error}); "
-                "install nvidia-dali-cuda130 or use --set data.loader=torch"
-            ) from error
-        return DaliLoader(
-            folder,
-            plan,
-            resolution=resolution,
-            channels=channels,
-            threads=threads,
-            prefetch=prefetch,
-            device=device,
-        )
+    spec = CropSpec(resolution, channels, enlarge)
     if loader == "torch":
         from sadm_fast.data.torch_loader import TorchLoader
 
-        return TorchLoader(
-            folder,
-            plan,
-            resolution=resolution,
-            channels=channels,
-            threads=threads,
-            prefetch=prefetch,
-            device=device,
-        )
-    raise ValueError(f"loader={loader!r}: must be 'dali' or 'torch'")
+        return TorchLoader(source, plan, spec, threads=threads, prefetch=prefetch, device=device)
+    try:
+        from sadm_fast.data.dali_loader import DaliLoader
+    except ImportError as error:
+        raise UserError(
+            f"data.loader=dali: NVIDIA DALI cannot be imported ({error}); "
+            "install nvidia-dali-cuda130 or use --set data.loader=torch"
+        ) from error
+    return DaliLoader(
+        source,
+        plan,
+        spec,
+        threads=threads,
+        prefetch=prefetch,
+        mixed_decode=device.type == "cuda" and decode != "cpu",
+        device=device,
+    )
 
 
 def load_images(
-    folder: ImageFolder, indices: Sequence[int] | np.ndarray, resolution: int, channels: int, threads: int = 2
+    source: ImageSource,
+    indices: Sequence[int] | np.ndarray,
+    resolution: int,
+    channels: int,
+    enlarge: bool = False,
+    threads: int = 2,
 ) -> Tensor:
     """The ADM crops of the images at `indices`, unflipped: float32 [N, C, resolution, resolution] in [-1, 1].
 
-    Raises UserError that names the first file that cannot be read.
+    Broken images are replaced as in a loader. Raises UserError when many in a row are.
     """
-
-    def read(index: int) -> np.ndarray:
-        path = folder.path(int(index))
-        try:
-            return read_crop(path, resolution, channels)
-        except (OSError, SyntaxError, ValueError) as error:
-            problem = pixel_problem(path, resolution) or f"{path}: cannot be read ({error})"
-            raise UserError(problem) from error
-
     with ThreadPoolExecutor(threads) as pool:
-        crops = list(pool.map(read, indices))
-    return pixels_to_float(stack_crops(crops))
+        crops = read_all_or_replace(source, indices, CropSpec(resolution, channels, enlarge), pool)
+    return pixels_to_float(stack_crops([crop.pixels for crop in crops]))

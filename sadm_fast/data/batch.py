@@ -1,6 +1,7 @@
 """What a loader yields, and the scale of pixels, stated once: uint8 x stands for x / 127.5 - 1."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -13,6 +14,25 @@ class ImageBatch(NamedTuple):
     images: Tensor  # float32 [B, C, H, W] in [-1, 1]
     labels: Tensor  # int64 [B], index into ImageFolder.classes
     sample_ids: Tensor  # int64 [B], global sample counters n
+
+
+class Loader(Protocol):
+    """An endless iterator of ImageBatch with threads or processes of its own; close() ends them."""
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """What could not be read so far and was replaced: name -> reason."""
+        ...
+
+    def __iter__(self) -> Iterator[ImageBatch]: ...
+
+    def __next__(self) -> ImageBatch: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def pixels_to_float(pixels: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
 """Micro-batches through NVIDIA DALI: the order is ours, the reading, decoding and cropping its threads'.
 
-An external source hands DALI the paths of a micro-batch by its position in the plan, so the pipeline has no
-state to save: started at another iteration it continues exactly there. On the CPU, DALI decodes bit for bit
-as Pillow.
+An external source hands DALI the images of a micro-batch by its position in the plan, so the pipeline has no
+state to save: started at another sample it continues exactly there. On the CPU, DALI decodes bit for bit as
+Pillow.
+
+A pipeline that met a broken image cannot go on, and does not say which one it was. Then Pillow looks for it
+among the micro-batches under way, and the pipeline is built again at the same position, without that image.
 """
 
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,39 +18,56 @@ import torch
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
-from sadm_fast.data.batch import ImageBatch, pixels_to_float
+from sadm_fast.data.batch import ImageBatch, pixels_to_float, stack_crops
+from sadm_fast.data.broken import BrokenImages, CropSpec, read_all_or_replace
+from sadm_fast.data.checking import too_small
 from sadm_fast.data.dali_graph import crop_pipeline
-from sadm_fast.data.image_folder import ImageFolder, pixel_problem
+from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.order import MicroBatchPlan
+from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
+
+_MAX_REFUSED = 16
+"""More micro-batches in a row that Pillow reads and DALI does not are no odd file, but DALI failing as a whole."""
+
+Feed = Callable[[int], tuple[Any, ...]]  # what DALI calls for run 0, 1, ... (dali_graph.crop_pipeline)
 
 
 class DaliLoader:
     """An endless iterator of ImageBatch on `device`: the micro-batches of `plan`, decoded by DALI.
 
-    On a CUDA device JPEG decoding is "mixed" (nvJPEG) and resizing runs on that device. `threads` are DALI's
-    CPU threads, `prefetch` the micro-batches it works ahead. Raises UserError that names the file when one
-    cannot be decoded or is smaller than the crop. Call close() (or leave the `with` block) to end its
-    threads.
+    mixed_decode: JPEG is decoded by nvJPEG and cropped on the GPU, which `device` then has to be; otherwise on
+    the CPU, and the crops are copied. `threads` are DALI's CPU threads (and as many that read shards),
+    `prefetch` the micro-batches it works ahead. Broken images are replaced (sadm_fast.data.broken) and listed
+    in `broken`; UserError when there are too many. Call close() (or leave the `with` block) to end its threads.
     """
 
     def __init__(
         self,
-        folder: ImageFolder,
+        source: ImageSource,
         plan: MicroBatchPlan,
+        spec: CropSpec,
         *,
-        resolution: int,
-        channels: int,
         threads: int = 2,
         prefetch: int = 2,
+        mixed_decode: bool = False,
         device: str | torch.device = "cpu",
     ) -> None:
-        self._folder, self._plan, self._resolution = folder, plan, resolution
-        self._channels, self._threads, self._prefetch = channels, threads, prefetch
+        self._source, self._plan, self._spec = source, plan, spec
+        self._threads, self._prefetch, self._mixed_decode = threads, prefetch, mixed_decode
         self._device = torch.device(device)
+        self._broken = BrokenImages(source)
+        self._readers = ThreadPoolExecutor(threads)  # starts no thread before it is used
         self._position = 0
         self._halvings = 0
-        self._pipeline: Any = self._build()
+        self._refused = 0
+        self._pipeline: Any = None
+        self._build()
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """The images that could not be read so far: name -> reason."""
+        return self._broken.reasons
 
     def __iter__(self) -> "DaliLoader":
         return self
@@ -54,25 +75,18 @@ class DaliLoader:
     def __next__(self) -> ImageBatch:
         if self._pipeline is None:
             raise StopIteration
-        pixels, labels, sample_ids, shapes = self._run()
-        while (needed := self._halvings_needed(shapes)) > self._halvings:
-            # Only now is it known how large the images are. Halvings that no image needs would cost small
-            # images a third of their throughput, so the graph is built again with more of them, from this
-            # batch on.
-            self._halvings = needed
-            self._pipeline = self._build()
-            pixels, labels, sample_ids, shapes = self._run()
-        batch = ImageBatch(
-            images=self._images(pixels.as_tensor()),
-            labels=torch.from_numpy(_host(labels).copy()).to(self._device),
-            sample_ids=torch.from_numpy(_host(sample_ids).copy()).to(self._device),
-        )
+        try:
+            batch = self._next()
+        except UserError:
+            self.close()
+            raise
         self._position += 1
         return batch
 
     def close(self) -> None:
         """End DALI's threads and free its buffers; batches already yielded stay valid. Twice is fine."""
         self._pipeline = None  # its destructor waits for the work in progress
+        self._readers.shutdown(cancel_futures=True)
 
     def __enter__(self) -> "DaliLoader":
         return self
@@ -80,84 +94,162 @@ class DaliLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _build(self) -> Any:
-        on_gpu, device_id = self._device.type == "cuda", None
-        if on_gpu:
+    def _build(self) -> None:
+        """A pipeline from self._position on."""
+        self._pipeline = None  # first free the old one's buffers
+        device_id = None
+        if self._mixed_decode:
             device_id = torch.cuda.current_device() if self._device.index is None else self._device.index
+        from_paths = isinstance(self._source, ImageFolder)
         pipeline = crop_pipeline(
-            _source(self._folder, self._plan, self._position),
-            size=self._resolution,
-            channels=self._channels,
+            self._path_feed() if from_paths else self._encoded_feed(),
+            size=self._spec.resolution,
+            channels=self._spec.channels,
             halvings=self._halvings,
-            from_paths=True,
-            mixed_decode=on_gpu,
+            from_paths=from_paths,
+            mixed_decode=self._mixed_decode,
             batch_size=self._plan.micro_batch,
             num_threads=self._threads,
             device_id=device_id,
             prefetch_queue_depth=self._prefetch,
         )
         pipeline.build()
-        return pipeline
+        self._pipeline = pipeline
 
-    def _run(self) -> Any:
-        try:
-            return self._pipeline.run()
-        except RuntimeError as error:
-            self.close()
-            raise self._explain(str(error)) from error
+    def _next(self) -> ImageBatch:
+        """The micro-batch at self._position; builds the pipeline again as often as it takes."""
+        transient = True
+        while True:
+            try:
+                pixels, labels, sample_ids, shapes = self._pipeline.run()
+            except RuntimeError as error:
+                if not self._find_broken():
+                    if not transient:
+                        return self._read_with_pillow(error)
+                    transient = False  # perhaps the file system hiccuped: once more
+                self._build()
+                continue
+            sides = _host(shapes)[:, :2]
+            if self._find_small(sides):
+                self._build()
+                continue
+            if (needed := self._halvings_needed(sides)) > self._halvings:
+                # Only now is it known how large the images are. Halvings that no image needs would cost small
+                # images a third of their throughput, so the graph is built again with more of them.
+                self._halvings = needed
+                self._build()
+                continue
+            self._refused = 0
+            return ImageBatch(
+                images=self._images(pixels.as_tensor()),
+                labels=torch.from_numpy(_host(labels).copy()).to(self._device),
+                sample_ids=torch.from_numpy(_host(sample_ids).copy()).to(self._device),
+            )
 
-    def _halvings_needed(self, shapes: Any) -> int:
-        sides = _host(shapes)[:, :2].min(axis=1)
-        if sides.min() < self._resolution:
-            self.close()
-            raise self._explain("an image is smaller than the crop")
+    def _find_broken(self) -> bool:
+        """Decode what was under way with Pillow; whether that found images not yet known to be broken."""
+        found: dict[int, str] = {}
+        with ThreadPoolExecutor(self._threads) as pool:
+            for position in range(self._position, self._position + self._prefetch + 1):
+                indices = self._broken.replace(self._plan[position].indices)
+                for crop in read_all_or_replace(self._source, np.unique(indices), self._spec, pool):
+                    found |= crop.broken
+        return self._broken.add(found)
+
+    def _find_small(self, sides: np.ndarray) -> bool:
+        """Whether images of sides [B, 2] (height, width) are below the crop and not yet known to be broken."""
+        small = np.flatnonzero(sides.min(axis=1) < self._spec.resolution)
+        if self._spec.enlarge or not len(small):
+            return False
+        indices = self._broken.replace(self._plan[self._position].indices)
+        reasons = {int(indices[i]): too_small(int(sides[i, 1]), int(sides[i, 0]), self._spec.resolution) for i in small}
+        return self._broken.add(reasons)
+
+    def _halvings_needed(self, sides: np.ndarray) -> int:
         # A side of size * 2^k up to size * 2^(k+1) - 1 is halved k times; the sides are far below 2^53.
-        return int(np.log2(sides.max() // self._resolution))
+        return int(np.log2(max(1, sides.min(axis=1).max() // self._spec.resolution)))
+
+    def _read_with_pillow(self, error: RuntimeError) -> ImageBatch:
+        """The micro-batch at self._position without DALI, which refuses it twice; its pipeline goes on behind it."""
+        self._refused += 1
+        if self._refused > _MAX_REFUSED:
+            text = str(error)
+            reason = " ".join(text.partition("encountered:")[2].split() or text.split())[:200]  # not its traceback
+            raise UserError(
+                f"data.path={self._source.where}: DALI failed on images that Pillow reads ({reason}); "
+                "use --set data.loader=torch"
+            ) from error
+        wanted = self._plan[self._position]
+        with ThreadPoolExecutor(self._threads) as pool:
+            crops = read_all_or_replace(self._source, wanted.indices, self._spec, pool)
+        pixels = [
+            crop.pixels[:, ::-1] if flip else crop.pixels for crop, flip in zip(crops, wanted.mirror, strict=True)
+        ]
+        self._position += 1
+        self._build()
+        self._position -= 1
+        return ImageBatch(
+            images=pixels_to_float(stack_crops(pixels).to(self._device)),
+            labels=torch.from_numpy(self._source.labels[[crop.index for crop in crops]]).to(self._device),
+            sample_ids=torch.from_numpy(wanted.sample_ids).to(self._device),
+        )
 
     def _images(self, pixels: Any) -> Tensor:
         """DALI's uint8 [B, S, S, C], which the next run overwrites, to float32 [B, C, S, S] of our own."""
-        if self._device.type == "cuda":
+        if self._mixed_decode:
             buffer = torch.empty(pixels.shape(), dtype=torch.uint8, device=self._device)
             feed_ndarray(pixels, buffer, cuda_stream=torch.cuda.current_stream(self._device))
         else:
-            buffer = torch.from_numpy(np.asarray(pixels))
+            buffer = torch.from_numpy(np.asarray(pixels)).to(self._device)
         return pixels_to_float(buffer.permute(0, 3, 1, 2).contiguous())
 
-    def _explain(self, reason: str) -> UserError:
-        """DALI does not say which file it failed on: look among the micro-batches that were under way."""
-        for position in range(self._position, self._position + self._prefetch + 1):
-            for index in self._plan[position].indices.tolist():
-                problem = pixel_problem(self._folder.path(index), self._resolution)
-                if problem:
-                    return UserError(problem)
-        reason = " ".join(reason.partition("encountered:")[2].split() or reason.split())[:200]  # without its traceback
-        return UserError(
-            f"data.path={self._folder.root}: DALI failed on images that Pillow reads ({reason}); "
-            "use --set data.loader=torch"
-        )
+    def _path_feed(self) -> Feed:
+        """Images of a folder as paths uint8 [B, length], which DALI's threads open."""
+        folder, start = self._source, self._position
+        assert isinstance(folder, ImageFolder)
+        root = os.path.join(os.fsencode(folder.root.absolute()), b"")
+
+        def feed(run: int) -> tuple[Any, ...]:
+            indices, *rest = self._wanted(start + run)
+            names = [folder.files.encoded(index) for index in indices.tolist()]
+            # One array for the batch is three times cheaper to hand over than one for each path. Repeating the
+            # slash between root and name makes the paths equally long and does not change where they lead.
+            length = max(map(len, names))
+            paths = np.array([root + b"/" * (length - len(name)) + name for name in names])
+            return paths.view(np.uint8).reshape(len(names), -1), *rest
+
+        return feed
+
+    def _encoded_feed(self) -> Feed:
+        """Images of any source as a list of B encoded images uint8 [n_i], read ahead by our own threads."""
+        start, ahead = self._position, self._prefetch
+        reading: dict[int, tuple[list[Future[bytes]], list[np.ndarray]]] = {}
+
+        def feed(run: int) -> tuple[Any, ...]:
+            for later in range(run, run + ahead + 1):
+                if later not in reading:
+                    indices, *rest = self._wanted(start + later)
+                    reading[later] = ([self._readers.submit(self._source.read, i) for i in indices.tolist()], rest)
+            futures, rest = reading.pop(run)
+            return [np.frombuffer(_result(future), dtype=np.uint8) for future in futures], *rest
+
+        return feed
+
+    def _wanted(self, position: int) -> list[np.ndarray]:
+        """Images to read, their labels, sample ids and mirror flags of a micro-batch; each [B]."""
+        wanted = self._plan[position]
+        indices = self._broken.replace(wanted.indices)
+        return [indices, self._source.labels[indices], wanted.sample_ids, wanted.mirror.astype(np.int32)]
+
+
+def _result(reading: "Future[bytes]") -> bytes:
+    """What was read; where that failed, something that DALI refuses, so that the reason is looked for."""
+    try:
+        return reading.result() or b"\0"
+    except OSError:
+        return b"\0"
 
 
 def _host(outputs: Any) -> np.ndarray:
     """A uniform CPU output of DALI as an array that is only valid until the next run."""
     return np.asarray(outputs.as_tensor())
-
-
-def _source(folder: ImageFolder, plan: MicroBatchPlan, start: int) -> Callable[[int], tuple[np.ndarray, ...]]:
-    """What DALI asks for its run number `run`: paths uint8 [B, length], labels, sample ids, mirror flags."""
-    root = os.path.join(os.fsencode(folder.root.absolute()), b"")
-
-    def micro_batch(run: int) -> tuple[np.ndarray, ...]:
-        wanted = plan[start + run]
-        names = [os.fsencode(folder.files[i]) for i in wanted.indices.tolist()]
-        # One array for the batch is three times cheaper to hand over than one for each path. Repeating the
-        # slash between root and name makes the paths equally long and does not change where they lead.
-        length = max(map(len, names))
-        paths = np.array([root + b"/" * (length - len(name)) + name for name in names])
-        return (
-            paths.view(np.uint8).reshape(len(names), -1),
-            folder.labels[wanted.indices],
-            wanted.sample_ids,
-            wanted.mirror.astype(np.int32),
-        )
-
-    return micro_batch

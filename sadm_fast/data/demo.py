@@ -4,7 +4,6 @@ After that it is read like anybody's folder, through the same loaders.
 """
 
 import gzip
-import os
 import shutil
 import tempfile
 from importlib.resources import files
@@ -13,16 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sadm_fast.data.cache import default_cache
 from sadm_fast.errors import UserError
 
 PREFIX = "demo:"
 _NAME = "mnist5k"
 _SIDE = 28
-
-
-def default_cache() -> Path:
-    """Where demo sets are written: $SADM_CACHE, or ./datasets."""
-    return Path(os.environ.get("SADM_CACHE") or "datasets")
 
 
 def demo_folder(path: str, cache: Path | None = None) -> Path:

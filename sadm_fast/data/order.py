@@ -68,14 +68,21 @@ class SampleFlips:
 
 
 def micro_batch_ids(
-    iteration: int, micro_step: int, rank: int, *, micro_batch: int, grad_accumulation: int, world_size: int
+    iteration: int,
+    micro_step: int,
+    rank: int,
+    *,
+    micro_batch: int,
+    grad_accumulation: int,
+    world_size: int,
+    first_sample: int = 0,
 ) -> np.ndarray:
     """The global sample counters of one rank's micro-batch: int64 [micro_batch].
 
-    Iteration i, micro step k, rank r of W, micro-batch m, accumulation A: n = i*m*A*W + k*m*W + r*m +
-    (0..m-1).
+    Iteration i since first_sample, micro step k, rank r of W, micro-batch m, accumulation A:
+    n = first_sample + ((i*A + k)*W + r)*m + (0..m-1).
     """
-    first = ((iteration * grad_accumulation + micro_step) * world_size + rank) * micro_batch
+    first = first_sample + ((iteration * grad_accumulation + micro_step) * world_size + rank) * micro_batch
     return np.arange(first, first + micro_batch, dtype=np.int64)
 
 
@@ -89,7 +96,11 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatchPlan:
-    """One rank's endless sequence of micro-batches from start_iteration on: plan[0], plan[1], ..."""
+    """One rank's endless sequence of micro-batches from global sample first_sample on: plan[0], plan[1], ...
+
+    Where a run stopped after n samples of all its ranks, a run of any other world size, micro-batch and
+    accumulation goes on with first_sample=n: position is counted in samples because only they mean the same there.
+    """
 
     num_images: int
     seed: int
@@ -98,7 +109,7 @@ class MicroBatchPlan:
     grad_accumulation: int = 1
     rank: int = 0
     world_size: int = 1
-    start_iteration: int = 0
+    first_sample: int = 0
     _order: SampleOrder = field(init=False, repr=False, compare=False)
     _flips: "SampleFlips" = field(init=False, repr=False, compare=False)
 
@@ -108,21 +119,22 @@ class MicroBatchPlan:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank={self.rank}: must be from 0 to world_size-1={self.world_size - 1}")
-        if self.start_iteration < 0:
-            raise ValueError(f"start_iteration={self.start_iteration}: must not be negative")
+        if self.first_sample < 0:
+            raise ValueError(f"first_sample={self.first_sample}: must not be negative")
         object.__setattr__(self, "_order", SampleOrder(self.num_images, self.seed))
         object.__setattr__(self, "_flips", SampleFlips(self.seed))
 
     def __getitem__(self, position: int) -> MicroBatch:
-        """Micro-batch number `position` counted from micro step 0 of start_iteration."""
+        """Micro-batch number `position` counted from first_sample: micro step k of iteration i is i*A + k."""
         iteration, micro_step = divmod(position, self.grad_accumulation)
         sample_ids = micro_batch_ids(
-            self.start_iteration + iteration,
+            iteration,
             micro_step,
             self.rank,
             micro_batch=self.micro_batch,
             grad_accumulation=self.grad_accumulation,
             world_size=self.world_size,
+            first_sample=self.first_sample,
         )
         mirror = self._flips.of(sample_ids) if self.flip else np.zeros(self.micro_batch, dtype=bool)
         return MicroBatch(sample_ids, self._order.images(sample_ids), mirror)

@@ -5,46 +5,64 @@ Same order, same interface, and pixel for pixel the ADM crop.
 
 import multiprocessing
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sadm_fast.data.adm_crop import read_crop
 from sadm_fast.data.batch import ImageBatch, pixels_to_float, stack_crops
-from sadm_fast.data.image_folder import ImageFolder, pixel_problem
+from sadm_fast.data.broken import BrokenImages, CropSpec, read_or_replace
 from sadm_fast.data.order import MicroBatchPlan
+from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
 
 Request = tuple[int, int, bool]  # sample id, image index, whether to mirror
-Sample = tuple[np.ndarray, int, int] | str  # crop [S, S, C], label, sample id; or what is wrong with the file
-Collated = tuple[torch.Tensor, torch.Tensor, torch.Tensor] | str
+
+
+class Sample(NamedTuple):
+    """What a worker makes of a request."""
+
+    pixels: np.ndarray  # uint8 [S, S, C], mirrored if that was asked for
+    label: int
+    sample_id: int
+    broken: dict[int, str]  # images that could not be read: index -> reason
+
+
+class Collated(NamedTuple):
+    """What a worker sends."""
+
+    pixels: Tensor  # uint8 [B, C, S, S]
+    labels: Tensor  # int64 [B]
+    sample_ids: Tensor  # int64 [B]
+    broken: dict[int, str]
 
 
 class TorchLoader:
     """An endless iterator of ImageBatch on `device`: the micro-batches of `plan`, read by worker processes.
 
     `threads` is their number; 0 reads in this process. Each worker works `prefetch` micro-batches ahead.
-    Raises UserError that names the file when one cannot be decoded or is smaller than the crop. Call close()
-    (or leave the `with` block) to end the processes.
+    Broken images are replaced (sadm_fast.data.broken) and listed in `broken`; UserError when there are too
+    many. Call close() (or leave the `with` block) to end the processes.
     """
 
     def __init__(
         self,
-        folder: ImageFolder,
+        source: ImageSource,
         plan: MicroBatchPlan,
+        spec: CropSpec,
         *,
-        resolution: int,
-        channels: int,
         threads: int = 2,
         prefetch: int = 2,
         device: str | torch.device = "cpu",
     ) -> None:
         self._device = torch.device(device)
+        self._broken = BrokenImages(source)
         # Not fork: by now torch and DALI have threads, and a lock that one of them holds is never freed in the child.
         multiprocessing.set_forkserver_preload([__name__])
-        loader: DataLoader[Sample] = DataLoader(
-            _Crops(folder, resolution, channels),
+        loader: DataLoader[Sample | str] = DataLoader(
+            _Crops(source, spec),
             batch_sampler=_Requests(plan),
             num_workers=threads,
             multiprocessing_context="forkserver" if threads else None,
@@ -53,7 +71,12 @@ class TorchLoader:
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # otherwise each start would draw from the program's own generator
         )
-        self._batches: Iterator[Collated] | None = iter(loader)
+        self._batches: Iterator[Collated | str] | None = iter(loader)
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """The images that could not be read so far: name -> reason."""
+        return self._broken.reasons
 
     def __iter__(self) -> "TorchLoader":
         return self
@@ -61,11 +84,15 @@ class TorchLoader:
     def __next__(self) -> ImageBatch:
         if self._batches is None:
             raise StopIteration
-        collated = next(self._batches)
-        if isinstance(collated, str):
+        try:
+            collated = next(self._batches)
+            if isinstance(collated, str):
+                raise UserError(collated)
+            self._broken.add(collated.broken)
+        except UserError:
             self.close()
-            raise UserError(collated)
-        pixels, labels, sample_ids = (part.to(self._device, non_blocking=True) for part in collated)
+            raise
+        pixels, labels, sample_ids = (part.to(self._device, non_blocking=True) for part in collated[:3])
         return ImageBatch(pixels_to_float(pixels), labels, sample_ids)
 
     def close(self) -> None:
@@ -93,26 +120,32 @@ class _Requests(Sampler[list[Request]]):
             position += 1
 
 
-class _Crops(Dataset[Sample]):
-    """Reads what a request names. Problems are returned: raised, DataLoader buries them in a traceback."""
+class _Crops(Dataset[Sample | str]):
+    """Reads what a request names; too many broken images are returned as the message.
 
-    def __init__(self, folder: ImageFolder, resolution: int, channels: int) -> None:
-        self._folder, self._resolution, self._channels = folder, resolution, channels
+    Raised in a worker, it would be buried in DataLoader's traceback.
+    """
 
-    def __getitem__(self, request: Request) -> Sample:
+    def __init__(self, source: ImageSource, spec: CropSpec) -> None:
+        self._source, self._spec = source, spec
+
+    def __getitem__(self, request: Request) -> Sample | str:
         sample_id, index, mirror = request
-        path = self._folder.path(index)
         try:
-            crop = read_crop(path, self._resolution, self._channels)
-        except (OSError, SyntaxError, ValueError) as error:
-            return pixel_problem(path, self._resolution) or f"{path}: cannot be read ({error})"
-        return crop[:, ::-1] if mirror else crop, int(self._folder.labels[index]), sample_id
+            crop = read_or_replace(self._source, index, self._spec)
+        except UserError as error:
+            return str(error)
+        pixels = crop.pixels[:, ::-1] if mirror else crop.pixels
+        return Sample(pixels, int(self._source.labels[crop.index]), sample_id, crop.broken)
 
 
-def _collate(samples: list[Sample]) -> Collated:
-    """Samples to tensors (pixels uint8 [B, C, S, S], labels and ids int64 [B]), or the first problem."""
+def _collate(samples: list[Sample | str]) -> Collated | str:
+    """Samples to tensors, or the first message."""
+    whole: list[Sample] = []
     for sample in samples:
         if isinstance(sample, str):
             return sample
-    crops, labels, sample_ids = zip(*samples, strict=True)
-    return stack_crops(list(crops)), torch.tensor(labels), torch.tensor(sample_ids)
+        whole.append(sample)
+    pixels, labels, sample_ids, broken = zip(*whole, strict=True)
+    merged = {index: reason for found in broken for index, reason in found.items()}
+    return Collated(stack_crops(list(pixels)), torch.tensor(labels), torch.tensor(sample_ids), merged)

@@ -1,6 +1,8 @@
 """Image folders made on the spot."""
 
-from collections.abc import Callable
+import io
+import tarfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,47 @@ def small_folder(make_folder: MakeFolder) -> Path:
     rng = np.random.default_rng(0)
     names = [f"cat/{i}.png" for i in range(7)] + [f"dog/{i}.png" for i in range(4)]
     return make_folder({name: Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for name in names})
+
+
+MakeShard = Callable[..., Path]
+
+
+@pytest.fixture
+def make_shard(tmp_path: Path) -> MakeShard:
+    """make_shard(name, members: [(name, content)], format) -> the path of a tar file in the folder `shards`."""
+
+    def make(name: str, members: Iterable[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> Path:
+        path = tmp_path / "shards" / name
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, "w", format=format) as archive:
+            for member, content in members:
+                header = tarfile.TarInfo(member)
+                header.size = len(content)
+                archive.addfile(header, io.BytesIO(content))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def small_shards(small_folder: Path, make_shard: MakeShard) -> Path:
+    """The images of the small folder, in the same order, as two shards of 6 and 5 samples."""
+    paths = sorted(small_folder.glob("*/*.png"))
+    labels = {"cat": b"0", "dog": b"1"}
+    for shard, part in enumerate((paths[:6], paths[6:])):
+        members = []
+        for path in part:
+            key = f"{path.parent.name}{path.stem}"
+            members += [(f"{key}.cls", labels[path.parent.name]), (f"{key}.png", path.read_bytes())]
+        root = make_shard(f"{shard:03d}.tar", members).parent
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a cache folder of its own, not yet there."""
+    monkeypatch.setenv("SADM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

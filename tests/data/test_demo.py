@@ -18,7 +18,6 @@ def test_five_thousand_digits_in_ten_equal_classes(demo_root: Path) -> None:
     folder = ImageFolder.scan(demo_root)
     assert folder.classes == tuple("0123456789")
     assert np.bincount(folder.labels).tolist() == [500] * 10
-    folder.check(28)
 
 
 def test_the_files_hold_the_packages_pixels(demo_root: Path) -> None:

@@ -1,6 +1,6 @@
 """The order of samples: a function of (seed, counter), the same however the work is divided."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -45,9 +45,10 @@ def test_epochs_and_seeds_differ() -> None:
     grad_accumulation=st.sampled_from([1, 2, 3]),
     micro_batch=st.sampled_from([1, 2, 5]),
     start=st.integers(0, 10**9),
+    first_sample=st.integers(0, 10**12),
 )
 def test_all_ranks_and_micro_steps_together_are_the_single_rank_sequence(
-    world_size: int, grad_accumulation: int, micro_batch: int, start: int
+    world_size: int, grad_accumulation: int, micro_batch: int, start: int, first_sample: int
 ) -> None:
     parts = [
         micro_batch_ids(
@@ -57,34 +58,67 @@ def test_all_ranks_and_micro_steps_together_are_the_single_rank_sequence(
             micro_batch=micro_batch,
             grad_accumulation=grad_accumulation,
             world_size=world_size,
+            first_sample=first_sample,
         )
         for iteration in (start, start + 1)
         for micro_step in range(grad_accumulation)
         for rank in range(world_size)
     ]
     whole = micro_batch * grad_accumulation * world_size
-    np.testing.assert_array_equal(np.concatenate(parts), np.arange(start * whole, (start + 2) * whole))
+    expected = np.arange(first_sample + start * whole, first_sample + (start + 2) * whole)
+    np.testing.assert_array_equal(np.concatenate(parts), expected)
+
+
+class Division(NamedTuple):
+    """How a run divides its work."""
+
+    world_size: int
+    micro_batch: int
+    grad_accumulation: int
+
+
+divisions = st.builds(Division, st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+
+
+def _run(division: Division, first_sample: int, iterations: int) -> list[np.ndarray]:
+    """(sample ids, indices, mirror) of all ranks over some iterations, in global order; each [n]."""
+    plans = [
+        MicroBatchPlan(num_images=11, seed=3, flip=True, rank=rank, first_sample=first_sample, **division._asdict())
+        for rank in range(division.world_size)
+    ]
+    batches = [plan[p] for p in range(iterations * division.grad_accumulation) for plan in plans]
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 
 @quick
-@given(start=st.integers(0, 50), grad_accumulation=st.integers(1, 3), world_size=st.integers(1, 3))
-def test_a_plan_started_later_continues_the_same_sequence(start: int, grad_accumulation: int, world_size: int) -> None:
-    def plan(start_iteration: int) -> MicroBatchPlan:
-        return MicroBatchPlan(
-            num_images=11,
-            seed=3,
-            flip=True,
-            micro_batch=4,
-            grad_accumulation=grad_accumulation,
-            rank=world_size - 1,
-            world_size=world_size,
-            start_iteration=start_iteration,
-        )
+@given(before=divisions, after=divisions, iterations=st.integers(1, 6))
+def test_a_run_divided_otherwise_continues_the_same_sequence(
+    before: Division, after: Division, iterations: int
+) -> None:
+    first = _run(before, 0, iterations)
+    second = _run(after, len(first[0]), 3)
+    whole = _run(Division(1, len(first[0]) + len(second[0]), 1), 0, 1)
+    for a, b, c in zip(first, second, whole, strict=True):
+        np.testing.assert_array_equal(np.concatenate([a, b]), c)
 
-    for position in range(2 * grad_accumulation):
-        late, early = plan(start)[position], plan(0)[start * grad_accumulation + position]
-        for a, b in zip(late, early, strict=True):
-            np.testing.assert_array_equal(a, b)
+
+@quick
+@given(seed=st.integers(0, 2**62), epoch=st.integers(0, 100), classes=st.integers(4, 40), each=st.integers(8, 40))
+def test_batches_mix_classes_though_the_listing_is_sorted_by_class(
+    seed: int, epoch: int, classes: int, each: int
+) -> None:
+    labels = np.repeat(np.arange(classes), each)
+    plan = MicroBatchPlan(
+        num_images=len(labels), seed=seed, flip=False, micro_batch=16, first_sample=epoch * len(labels)
+    )
+    # With 16 draws of at least 4 classes, fewer than 2 of them happen once in 4^15 batches; sorted by class, a
+    # batch would hold 1 to 3 and have its labels in order.
+    seen = [labels[plan[p].indices] for p in range(len(labels) // 16)]
+    assert min(len(set(batch.tolist())) for batch in seen) >= 2
+    assert np.mean([len(set(batch.tolist())) for batch in seen]) > min(classes, 16) / 2
+    # Neighbours of one class: 1 in `classes` by chance, nearly all in the sorted list.
+    stream = np.concatenate(seen)
+    assert (stream[1:] == stream[:-1]).mean() < 0.75
 
 
 def test_the_mirror_flag_belongs_to_the_sample_not_to_the_batch() -> None:
@@ -105,7 +139,7 @@ def test_without_flip_nothing_is_mirrored() -> None:
     [
         ({"micro_batch": 0}, "micro_batch=0"),
         ({"rank": 2, "world_size": 2}, "rank=2"),
-        ({"start_iteration": -1}, "start_iteration=-1"),
+        ({"first_sample": -1}, "first_sample=-1"),
         ({"num_images": 0}, "num_images=0"),
     ],
 )

@@ -1,0 +1,122 @@
+"""Images that cannot be read while training: replaced by their successor, counted, never shown as black.
+
+What stands in for image i is the first of i + 1, i + 2, ... (mod N) that can be read, with that one's label. So
+a batch is a function of the counters and the files alone, whatever the rank, the worker or the loader. In a
+listing by class the successor nearly always has the same class.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from sadm_fast.data.adm_crop import read_crop
+from sadm_fast.data.checking import judge, read_problem, refused_kind, too_small
+from sadm_fast.data.source import ImageSource
+from sadm_fast.errors import UserError
+
+_NEIGHBOURS = 100  # so many unreadable images in a row are no accident
+_LIMIT, _LIMIT_SHARE = 100, 0.01  # a run ends after more broken images than both
+
+
+class CropSpec(NamedTuple):
+    """What a crop looks like (sadm_fast.data.adm_crop)."""
+
+    resolution: int
+    channels: int
+    enlarge: bool
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The crop of an image, or of the one that stands in for it."""
+
+    pixels: np.ndarray  # uint8 [resolution, resolution, channels]
+    index: int  # the image that was read
+    broken: dict[int, str]  # those before it that could not be: index -> reason
+
+
+def read_or_replace(source: ImageSource, index: int, spec: CropSpec) -> Crop:
+    """The ADM crop of image `index`, or of the next one that can be read. Raises UserError if many cannot."""
+    broken: dict[int, str] = {}
+    for neighbour in range(index, index + min(_NEIGHBOURS, len(source))):
+        candidate = neighbour % len(source)
+        crop = _read(source, candidate, spec)
+        if not isinstance(crop, str):
+            return Crop(crop, candidate, broken)
+        broken[candidate] = crop
+    raise UserError(
+        f"{source.name(index)}: {broken[index]} (and so for the next {len(broken) - 1} images: {_damaged(source)})"
+    )
+
+
+def read_all_or_replace(
+    source: ImageSource, indices: Iterable[int], spec: CropSpec, pool: ThreadPoolExecutor
+) -> list[Crop]:
+    """read_or_replace for each index, in the threads of `pool`."""
+    return list(pool.map(lambda index: read_or_replace(source, int(index), spec), indices))
+
+
+def _read(source: ImageSource, index: int, spec: CropSpec) -> np.ndarray | str:
+    """The crop, or why there is none."""
+    try:
+        encoded = source.read(index)
+    except OSError as error:
+        return read_problem(error)
+    try:
+        with Image.open(BytesIO(encoded)) as image:
+            width, height = image.size
+            refused = refused_kind(image)
+        if refused is not None:
+            return refused
+        if min(width, height) < spec.resolution and not spec.enlarge:
+            return too_small(width, height, spec.resolution)
+        return read_crop(BytesIO(encoded), spec.resolution, spec.channels, spec.enlarge)
+    except Exception as error:  # as in judge: Pillow's parsers raise nearly anything for damaged files
+        return judge(encoded).reason or f"cannot be read ({type(error).__name__}: {error})"
+
+
+class BrokenImages:
+    """The images of a source that could not be read so far, and which ones stand in for them."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.reasons: dict[str, str] = {}  # name -> reason, in the order met
+        self._source = source
+        self._indices: set[int] = set()
+
+    def add(self, broken: dict[int, str]) -> bool:
+        """Remember indices and reasons; whether any is new. Raises UserError when there are too many to go on."""
+        known = len(self._indices)
+        for index, reason in broken.items():
+            if index not in self._indices:
+                self._indices.add(index)
+                self.reasons[self._source.name(index)] = reason
+        if len(self._indices) > max(_LIMIT, int(_LIMIT_SHARE * len(self._source))):
+            name, reason = next(iter(self.reasons.items()))
+            raise UserError(
+                f"{name}: {reason} (and {len(self._indices) - 1} more of {len(self._source)} images: "
+                f"{_damaged(self._source)})"
+            )
+        return len(self._indices) > known
+
+    def replace(self, indices: np.ndarray) -> np.ndarray:
+        """The images to read for `indices` (int64): their own, or the next ones not known to be broken."""
+        if not self._indices.intersection(indices.tolist()):
+            return indices
+        return np.array([self._stand_in(index) for index in indices.tolist()], dtype=np.int64)
+
+    def _stand_in(self, index: int) -> int:
+        candidates = ((index + step) % len(self._source) for step in range(len(self._source)))
+        # All of them were broken at some time or other: perhaps this one no longer is.
+        return next((candidate for candidate in candidates if candidate not in self._indices), index)
+
+
+def _damaged(source: ImageSource) -> str:
+    return (
+        f"the data of data.path={source.where} seem to be damaged or gone; "
+        f"list the broken images with python sadm_fast/encode.py --check {source.where}"
+    )

@@ -1,0 +1,84 @@
+"""Micro-batches of cached latents: rows are copied by threads ahead of time, the posterior is drawn when one is asked.
+
+Which orientation is read and which noise the draw takes are functions of the global sample counter, so every epoch
+sees new samples of the posterior and a resumed run sees the same ones as the uninterrupted.
+"""
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from sadm_fast.counters import Stream, normal
+from sadm_fast.data.batch import ImageBatch
+from sadm_fast.data.latents import LatentSource
+from sadm_fast.data.order import MicroBatch, MicroBatchPlan
+
+_ROWS_A_TASK = 64  # smaller tasks cost more than they spread
+
+
+class LatentLoader:
+    """An endless iterator of ImageBatch on `device`, images being scaled latents float32 [B, c, h, w].
+
+    `threads` copy rows, `prefetch` micro-batches ahead: on a slow file system that is how many reads are under way.
+    Call close() (or leave the `with` block) to end the threads. Reading a cache that vanishes under it ends the
+    process with SIGBUS, as with any mapped file.
+    """
+
+    def __init__(
+        self,
+        source: LatentSource,
+        plan: MicroBatchPlan,
+        *,
+        threads: int = 2,
+        prefetch: int = 2,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self._source, self._plan, self._device = source, plan, torch.device(device)
+        self._prefetch = prefetch
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "latents")
+        self._under_way: deque[tuple[MicroBatch, np.ndarray, list[Future[None]]]] = deque()
+        self._next = 0  # position in the plan that is read next
+        self.broken: dict[str, str] = {}  # as the other loaders; a cache holds no broken images
+
+    def __iter__(self) -> "LatentLoader":
+        return self
+
+    def __next__(self) -> ImageBatch:
+        if self._pool is None:
+            raise StopIteration
+        while len(self._under_way) <= self._prefetch:
+            self._under_way.append(self._start(self._plan[self._next], self._pool))
+            self._next += 1
+        wanted, moments, tasks = self._under_way.popleft()
+        for task in tasks:
+            task.result()
+        sample_ids = torch.from_numpy(wanted.sample_ids).to(self._device)
+        mean, std = torch.from_numpy(moments).to(self._device, torch.float32).unbind(1)
+        noise = normal(self._plan.seed, Stream.LATENT, sample_ids, mean.shape[1:])
+        latents = self._source.scale.to_scaled(torch.addcmul(mean, std, noise))
+        return ImageBatch(
+            latents, torch.from_numpy(self._source.labels[wanted.indices]).to(self._device), sample_ids
+        )  # fmt: skip
+
+    def _start(self, wanted: MicroBatch, pool: ThreadPoolExecutor) -> tuple[MicroBatch, np.ndarray, list[Future[None]]]:
+        moments = self._source.buffer(len(wanted.indices))
+        parts = [slice(first, first + _ROWS_A_TASK) for first in range(0, len(moments), _ROWS_A_TASK)]
+        tasks = [
+            pool.submit(self._source.read, wanted.indices[part], wanted.mirror[part], moments[part]) for part in parts
+        ]
+        return wanted, moments, tasks
+
+    def close(self) -> None:
+        """End the threads; batches already yielded stay valid. Twice is fine."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+            self._under_way.clear()
+
+    def __enter__(self) -> "LatentLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,262 @@
+"""Cached latents: what encode.py writes and training reads.
+
+    DIR/encoding.json                 what is being made, of what, with which autoencoder; written first
+    DIR/shards/00000.safetensors      moments [n, 2, 2, c, h, w]: (image, mirror) x (mean, std), raw latents
+                                      labels  [n] int64
+    DIR/shards/00000.json             count, sha256, size and what was left out; written after its shard
+    DIR/manifest.json                 encoding.json and all of those; written last: without it there is no cache
+
+The posterior's mean and standard deviation are kept for every image and for its mirror image, so training draws the
+sample and the flip anew each time it sees an image. safetensors is a length, a JSON header and the plain bytes of the
+tensors: nothing is unpickled, and the file is mapped into memory, so one sample's row of one orientation is one copy.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from sadm_fast.data.scale import LatentScale
+from sadm_fast.data.source import Source
+from sadm_fast.errors import UserError
+from sadm_fast.files import write_json
+
+FORMAT = "sadm_fast.latents/1"
+MANIFEST = "manifest.json"
+ENCODING = "encoding.json"
+SHARDS = "shards"
+
+_DTYPES = {"float16": np.float16, "float32": np.float32}
+_SAFETENSORS_DTYPES = {"float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a cache is made of and how; the content of encoding.json. A change of any of it makes another cache."""
+
+    source: str  # fingerprint of the images
+    classes: tuple[str, ...]
+    images: int  # in the source; some may be left out as broken
+    resolution: int  # side of the crop, pixels
+    image_channels: int
+    enlarge: bool  # whether images smaller than the crop were enlarged
+    autoencoder: str  # identity, sha256 of the weights
+    precision: str  # of the autoencoder's arithmetic
+    scale: float
+    shift: float
+    latent_channels: int
+    downsample: int
+    dtype: str  # of the moments on disk
+    shard_size: int  # images of a shard
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    crop: str = "adm"
+    format: str = FORMAT
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[c, h, w]."""
+        side = self.resolution // self.downsample
+        return self.latent_channels, side, side
+
+    @property
+    def shards(self) -> int:
+        return -(-self.images // self.shard_size)
+
+    @property
+    def space(self) -> dict[str, Any]:
+        """What makes two latent spaces the same; Autoencoder.space is compared with it."""
+        return {"autoencoder": self.autoencoder, "scale": self.scale, "shift": self.shift}
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(vars(self)))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """KeyError or TypeError for what is not an encoding of this format."""
+        if value["format"] != FORMAT:
+            raise KeyError(f"format {value['format']!r}, this code reads {FORMAT!r}")
+        fields = {key: value[key] for key in cls.__dataclass_fields__}
+        for key in ("classes", "pixel_range"):
+            fields[key] = tuple(fields[key])
+        if fields["dtype"] not in _DTYPES:
+            raise KeyError(f"dtype {fields['dtype']!r}")
+        return cls(**fields)
+
+
+def shard_name(shard: int) -> str:
+    """Its file in the cache's folder."""
+    return f"{SHARDS}/{shard:05d}.safetensors"
+
+
+def write_shard(root: Path, shard: int, moments: np.ndarray, labels: np.ndarray, skipped: list[str]) -> None:
+    """Write a shard and then its record; each appears whole or not at all. OSError when the disk is full.
+
+    moments: float [n, 2, 2, c, h, w] as in the module's head. labels: int64 [n].
+    """
+    path = root / shard_name(shard)
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file({"moments": moments, "labels": labels}, temporary)
+        with temporary.open("rb+") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.seek(0, os.SEEK_END)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except SafetensorError as error:  # how safetensors passes on what the operating system said
+        raise OSError(str(error)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    record = {"file": shard_name(shard), "count": len(labels), "size": size, "sha256": digest, "skipped": skipped}
+    write_json(path.with_suffix(".json"), record)
+
+
+def shard_record(root: Path, shard: int) -> dict[str, Any] | None:
+    """What `write_shard` noted, if the shard is whole (by its size); else None."""
+    path = root / shard_name(shard)
+    try:
+        record = json.loads(path.with_suffix(".json").read_text())
+        return record if path.stat().st_size == record["size"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class LatentSource(Source):
+    """A finished cache. Sample i is row i of the shards in order, which is the order of the images they came from."""
+
+    def __init__(self, root: Path, encoding: Encoding, shards: list[dict[str, Any]], manifest: str) -> None:
+        self.root = root
+        self.encoding = encoding
+        self.classes = encoding.classes
+        self.scale = LatentScale(encoding.scale, encoding.shift)
+        self.shards, self._manifest = shards, manifest
+        mapped = [_map_shard(root / shard["file"], shard["count"], encoding) for shard in shards]
+        self._maps = [moments.reshape(-1, *moments.shape[2:]) for moments, _ in mapped]  # row 2i: image, 2i+1: mirror
+        self.labels = np.concatenate([labels for _, labels in mapped])
+        self._rows = np.arange(len(self.labels))
+        counts = np.array([len(labels) for _, labels in mapped])
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read the manifest and map the shards; sizes are checked, contents are not (sadm_fast.data.latent_check).
+
+        Raises UserError: no cache, an unfinished one, another format, a shard that is missing or cut short.
+        """
+        root = Path(path).expanduser()
+        try:
+            text = (root / MANIFEST).read_text()
+            manifest = json.loads(text)
+            encoding = Encoding.from_json(manifest["encoding"])
+            shards: list[dict[str, Any]] = [
+                {"file": str(s["file"]), "count": int(s["count"]), "size": int(s["size"]), "sha256": str(s["sha256"])}
+                for s in manifest["shards"]
+            ]
+        except OSError as error:
+            if not root.is_dir():
+                raise UserError(f"data.path={root}: no such folder; encode the images first (encode.py)") from None
+            if (root / ENCODING).exists():
+                raise UserError(f"data.path={root}: the cache is not finished; start encode.py again") from None
+            raise UserError(
+                f"data.path={root}: holds no latents ({MANIFEST}: {error.strerror});"
+                " encode the images first (encode.py)"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{root / MANIFEST}: not a manifest this code reads ({reason}); encode again") from None
+        if not any(shard["count"] for shard in shards):
+            raise UserError(f"data.path={root}: the cache holds no samples; encode the images again")
+        for shard in shards:
+            if not _inside(shard["file"]):
+                raise UserError(f"{root / MANIFEST}: names {shard['file']!r}, which is outside of the cache")
+        return cls(root, encoding, shards, hashlib.sha256(text.encode()).hexdigest())
+
+    @property
+    def where(self) -> str:
+        return str(self.root)
+
+    def name(self, index: int) -> str:
+        row = int(self._rows[index])
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return f"{self.root / self.shards[shard]['file']}: row {row - int(self._starts[shard])}"
+
+    def fingerprint(self) -> str:
+        """sha256 over the manifest (which holds every shard's) and the chosen rows."""
+        return hashlib.sha256(self._manifest.encode() + self._rows.astype("<i8").tobytes()).hexdigest()
+
+    def subset(self, indices: np.ndarray) -> "LatentSource":
+        chosen = object.__new__(type(self))
+        chosen.__dict__.update(self.__dict__, _rows=self._rows[indices], labels=self.labels[indices])
+        return chosen
+
+    def read(self, indices: np.ndarray, mirror: np.ndarray, out: np.ndarray) -> None:
+        """Copy moments of samples `indices` [m], mirrored where `mirror` [m]: into out [m, 2, c, h, w] (mean, std)."""
+        rows = self._rows[indices]
+        shards = np.searchsorted(self._ends, rows, side="right")
+        wanted = 2 * (rows - self._starts[shards]) + mirror
+        if (shards == shards[0]).all():
+            np.take(self._maps[shards[0]], wanted, axis=0, out=out, mode="clip")  # "raise" would copy to a buffer first
+            return
+        for place, (shard, row) in enumerate(zip(shards.tolist(), wanted.tolist(), strict=True)):
+            out[place] = self._maps[shard][row]
+
+    def means(self, indices: np.ndarray) -> Tensor:
+        """The posterior means of samples, not mirrored, as scaled latents: float32 [m, c, h, w]."""
+        indices = np.asarray(indices, dtype=np.int64)
+        out = self.buffer(len(indices))
+        self.read(indices, np.zeros(len(indices), dtype=np.int64), out)
+        return self.scale.to_scaled(torch.from_numpy(out[:, 0].astype(np.float32)))
+
+    def buffer(self, count: int) -> np.ndarray:
+        """Room for `read` of so many samples."""
+        return np.empty((count, 2, *self.encoding.latent_shape), dtype=_DTYPES[self.encoding.dtype])
+
+
+def _inside(file: str) -> bool:
+    """Whether a name in a manifest stays in the cache's folder: shards/NAME."""
+    parts = Path(file).parts
+    return len(parts) == 2 and parts[0] == SHARDS and parts[1] != ".."
+
+
+def _map_shard(path: Path, count: int, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+    """moments (mapped, read-only) and labels (copied) of a shard; UserError if it is not what the manifest says."""
+    shape = [count, 2, 2, *encoding.latent_shape]
+    wanted = {"moments": (_SAFETENSORS_DTYPES[encoding.dtype], shape), "labels": ("I64", [count])}
+    try:
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            header = json.loads(file.read(min(header_size, size)))
+            for name, (dtype, dimensions) in wanted.items():
+                if header[name]["dtype"] != dtype or header[name]["shape"] != dimensions:
+                    raise ValueError(
+                        f"{name} is {header[name]['dtype']} {header[name]['shape']}, not {dtype} {dimensions}"
+                    )
+                if 8 + header_size + header[name]["data_offsets"][1] > size:
+                    raise ValueError("it is cut short")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); encode the images again") from None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not the shard of its manifest ({reason}); encode the images again") from None
+
+    def tensor(name: str, dtype: Any) -> np.ndarray:
+        first = 8 + header_size + int(header[name]["data_offsets"][0])
+        dimensions = wanted[name][1]
+        return np.frombuffer(mapped, dtype, int(np.prod(dimensions)), first).reshape(dimensions)
+
+    labels = tensor("labels", "<i8").astype(np.int64)
+    if count and not 0 <= int(labels.min()) <= int(labels.max()) < len(encoding.classes):
+        raise UserError(f"{path}: holds labels outside of the manifest's {len(encoding.classes)} classes; encode again")
+    return tensor("moments", _DTYPES[encoding.dtype]), labels

@@ -1,0 +1,239 @@
+"""The index of WebDataset shards: where in which tar file the bytes of each image lie, and its label.
+
+A sample is a run of members with one key, the name up to the first dot of its last part: 0001.jpg and 0001.cls
+are one sample, as are 0001.jpg and 0001.json. Making an index reads the tar headers and the labels, and skips
+the images.
+"""
+
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+import zipfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sadm_fast.data.checking import Progress
+from sadm_fast.data.image_folder import EXTENSIONS
+from sadm_fast.data.source import PackedNames, printable
+from sadm_fast.errors import UserError
+
+_MAX_CLASSES = 1 << 20
+_MAX_LABEL_BYTES = 1 << 20
+_MAX_PROCESSES = 16
+_END_MARK = bytes(tarfile.BLOCKSIZE)
+
+PARALLEL_FROM_BYTES = 4 << 30
+"""Shards of less together are indexed by this process: others need seconds to start.
+
+Reading headers is Python code, 20,000 samples a second. Threads would share one core, and were slower than it.
+"""
+
+
+class TarIndex(NamedTuple):
+    """Where the N images of some shards are."""
+
+    shards: np.ndarray  # int32 [N], which shard
+    offsets: np.ndarray  # int64 [N], where in it the image's bytes begin
+    sizes: np.ndarray  # int64 [N], how many they are
+    labels: np.ndarray  # int64 [N]
+    members: PackedNames  # [N], names of the image members
+
+    def take(self, indices: np.ndarray) -> "TarIndex":
+        """The entries at `indices` (int64), in that order."""
+        return TarIndex(
+            self.shards[indices],
+            self.offsets[indices],
+            self.sizes[indices],
+            self.labels[indices],
+            self.members.take(indices),
+        )
+
+
+def build_index(paths: Sequence[str], progress: Progress | None = None) -> TarIndex:
+    """The index of tar files, in the order of `paths` and of members within each.
+
+    progress is called with (shards done, shards). Raises UserError that names the shard: no permission, not a tar
+    archive or cut off, without samples, or with a sample that is not one image and one class number.
+    """
+    processes = min(len(paths), os.cpu_count() or 1, _MAX_PROCESSES)
+    if processes == 1 or sum(map(_size, paths)) < PARALLEL_FROM_BYTES:
+        parts = _collect(map(_index_shard, paths), len(paths), progress)
+    else:
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            parts = _collect(pool.map(_index_shard, paths), len(paths), progress)
+    return TarIndex(
+        np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.labels) for part in parts]),
+        np.concatenate([part.offsets for part in parts]),
+        np.concatenate([part.sizes for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        PackedNames.from_iterable(name for part in parts for name in part.members),
+    )
+
+
+def dump_index(index: TarIndex) -> bytes:
+    """The index as the bytes of an .npz file."""
+    content = io.BytesIO()
+    np.savez(
+        content,
+        shards=index.shards,
+        offsets=index.offsets,
+        sizes=index.sizes,
+        labels=index.labels,
+        members=np.frombuffer(index.members.joined, dtype=np.uint8),
+        ends=index.members.ends,
+    )
+    return content.getvalue()
+
+
+def load_index(path: Path, num_shards: int) -> TarIndex | None:
+    """The index in an .npz file; None if there is no such file, it is damaged, or it is something else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:  # zip's checksums find damage
+            names = PackedNames(file["members"].tobytes(), file["ends"])
+            index = TarIndex(file["shards"], file["offsets"], file["sizes"], file["labels"], names)
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile):
+        return None
+    arrays = (*index[:4], names.ends)
+    fits = (
+        arrays[0].ndim == 1
+        and len({values.shape for values in arrays}) == 1
+        and [values.dtype for values in arrays] == [np.int32] + [np.int64] * 4
+        and len(names) > 0
+        and names.ends[-1] == len(names.joined)
+        and index.shards.min() >= 0
+        and index.shards.max() < num_shards
+        and index.labels.min() >= 0
+        and index.labels.max() < _MAX_CLASSES
+    )
+    return index if fits else None
+
+
+def _size(path: str) -> int:
+    return os.stat(path).st_size
+
+
+def _collect(parts: Iterable[TarIndex], total: int, progress: Progress | None) -> list[TarIndex]:
+    collected = []
+    for part in parts:
+        collected.append(part)
+        if progress is not None:
+            progress(len(collected), total)
+    return collected
+
+
+def _index_shard(path: str) -> TarIndex:
+    """The index of one shard, as shard 0."""
+    offsets, sizes, labels = array("q"), array("q"), array("q")
+    names = []
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for key, members in groupby(_members(archive, file), key=lambda member: _key(member.name)):
+                sample = _sample(path, key, list(members), file.fileno())
+                if sample is not None:
+                    image, label = sample
+                    offsets.append(image.offset_data)
+                    sizes.append(image.size)
+                    labels.append(label)
+                    names.append(image.name)
+    except PermissionError:
+        raise UserError(f"{printable(path)}: no permission to read it; fix with chmod a+r") from None
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{printable(path)}: is not an uncompressed tar archive, or is cut off ({error}); "
+            "fetch or write it again, or remove it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be read ({error.strerror or error}); remove it") from None
+    if not names:
+        raise UserError(
+            f"{printable(path)}: has no samples; a sample is an image and a label: 0001.jpg and 0001.cls or 0001.json"
+        )
+    return TarIndex(
+        np.zeros(len(names), dtype=np.int32),
+        np.array(offsets, dtype=np.int64),
+        np.array(sizes, dtype=np.int64),
+        np.array(labels, dtype=np.int64),
+        PackedNames.from_iterable(names),
+    )
+
+
+def _members(archive: tarfile.TarFile, file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
+    """The plain files of an archive that may belong to a sample. Raises tarfile.ReadError unless it is whole."""
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps them all, a kilobyte each
+        if member.isreg() and not member.issparse() and _key(member.name):
+            yield member
+    # tarfile takes a header that is cut off or damaged for the end of the archive.
+    file.seek(archive.offset)
+    if file.read(len(_END_MARK)) != _END_MARK:
+        raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
+
+
+def _key(name: str) -> str:
+    """The sample that a member belongs to; empty for hidden files and names without an extension."""
+    folder, slash, base = name.rpartition("/")
+    key, dot, _ = base.partition(".")
+    return f"{folder}{slash}{key}" if key and dot else ""
+
+
+def _sample(
+    path: str, key: str, members: Sequence[tarfile.TarInfo], descriptor: int
+) -> tuple[tarfile.TarInfo, int] | None:
+    """(image member, label) of one sample; None if it has neither. Members of other kinds are ignored.
+
+    Raises UserError: more than one image, an image without label or the reverse, a label that is no class number.
+    """
+    where = f"{printable(path)}: sample {printable(key)}"
+    images = [member for member in members if member.name.lower().endswith(EXTENSIONS)]
+    label = _label(where, members, descriptor)
+    if not images and label is None:
+        return None
+    if len(images) > 1:
+        raise UserError(
+            f"{where} has {len(images)} images ({', '.join(printable(image.name) for image in images[:3])}); leave one"
+        )
+    if not images or label is None:
+        what = "an image but no label (.cls, or .json with a label)" if images else "a label but no image"
+        raise UserError(
+            f"{where} has {what}; the members of a sample must follow each other (tar --sort=name) "
+            "and have the same name up to the first dot"
+        )
+    return images[0], label
+
+
+def _label(where: str, members: Sequence[tarfile.TarInfo], descriptor: int) -> int | None:
+    """The label in a sample's .cls, or else its .json; None if it has neither, or the .json has no label."""
+    for extension in (".cls", ".json"):
+        for member in members:
+            if not member.name.lower().endswith(extension):
+                continue
+            if member.size > _MAX_LABEL_BYTES:
+                raise UserError(f"{where}: {printable(member.name)} has {member.size} bytes, too many for a label")
+            content = os.pread(descriptor, member.size, member.offset_data)
+            if extension == ".cls":
+                return _class_number(where, content.decode("ascii", "replace").strip())
+            try:
+                fields = json.loads(content)
+            except ValueError:
+                raise UserError(f"{where}: {printable(member.name)} is not JSON; write it again") from None
+            if isinstance(fields, dict) and "label" in fields:
+                return _class_number(where, fields["label"])
+    return None
+
+
+def _class_number(where: str, value: object) -> int:
+    text = str(value)
+    if type(value) not in (int, str) or not (text.isascii() and text.isdigit()):
+        raise UserError(f"{where}: the label is {text[:40]!r}; it must be a class number: 0, 1, 2, ...")
+    if len(text) > 9 or int(text) >= _MAX_CLASSES:
+        raise UserError(f"{where}: the label is {text[:40]}; class numbers end below {_MAX_CLASSES}")
+    return int(text)

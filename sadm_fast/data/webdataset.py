@@ -1,0 +1,144 @@
+"""WebDataset shards: tar files of images and labels, read in place; nothing is ever unpacked.
+
+Where each image lies is in an index (sadm_fast.data.tar_index), made when it is missing and kept in the cache
+folder; the folder of the shards is never written to.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sadm_fast.data.cache import default_cache, remember
+from sadm_fast.data.checking import Progress
+from sadm_fast.data.source import ImageSource, PackedNames, hash_names, printable
+from sadm_fast.data.tar_index import TarIndex, build_index, dump_index, load_index
+from sadm_fast.errors import UserError
+
+_OPEN_SHARDS = 64  # descriptors a process keeps; most systems allow it 1024
+
+
+class Shard(NamedTuple):
+    """One tar file as it was when it was listed."""
+
+    path: str
+    size: int
+    modified: int  # nanoseconds
+
+
+@dataclass(frozen=True, eq=False)
+class TarShards(ImageSource):
+    """The images of WebDataset shards, in the order of shard names and of members within one."""
+
+    root: Path  # what was scanned: a folder of shards, or one
+    shards: tuple[Shard, ...]
+    index: TarIndex
+    classes: tuple[str, ...]
+    labels: np.ndarray = field(init=False)  # int64 [N]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", self.index.labels)
+
+    @property
+    def where(self) -> str:
+        return str(self.root)
+
+    def name(self, index: int) -> str:
+        return printable(f"{self.shards[self.index.shards[index]].path}: {self.index.members[index]}")
+
+    def read(self, index: int) -> bytes:
+        size, offset = int(self.index.sizes[index]), int(self.index.offsets[index])
+        encoded = os.pread(_opened(self.shards[self.index.shards[index]]).number, size, offset)
+        if len(encoded) < size:
+            raise OSError(f"the shard ends {size - len(encoded)} bytes too early")
+        return encoded
+
+    def stamp(self) -> str:
+        return _stamp(self.shards)
+
+    def subset(self, indices: np.ndarray) -> "TarShards":
+        return replace(self, index=self.index.take(indices))
+
+    def fingerprint(self) -> str:
+        shard_names = PackedNames.from_iterable(os.path.basename(shard.path) for shard in self.shards)
+        digest = hash_names(shard_names, self.index.members)
+        digest.update(self.index.shards.astype("<i8").tobytes())
+        digest.update(self.index.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @staticmethod
+    def scan(path: str | Path, progress: Progress | None = None) -> "TarShards":
+        """List the shards of a folder (*.tar, by name) or one shard; with the index of an earlier scan if there is one.
+
+        Making the index reads all tar headers; progress is then called with (shards done, shards). Classes are
+        "0" to the largest label. Raises UserError: no such path, no *.tar in it, no permission, and all that
+        build_index raises.
+        """
+        root = Path(path).expanduser()
+        shards = _list_shards(root)
+        remembered = default_cache() / "index" / f"{hashlib.sha256(_stamp(shards).encode()).hexdigest()[:32]}.npz"
+        index = load_index(remembered, len(shards))
+        if index is None:
+            index = build_index([shard.path for shard in shards], progress)
+            remember(remembered, dump_index(index))
+        classes = tuple(str(label) for label in range(int(index.labels.max()) + 1))
+        return TarShards(root, shards, index, classes)
+
+
+def _list_shards(root: Path) -> tuple[Shard, ...]:
+    try:
+        if root.is_dir():
+            paths = sorted(str(entry) for entry in root.iterdir() if _is_shard(entry))
+        elif root.exists():
+            paths = [str(root)]
+        else:
+            raise UserError(f"data.path={root}: no such file or folder; give a folder of .tar shards or one .tar file")
+        if not paths:
+            raise UserError(
+                f"data.path={root}: has no .tar files; give the folder that the shards lie in "
+                "(for a folder of class folders: --set data.source=folder)"
+            )
+        status = [os.stat(path) for path in paths]
+    except PermissionError as error:
+        raise UserError(
+            f"data.path={root}: no permission to list {error.filename}; fix with chmod a+rx {error.filename}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"data.path={root}: {error.filename} cannot be read ({error.strerror}); remove it") from None
+    return tuple(Shard(path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, status, strict=True))
+
+
+def _is_shard(entry: Path) -> bool:
+    return entry.suffix == ".tar" and not entry.name.startswith(".")
+
+
+def _stamp(shards: tuple[Shard, ...]) -> str:
+    """What tells these shards from others, wherever they lie."""
+    return json.dumps([(os.path.basename(path), size, modified) for path, size, modified in shards])
+
+
+class _Descriptor:
+    """An open file that closes itself when nobody reads from it any more."""
+
+    number = -1
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+@lru_cache(_OPEN_SHARDS)
+def _opened(shard: Shard) -> _Descriptor:
+    """The shard's descriptor in this process; pread does not move it, so threads and forks may share it."""
+    descriptor = _Descriptor(shard.path)
+    if os.fstat(descriptor.number).st_size != shard.size:
+        raise OSError("the shard's size has changed since it was listed; start again to index it anew")
+    return descriptor

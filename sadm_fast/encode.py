@@ -1,0 +1,143 @@
+"""Prepare data: images to cached latents; find broken files; measure how fast samples can be read.
+
+    deepspeed sadm_fast/encode.py --config configs/imagenet512.json --set latents.images=/data/imagenet/train
+    python sadm_fast/encode.py --check /data/imagenet/train
+    python sadm_fast/encode.py --bench /data/imagenet/train --resolution 256
+
+Encoding writes what data.path of the configuration names, with as many ranks as the launcher starts. The same command
+continues an interrupted run. --check and --bench take an image folder (class/name.jpg), a folder of WebDataset tar
+shards, or cached latents; --check prints one line a problem and ends with 1 if there is one.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Started as a script, Python puts sadm_fast/ itself on the path, where a name could hide somebody else's module.
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from sadm_fast.errors import UserError
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="encode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", "--deepspeed_config", metavar="FILE", help="encode as this JSON file says")
+    what.add_argument("--check", metavar="PATH", help="decode every image, or hash every shard of latents")
+    what.add_argument("--bench", metavar="PATH", help="images a second of each loader, alone")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="with --config: change a field, for example --set latents.batch=64; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="with --check and --bench")
+    parser.add_argument("--resolution", type=int, default=256, help="with --bench: side of the crop (default: 256)")
+    parser.add_argument("--micro-batch", type=int, default=64, help="with --bench (default: 64)")
+    parser.add_argument("--rounds", type=int, default=3, help="with --bench: measurements of each (default: 3)")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # from the launcher
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # out of habit
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        for name in ("threads", "resolution", "micro_batch", "rounds"):
+            if getattr(arguments, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
+        if arguments.check:
+            return _check(arguments)
+        if arguments.bench:
+            return _bench(arguments)
+        return _encode(arguments)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    from sadm_fast.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+
+    from sadm_fast.console import Console
+    from sadm_fast.launch import distributed, first_on_rank_zero
+
+    with distributed() as place:
+        from sadm_fast.encoding import check_autoencoder, encode
+        from sadm_fast.feed import open_images_to_encode
+        from sadm_fast.models.autoencoder import Autoencoder
+
+        console = Console(place.rank)
+        images = first_on_rank_zero(lambda: open_images_to_encode(config, console, check=place.rank == 0))
+        latents = config.latents
+        assert latents is not None  # or the line before would have said so
+        autoencoder = Autoencoder.load(
+            latents.autoencoder, device=place.device, precision=latents.precision, scale=latents.scale
+        )
+        check_autoencoder(config, autoencoder)
+        try:
+            encode(config, images, autoencoder, place, console)
+        except UserError as error:  # about images of this rank, which no other rank sees
+            print(f"error: rank {place.rank}: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from sadm_fast.console import Console
+    from sadm_fast.data.checking import checked, forget
+    from sadm_fast.data.detection import open_any
+    from sadm_fast.data.latent_check import check_shards
+    from sadm_fast.data.latents import LatentSource
+
+    console = Console()
+    with console.progress("listing shards") as progress:
+        source = open_any(arguments.check, progress)
+    with console.progress("checking") as progress:
+        if isinstance(source, LatentSource):
+            problems = check_shards(source, threads=arguments.threads, progress=progress)
+            made = source.encoding
+            what = f"{len(source)} latents of {made.resolution}-pixel images, autoencoder {made.autoencoder[:12]}"
+        else:
+            forget(source)
+            report = checked(source, threads=arguments.threads, progress=progress)
+            problems = [f"{name}: {reason}" for name, reason in report.problems]
+            what = f"{len(source)} images of {len(source.classes)} classes"
+            if report.smallest_name:
+                what += f", shortest side {report.smallest_side} pixels ({report.smallest_name})"
+    for problem in problems:
+        print(problem)
+    console.say(f"{arguments.check}: {what}; " + (f"{len(problems)} broken" if problems else "all whole"))
+    return 1 if problems else 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from sadm_fast.bench import bench_table
+    from sadm_fast.console import Console
+    from sadm_fast.data.detection import open_any
+
+    console = Console()
+    with console.progress("listing shards") as progress:
+        source = open_any(arguments.bench, progress)
+    for line in bench_table(
+        source,
+        resolution=arguments.resolution,
+        micro_batch=arguments.micro_batch,
+        threads=arguments.threads,
+        rounds=arguments.rounds,
+    ):
+        console.say(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

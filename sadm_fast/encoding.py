@@ -1,0 +1,218 @@
+"""Images to cached latents: each shard is one unit of work, done by one rank, kept if it is whole.
+
+A shard holds the same images in the same batches whoever makes it, so a run that was killed, or was started again with
+another number of ranks, ends with the same bytes.
+"""
+
+import io
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sadm_fast.config import Config
+from sadm_fast.console import Console
+from sadm_fast.data.adm_crop import read_crop
+from sadm_fast.data.batch import pixels_to_float, stack_crops
+from sadm_fast.data.checking import pixel_problem
+from sadm_fast.data.latents import ENCODING, MANIFEST, SHARDS, Encoding, shard_name, shard_record, write_shard
+from sadm_fast.data.source import ImageSource
+from sadm_fast.errors import UserError
+from sadm_fast.files import write_json
+from sadm_fast.launch import Place, barrier, first_on_rank_zero
+from sadm_fast.models.autoencoder import Autoencoder
+
+_BATCHES_AHEAD = 2
+_SKIPPED_LISTED = 1000  # names of broken images kept in a shard's record
+
+
+def check_autoencoder(config: Config, autoencoder: Autoencoder) -> None:
+    """UserError if an autoencoder does not have the shape that the configuration says."""
+    assert config.latents is not None
+    for key, asked, there in (
+        ("latents.channels", config.latents.channels, autoencoder.latent_channels),
+        ("latents.downsample", config.latents.downsample, autoencoder.downsample),
+        ("data.channels", config.data.channels, autoencoder.image_channels),
+    ):
+        if asked != there:
+            raise UserError(f"{key}={asked}: latents.autoencoder={config.latents.autoencoder} has {there}")
+
+
+def describe_encoding(config: Config, source: ImageSource, autoencoder: Autoencoder) -> Encoding:
+    """What encoding `source` with `autoencoder` under this configuration will make."""
+    assert config.latents is not None
+    return Encoding(
+        source=source.fingerprint(),
+        classes=source.classes,
+        images=len(source),
+        resolution=config.data.resolution,
+        image_channels=config.data.channels,
+        enlarge=config.data.enlarge,
+        autoencoder=autoencoder.identity,
+        precision=config.latents.precision,
+        scale=autoencoder.scale.scale,
+        shift=autoencoder.scale.shift,
+        latent_channels=autoencoder.latent_channels,
+        downsample=autoencoder.downsample,
+        dtype=config.latents.dtype,
+        shard_size=config.latents.shard_size,
+    )
+
+
+def encode(config: Config, source: ImageSource, autoencoder: Autoencoder, place: Place, console: Console) -> Path:
+    """Make data.path of `source`; continues what is there, and returns at once if it is complete. Collective.
+
+    Raises UserError: the folder holds something else, cannot be written or is too small; a broken image where
+    data.broken is "refuse".
+    """
+    root = Path(config.data.path)
+    encoding = describe_encoding(config, source, autoencoder)
+    first_on_rank_zero(lambda: _prepare(root, encoding) if place.rank == 0 else None)
+    if (root / MANIFEST).exists():
+        console.say(f"{root}: complete already")
+        return root
+    missing = [shard for shard in range(encoding.shards) if shard_record(root, shard) is None]
+    # Waits until all ranks have looked, so that none sees a shard that another has just made.
+    first_on_rank_zero(lambda: _require_room(root, encoding, missing) if place.rank == 0 else None)
+    mine = missing[place.rank :: place.world_size]
+    console.say(
+        f"Encoding {len(source)} images into {root}: {encoding.shards} shards"
+        + (f", {encoding.shards - len(missing)} there already" if len(missing) < encoding.shards else "")
+    )
+    total = sum(len(_images_of(shard, encoding)) for shard in mine)
+    with console.bar("images of this rank", total) as bar:
+        done = 0
+        for shard in mine:
+            done = _encode_shard(config, source, autoencoder, encoding, root, shard, place.device, bar.at, done)
+    barrier()
+    if place.rank == 0:
+        records = [shard_record(root, shard) for shard in range(encoding.shards)]
+        lost = [shard_name(i) for i, record in enumerate(records) if record is None]
+        if lost:
+            raise UserError(f"data.path={root}: {lost[0]} has vanished; start again")
+        whole = [record for record in records if record is not None]
+        count = sum(record["count"] for record in whole)
+        write_json(root / MANIFEST, {"encoding": encoding.to_json(), "count": count, "shards": whole})
+        left_out = f" ({len(source) - count} broken ones left out)" if count < len(source) else ""
+        console.say(f"{root}: {count} images{left_out} in {len(whole)} shards")
+    barrier()
+    return root
+
+
+def _prepare(root: Path, encoding: Encoding) -> None:
+    """Make the folder this encoding's, or see that it is."""
+    try:
+        (root / SHARDS).mkdir(parents=True, exist_ok=True)
+        there = None
+        if (root / ENCODING).exists():
+            there = json.loads((root / ENCODING).read_text())
+        elif any(path.name != SHARDS for path in root.iterdir()) or any((root / SHARDS).iterdir()):
+            raise UserError(f"data.path={root}: holds other files; give an empty or a new folder to encode into")
+        wanted = encoding.to_json()
+        if there is None:
+            write_json(root / ENCODING, wanted)
+        elif there != wanted:
+            changed = [key for key in wanted if not isinstance(there, dict) or there.get(key) != wanted[key]]
+            raise UserError(
+                f"data.path={root}: was begun with another {', '.join(changed)}; continue with the same, or encode"
+                " into another folder (--set data.path=...)"
+            )
+        for leftover in (root / SHARDS).glob("*.tmp"):
+            leftover.unlink()
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.path={root}: cannot be prepared ({error})") from None
+
+
+def _require_room(root: Path, encoding: Encoding, missing: list[int]) -> None:
+    per_image = 2 * 2 * int(np.prod(encoding.latent_shape)) * np.dtype(encoding.dtype).itemsize
+    needed = per_image * sum(len(_images_of(shard, encoding)) for shard in missing)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise UserError(
+            f"data.path={root}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some or choose"
+            " another folder"
+        )
+
+
+def _images_of(shard: int, encoding: Encoding) -> range:
+    first = shard * encoding.shard_size
+    return range(first, min(first + encoding.shard_size, encoding.images))
+
+
+def _encode_shard(
+    config: Config,
+    source: ImageSource,
+    autoencoder: Autoencoder,
+    encoding: Encoding,
+    root: Path,
+    shard: int,
+    device: torch.device,
+    progress: Callable[[int], None],
+    done: int,
+) -> int:
+    """Write one shard; returns `done` plus its images."""
+    assert config.latents is not None
+    indices = _images_of(shard, encoding)
+    moments = np.empty((len(indices), 2, 2, *encoding.latent_shape), dtype=encoding.dtype)
+    kept: list[int] = []
+    skipped: list[str] = []
+    for batch in _crops(config, source, indices):
+        good = [(index, crop) for index, crop in batch if isinstance(crop, np.ndarray)]
+        for _, problem in batch:
+            if isinstance(problem, str):
+                if config.data.broken == "refuse":
+                    raise UserError(f"{problem} (or --set data.broken=skip)")
+                skipped.append(problem)
+        if good:
+            images = pixels_to_float(stack_crops([crop for _, crop in good]).to(device))
+            # The mirror image is encoded for itself: an autoencoder's convolutions are not symmetric.
+            posterior = autoencoder.encode(torch.cat([images, images.flip(-1)]))
+            both = torch.stack([posterior.mean, posterior.std], dim=1).unflatten(0, (2, len(good))).transpose(0, 1)
+            if not torch.isfinite(both).all():
+                raise UserError(
+                    f"{source.name(good[0][0])}: the autoencoder gives values that are not finite for it or one of"
+                    f" the {len(good) - 1} after it; use --set latents.precision=fp32, or remove the image"
+                )
+            moments[len(kept) : len(kept) + len(good)] = both.cpu().numpy()
+            kept += [index for index, _ in good]
+        done += len(batch)
+        progress(done)
+    try:
+        write_shard(root, shard, moments[: len(kept)], source.labels[kept], skipped[:_SKIPPED_LISTED])
+    except OSError as error:
+        raise UserError(
+            f"{root / shard_name(shard)}: cannot be written ({error.strerror or error}); the shards before it are"
+            " kept, make room and start again"
+        ) from None
+    return done
+
+
+def _crops(
+    config: Config, source: ImageSource, indices: range
+) -> Iterator[list[tuple[int, np.ndarray | str]]]:  # fmt: skip
+    """Batches of (image, its crop uint8 [S, S, C] or what is wrong with it), read ahead by data.threads threads."""
+    assert config.latents is not None
+    data = config.data
+
+    def read(index: int) -> np.ndarray | str:
+        try:
+            return read_crop(io.BytesIO(source.read(index)), data.resolution, data.channels, data.enlarge)
+        except Exception as error:  # what Pillow raises for a damaged file depends on where the damage is
+            problem = pixel_problem(source, index, None if data.enlarge else data.resolution)
+            return problem or f"{source.name(index)}: cannot be read ({error})"
+
+    starts = iter(range(indices.start, indices.stop, config.latents.batch))
+    under_way: deque[list[tuple[int, Future[np.ndarray | str]]]] = deque()
+    with ThreadPoolExecutor(data.threads, "crops") as pool:
+        while True:
+            while len(under_way) <= _BATCHES_AHEAD and (start := next(starts, None)) is not None:
+                batch = range(start, min(start + config.latents.batch, indices.stop))
+                under_way.append([(index, pool.submit(read, index)) for index in batch])
+            if not under_way:
+                return
+            yield [(index, crop.result()) for index, crop in under_way.popleft()]

@@ -1,0 +1,121 @@
+"""The autoencoder of latent diffusion: diffusers' AutoencoderKL, with an identity and one place for its scale.
+
+A latent space belongs to one set of weights. `identity` names them by content, so it survives a move or another file
+format, and everything that was made with an autoencoder (latents, checkpoints) carries it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sadm_fast.data.scale import LatentScale
+from sadm_fast.errors import UserError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What has a say in the result beside the weights. Not the whole configuration: versions of diffusers add keys to it.
+_ARCHITECTURE = ("act_fn", "norm_num_groups", "block_out_channels", "latent_channels")
+
+
+class Posterior(NamedTuple):
+    """The encoder's answer, a diagonal normal distribution over raw latents."""
+
+    mean: Tensor  # float32 [B, c, h, w]
+    std: Tensor  # float32 [B, c, h, w]
+
+
+class Autoencoder:
+    """A frozen AutoencoderKL in eval mode.
+
+    Attributes:
+        identity: sha256 (hex) over architecture and weights.
+        scale: between raw latents and what a denoiser is trained on.
+        image_channels, latent_channels, downsample: C, c, and H / h.
+    """
+
+    def __init__(
+        self, module: nn.Module, configuration: Mapping[str, Any], *, name: str, scale: float | None = None
+    ) -> None:
+        self.name = name
+        self.module: Any = module.eval().requires_grad_(False)
+        self.identity = _identity(module, configuration)
+        self.scale = LatentScale(
+            float(configuration["scaling_factor"] if scale is None else scale),
+            float(configuration.get("shift_factor") or 0.0),
+        )
+        self.image_channels = int(configuration["in_channels"])
+        self.latent_channels = int(configuration["latent_channels"])
+        self.downsample = 2 ** (len(configuration["block_out_channels"]) - 1)
+
+    @classmethod
+    def load(
+        cls, path: str, *, device: torch.device | str = "cpu", precision: str = "fp32", scale: float | None = None
+    ) -> "Autoencoder":
+        """From a local folder, the local hub cache, or the hub, in that order; only safetensors are read.
+
+        precision: "fp32" or "bf16", of the arithmetic. scale: instead of the configuration's scaling_factor.
+        Raises UserError when there is none, or it is not an AutoencoderKL in safetensors.
+        """
+        from diffusers import AutoencoderKL  # takes seconds to import
+
+        options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "torch_dtype": torch.float32}
+        try:
+            try:
+                module = AutoencoderKL.from_pretrained(path, local_files_only=True, **options)
+            except OSError:
+                if Path(path).is_dir():
+                    raise
+                module = AutoencoderKL.from_pretrained(path, **options)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"latents.autoencoder={path}: cannot be loaded ({reason}); give a folder with config.json and"
+                " diffusion_pytorch_model.safetensors of a diffusers AutoencoderKL, or a hub id that is in the cache"
+            ) from None
+        loaded = cls(module, module.config, name=path, scale=scale)
+        nn.Module.to(module, device=device, dtype=_DTYPES[precision])  # diffusers' own `to` warns about nothing
+        return loaded
+
+    @property
+    def space(self) -> dict[str, Any]:
+        """What latents, manifests and checkpoints of this autoencoder carry."""
+        return {"autoencoder": self.identity, "scale": self.scale.scale, "shift": self.scale.shift}
+
+    def require_space(self, space: Mapping[str, Any], whose: str) -> None:
+        """UserError if latents of `space` would not be decoded to pictures by this autoencoder but to noise."""
+        for key, here in self.space.items():
+            there = space.get(key)
+            if there != here:
+                if key == "autoencoder":
+                    here, there = f"sha256 {here[:12]}", f"sha256 {str(there)[:12]}"
+                raise UserError(
+                    f"latents.autoencoder={self.name}: has {key} {here}, but {whose} was made with {there};"
+                    " give the autoencoder that it was made with"
+                )
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Posterior:
+        """The posterior of images float [B, C, H, W] in [-1, 1]; raw latents, not scaled."""
+        weights = next(self.module.parameters())
+        posterior = self.module.encode(images.to(weights)).latent_dist
+        return Posterior(posterior.mean.float(), posterior.std.float())
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images float32 [B, C, H, W], about [-1, 1], of scaled latents [B, c, h, w]."""
+        weights = next(self.module.parameters())
+        return self.module.decode(self.scale.to_raw(latents).to(weights)).sample.float()
+
+
+def _identity(module: nn.Module, configuration: Mapping[str, Any]) -> str:
+    architecture = {key: configuration[key] for key in _ARCHITECTURE}
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True, default=list).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
+    return digest.hexdigest()
