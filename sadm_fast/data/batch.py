@@ -1,5 +1,8 @@
 """What a loader yields, and the scale of pixels, stated once: uint8 x stands for x / 127.5 - 1."""
 
+import math
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, Self
 
@@ -38,6 +41,44 @@ class Loader(Protocol):
 def pixels_to_float(pixels: Tensor) -> Tensor:
     """uint8 pixels of any shape to float32 in [-1, 1]: x / 127.5 - 1, in a new tensor on the same device."""
     return pixels.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+class ImageMemory:
+    """Memory for float images that is used again once nobody holds the tensor that it was given out as.
+
+    The system clears fresh memory page by page, which takes longer than filling it with a batch.
+    """
+
+    _KEPT = 4  # blocks; a caller that piles up batches does not leave all that memory here
+
+    def __init__(self) -> None:
+        self._free: deque[np.ndarray] = deque(maxlen=self._KEPT)
+
+    def take(self, *shape: int) -> Tensor:
+        """A float32 tensor of any contents, of memory that nothing else refers to."""
+        size = math.prod(shape)
+        block = self._free.pop() if self._free else None
+        if block is None or block.size != size:
+            block = np.empty(size, dtype=np.float32)
+        given = block.reshape(shape)
+        # The tensor and all its views share a storage, which holds `given` and lets go of it with the last of them.
+        weakref.finalize(given, self._free.append, block).atexit = False
+        return torch.from_numpy(given)
+
+
+def crops_to_images(crops: Tensor, memory: ImageMemory) -> Tensor:
+    """uint8 [B, S, S, C] to pixels_to_float of it as [B, C, S, S], on the same device; on the CPU in `memory`."""
+    crops = crops.permute(0, 3, 1, 2)
+    if crops.device.type != "cpu":
+        return pixels_to_float(crops.contiguous())
+    images = memory.take(*crops.shape)
+    at_once = max(1, _CACHED // crops[0].numel())
+    for pixels, part in zip(crops.split(at_once), images.split(at_once), strict=True):
+        torch.div(pixels.contiguous(), 127.5, out=part).sub_(1.0)
+    return images
+
+
+_CACHED = 2**18  # pixel values whose floats (1 MB) stay in a core's cache between two passes
 
 
 def float_to_pixels(images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
-from sadm_fast.data.batch import ImageBatch, pixels_to_float, stack_crops
+from sadm_fast.data.batch import ImageBatch, ImageMemory, crops_to_images, pixels_to_float, stack_crops
 from sadm_fast.data.broken import BrokenImages, CropSpec, read_all_or_replace
 from sadm_fast.data.checking import too_small
 from sadm_fast.data.dali_graph import crop_pipeline
@@ -56,6 +56,7 @@ class DaliLoader:
         self._source, self._plan, self._spec = source, plan, spec
         self._threads, self._prefetch, self._mixed_decode = threads, prefetch, mixed_decode
         self._device = torch.device(device)
+        self._memory = ImageMemory()
         self._broken = BrokenImages(source)
         self._readers = ThreadPoolExecutor(threads)  # starts no thread before it is used
         self._position = 0
@@ -201,7 +202,7 @@ class DaliLoader:
             feed_ndarray(pixels, buffer, cuda_stream=torch.cuda.current_stream(self._device))
         else:
             buffer = torch.from_numpy(np.asarray(pixels)).to(self._device)
-        return pixels_to_float(buffer.permute(0, 3, 1, 2).contiguous())
+        return crops_to_images(buffer, self._memory)
 
     def _path_feed(self) -> Feed:
         """Images of a folder as paths uint8 [B, length], which DALI's threads open."""

@@ -9,6 +9,12 @@ import pytest
 from PIL import Image
 
 from sadm_fast.data.adm_crop import adm_crop, read_crop
+from tests.data.photographs import write_photographs
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_photographs(tmp_path_factory.mktemp("photographs"))
 
 
 def test_an_image_of_the_crop_size_is_untouched(photo: Any) -> None:
@@ -57,6 +63,33 @@ def test_an_encoded_image_in_memory_is_read_like_a_file(photo: Any, tmp_path: Pa
     photo(12, 12, seed=7).save(tmp_path / "a.jpg")
     from_memory = read_crop(io.BytesIO((tmp_path / "a.jpg").read_bytes()), 12, 3)
     np.testing.assert_array_equal(from_memory, read_crop(str(tmp_path / "a.jpg"), 12, 3))
+
+
+def _recipe(path: Path, size: int, mode: str) -> np.ndarray:
+    """The recipe as it is told, beside the module: halve, resize, cut."""
+    image = Image.open(path).convert(mode)
+    width, height = image.size
+    while width >= 2 * size and height >= 2 * size:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), resample=Image.Resampling.BOX)
+    if width < height:
+        width, height = size, round(height * (size / width))
+    else:
+        width, height = round(width * (size / height)), size
+    pixels = np.array(image.resize((width, height), resample=Image.Resampling.BICUBIC))
+    first_row, first_column = (height - size) // 2, (width - size) // 2
+    return pixels[first_row:, first_column:][:size, :size].reshape(size, size, -1)
+
+
+@pytest.mark.parametrize("channels, mode", [(3, "RGB"), (1, "L")])
+@pytest.mark.parametrize("size", [64, 256, 512])
+def test_photographs_are_cropped_by_the_recipe_to_the_pixel(
+    photographs: list[Path], size: int, channels: int, mode: str
+) -> None:
+    for path in photographs:
+        crop = read_crop(str(path), size, channels, enlarge=True)
+        assert crop.dtype == np.uint8
+        np.testing.assert_array_equal(crop, _recipe(path, size, mode), err_msg=path.name)
 
 
 def test_a_mode_that_cannot_be_resized_faithfully_is_refused() -> None:

@@ -1,8 +1,14 @@
-"""The scale of pixels."""
+"""The scale of pixels, and the memory of batches."""
 
+import threading
+
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sadm_fast.data.batch import float_to_pixels, pixels_to_float
+from sadm_fast.data import batch
+from sadm_fast.data.batch import ImageMemory, crops_to_images, float_to_pixels, pixels_to_float
 
 
 def test_every_pixel_value_maps_into_minus_one_to_one_and_back() -> None:
@@ -17,3 +23,73 @@ def test_every_pixel_value_maps_into_minus_one_to_one_and_back() -> None:
 
 def test_what_lies_outside_is_clipped() -> None:
     assert float_to_pixels(torch.tensor([-3.0, 1.01])).tolist() == [0, 255]
+
+
+@given(
+    count=st.integers(1, 9), height=st.integers(1, 7), width=st.integers(1, 7), channels=st.sampled_from([1, 3]),
+    cached=st.integers(1, 200),
+)  # fmt: skip
+def test_crops_become_images_with_channels_first(
+    count: int, height: int, width: int, channels: int, cached: int
+) -> None:
+    crops = torch.randint(0, 256, (count, height, width, channels), dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "_CACHED", cached)
+        images = crops_to_images(crops, ImageMemory())
+    assert images.is_contiguous()
+    assert torch.equal(images, pixels_to_float(crops).permute(0, 3, 1, 2))
+
+
+def test_memory_is_used_again_when_its_tensor_is_gone() -> None:
+    memory = ImageMemory()
+    first = memory.take(2, 3)
+    address = first.data_ptr()
+    del first
+    again = memory.take(2, 3)
+    assert again.data_ptr() == address
+    assert again.shape == (2, 3) and again.dtype == torch.float32
+
+
+def test_memory_that_anything_still_refers_to_is_left_alone() -> None:
+    memory = ImageMemory()
+    whole = memory.take(4, 2)
+    row, array = whole.fill_(1.0)[1], whole.numpy()
+    del whole
+    for held in (row, array):
+        memory.take(4, 2).fill_(2.0)
+        assert held.tolist() == (torch.ones(4, 2) if held is array else torch.ones(2)).tolist()
+    del row
+    memory.take(4, 2).fill_(3.0)
+    assert array.max() == 1.0
+
+
+def test_memory_that_a_graph_saved_is_left_alone_until_backward() -> None:
+    memory, scale = ImageMemory(), torch.ones(3, requires_grad=True)
+    loss = (memory.take(3).fill_(5.0) * scale).sum()
+    memory.take(3).fill_(7.0)
+    loss.backward()
+    assert scale.grad is not None and scale.grad.tolist() == [5.0] * 3
+
+
+def test_memory_of_another_size_is_not_mistaken() -> None:
+    memory = ImageMemory()
+    memory.take(4, 4)
+    assert memory.take(5, 5).fill_(1.0).sum() == 25
+    assert memory.take(2).shape == (2,)
+
+
+def test_batches_piled_up_are_not_all_kept() -> None:
+    memory = ImageMemory()
+    pile = [memory.take(8) for _ in range(20)]
+    pile.clear()
+    assert len(memory._free) == ImageMemory._KEPT
+
+
+def test_memory_comes_back_from_another_thread() -> None:
+    memory = ImageMemory()
+    held = [memory.take(8)]
+    address = held[0].data_ptr()
+    thread = threading.Thread(target=held.clear)
+    thread.start()
+    thread.join()
+    assert memory.take(8).data_ptr() == address
