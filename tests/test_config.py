@@ -152,6 +152,10 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
         ),
         ({"data": {"source": "latents"}}, "data.source=latents: needs a latents block"),
         (
+            {"implementation": "reference", "train": {"compile": True}},
+            "train.compile=true: implementation=reference is eager; use fast, or train.compile=false",
+        ),
+        (
             {"latents": {}, "data": {"resolution": 32}},
             "data.source=folder: the latents block is for data.source=latents",
         ),
@@ -357,7 +361,7 @@ def test_processes_profiles_and_names_have_their_own_fingerprints() -> None:
 def test_how_long_how_often_and_how_parallel_may_change_on_resume() -> None:
     """A longer list needs a thought: a run continued with another value of the field must still be the same run."""
     how_long_and_often = {
-        f"train.{key}" for key in ("steps", "log_every", "sample_every", "checkpoint_every", "keep_last")
+        f"train.{key}" for key in ("steps", "log_every", "sample_every", "checkpoint_every", "keep_last", "compile")
     }
     looking = {"sampling", "evaluate", "name", "deepspeed.wall_clock_breakdown"}
     how = {f"data.{key}" for key in ("path", "threads", "prefetch", "loader", "decode", "broken")}

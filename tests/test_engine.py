@@ -4,6 +4,7 @@ engine_worker.py plays the cases of engine_cases.py under DeepSpeed; autograd_re
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -221,6 +222,23 @@ def test_a_gradient_that_is_nan_on_one_rank_is_not_applied_on_any(results: Resul
             assert difference(outcome["before"], outcome["after"]) == 0.0, name
             assert outcome["next_applied"], name
             assert difference(outcome["after"], outcome["next"]) > 1e-3, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_compiled_players_have_no_graph_break_and_compile_nothing_after_the_first_iteration(
+    results: Results, world_size: int
+):
+    for found in results(world_size):
+        assert len(found["compilations"]) == 8
+        for name, outcome in found["compilations"].items():
+            assert outcome["problem"] is None and outcome["breaks"] == [], name
+            first, *later = outcome["graphs"]
+            assert first >= 2 and set(later) == {first}, (
+                name,
+                outcome["graphs"],
+            )  # the trial and a player
 
 
 def test_the_learning_rate_warms_up_stays_and_cools_down():
