@@ -1,6 +1,7 @@
 """The rows of the structure loss benchmark for people: a table, a picture."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ def table(rows: list[Row], markdown: bool = False) -> str:
     head = ["B", "d", "dtype", "grads", "provider", "ms (p20-p80)", "/ best peer", "/ floor", "extra MB"]
     head += [f"{what} error, mean {means}" for what in ("loss", "gradient")]
     columns = [column for column in zip([*head, "roofline"], *map(_cells, rows), strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in zip(*columns, strict=True)
-    ]
+    return aligned(list(zip(*columns, strict=True)), markdown)
+
+
+def aligned(lines: Sequence[Sequence[str]], markdown: bool = False) -> str:
+    """Lines of cells, the first one the head, as text in columns or as a Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     if not markdown:
-        return "\n".join("  ".join(line).rstrip() for line in lines)
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def _draw(panel: Any, name: str, rows: list[Row], color: Any) -> None:

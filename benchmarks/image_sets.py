@@ -1,0 +1,61 @@
+"""The images that loaders are measured on, made on the spot: photographs as ImageNet has them, and small PNGs."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sadm_fast.data.demo import demo_folder
+from tests.data.photographs import COLOUR, photograph
+
+CLASSES = 16
+QUALITY = 92
+LONG, SHORT = 500, 375  # what most of ImageNet's images measure
+
+
+def photographs(folder: Path, distinct: int = 256, count: int = 8192) -> Path:
+    """root/class/name.jpg: `count` names of `distinct` JPEGs of 500x375 or 375x500 pixels, cut from real photographs.
+
+    So many names that no loader begins a second epoch while it is timed, so few files that they stay in the page
+    cache. A folder that is there already is taken as it is.
+    """
+    if folder.is_dir():
+        return folder
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    originals = [photograph(name) for name in COLOUR]
+    rng = np.random.default_rng(0)
+    files: list[Path] = []
+    for number in range(count):
+        file = temporary / f"class{number % CLASSES:02}" / f"{number:06}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if number < distinct:
+            _cut(originals[number % len(originals)], rng).save(file, quality=QUALITY)
+        else:
+            _link(files[number % distinct], file)
+        files.append(file)
+    temporary.rename(folder)
+    return folder
+
+
+def digits() -> Path:
+    """The 5,000 digits of the demo set: grey PNGs of 28x28 pixels."""
+    return demo_folder("demo:mnist5k")
+
+
+def _cut(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A piece of a photograph, resampled to between 1 and 1.3 times what is cut out."""
+    width, height = (LONG, SHORT) if rng.random() < 0.75 else (SHORT, LONG)
+    scale = max(width / image.width, height / image.height) * rng.uniform(1, 1.3)
+    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _link(file: Path, name: Path) -> None:
+    try:
+        name.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, name)
