@@ -1,4 +1,4 @@
-"""What an engine has learned, as pieces of named parameters that any number of ranks at any ZeRO stage can take up again.
+"""What an engine has learned, in pieces of named parameters that any number of ranks at any ZeRO stage can take up.
 
 Each rank owns some pieces of the fp32 masters (sadm_fast.masters) and of AdamW's two moments; where a piece belongs is
 said by its parameter's name and its offset in it. Nothing else of DeepSpeed's state matters between two steps: the
@@ -23,8 +23,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def pieces(engine: Any) -> dict[str, Tensor]:
     """This rank's pieces, by key: views of the optimizer's memory, float32 [n]; buffers as they are, on rank 0 only.
 
-    Call between steps. Before the first step there are no moments yet. Without ZeRO every rank owns everything, and rank
-    0 speaks for all.
+    Call between steps. Before the first step there are no moments yet. Without ZeRO every rank owns everything, and
+    rank 0 speaks for all.
     """
     found: dict[str, Tensor] = {}
     if engine.zero_optimization_stage() == 0 and engine.global_rank != 0:
@@ -123,7 +123,8 @@ class SavedPieces:
     def __enter__(self) -> Self:
         for path in self._files:
             file = self._open.enter_context(safe_open(path, framework="pt"))
-            for name in file.keys():  # noqa: SIM118: a safetensors file is not a mapping
+            names: list[str] = list(file.keys())  # the file itself is no mapping
+            for name in names:
                 kind, start, parameter = name.split("/", 2)
                 size = 1
                 for dimension in file.get_slice(name).get_shape():
