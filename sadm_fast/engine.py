@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sadm_fast.compilation import compile_in_place, why_not
 from sadm_fast.config import Config, OptimizerConfig
 from sadm_fast.errors import UserError
-from sadm_fast.game import Batch, Prediction, Rules, discriminator_loss, frozen, predict, structure_distance
+from sadm_fast.game import Batch, Rules, discriminator_loss, frozen, predict, structure_distance
 from sadm_fast.guarded_adamw import GuardedAdamW
 from sadm_fast.masters import undo_trial_step
 
@@ -188,10 +188,14 @@ class Players:
         serves both (its weights do not change in between); with more, its graph would have to be kept for each, so the
         discriminator's pass recomputes it without one.
 
+        A bad loss stops both players before either has a gradient. Only where the discriminator has no pass of its own
+        can the last of several micro-batches be bad after the first has left its gradient: then a NaN follows it into
+        the sum, and the engines drop the whole step.
+
         Args:
             batches: `grad_accumulation` micro-batches.
             step: 0-based iteration.
-            agree_finite: called with this rank's loss; raises NonFiniteLoss on every rank if it is bad on any.
+            agree_finite: called with this rank's losses; raises NonFiniteLoss on every rank if one is bad on any.
         """
         lambda_s = self.lambda_s(step)
         playing = self.playing(step)
@@ -202,16 +206,23 @@ class Players:
 
         discriminated = None
         if playing and self.mode == "sadm":
-            for turn in range(self.config.game.discriminator_steps):
-                discriminated = self._discriminator_step(batches, shared, agree_finite if turn == 0 else None)
+            restored = [shared.xhat0] if shared is not None else self._restore(batches, agree_finite)
+            for _ in range(self.config.game.discriminator_steps):
+                discriminated = self._discriminator_step(batches, restored)
 
         asked = shared is not None or discriminated is not None
         losses, distances = [], []
         for batch in batches:
             prediction = shared if shared is not None else predict(self.process, self.denoiser, batch)
-            if not asked:
-                agree_finite(prediction.loss)
+            losses.append(prediction.loss.detach())
             loss = prediction.loss.mean()
+            if not asked and batch is batches[-1]:
+                try:
+                    agree_finite(torch.cat(losses))
+                except NonFiniteLoss:
+                    if len(batches) == 1:
+                        raise
+                    loss = loss * torch.nan
             if playing:
                 with frozen(self.psi):
                     distance = structure_distance(self.rules, self.process, self.psi, batch, prediction.xhat0)
@@ -219,7 +230,6 @@ class Players:
                 distances.append(distance.detach())
             else:
                 self._backward(self.denoiser, loss)
-            losses.append(prediction.loss.detach())
         return Outcome(
             torch.cat(losses),
             torch.cat([batch.level for batch in batches]),
@@ -227,17 +237,16 @@ class Players:
             discriminated,
         )
 
-    def _discriminator_step(self, batches: Sequence[Batch], shared: Prediction | None, agree_finite: Any) -> Tensor:
+    @torch.no_grad()
+    def _restore(self, batches: Sequence[Batch], agree_finite: Any) -> list[Tensor]:
+        """xhat0 of every micro-batch, without graphs."""
+        predictions = [predict(self.process, self.denoiser, batch) for batch in batches]
+        agree_finite(torch.cat([prediction.loss for prediction in predictions]))
+        return [prediction.xhat0 for prediction in predictions]
+
+    def _discriminator_step(self, batches: Sequence[Batch], restored: Sequence[Tensor]) -> Tensor:
         total = torch.zeros((), device=batches[0].x0.device)
-        for batch in batches:
-            if shared is not None:
-                xhat0 = shared.xhat0
-            else:
-                with torch.no_grad():
-                    prediction = predict(self.process, self.denoiser, batch)
-                xhat0 = prediction.xhat0
-                if agree_finite is not None:
-                    agree_finite(prediction.loss)
+        for batch, xhat0 in zip(batches, restored, strict=True):
             loss = discriminator_loss(self.rules, self.process, self.discriminator, batch, xhat0)
             self._backward(self.discriminator, loss)
             total = total + loss.detach()

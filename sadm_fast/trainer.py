@@ -298,13 +298,12 @@ class Trainer:
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         self.console.say(f"step {self.step}: the loss is not finite; both players skip it")
-        wrong = f"{self._skipped_in_a_row} steps in a row" if self.config.train.grad_accumulation == 1 else "a step"
-        # Gradients of earlier micro-batches are already in DeepSpeed's buckets and cannot be taken back.
-        if self._skipped_in_a_row >= _SKIPS_IN_A_ROW or self.config.train.grad_accumulation > 1:
+        if self._skipped_in_a_row >= _SKIPS_IN_A_ROW:
             whole = checkpoint.completed(self.folder.checkpoints)
             last = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
             raise UserError(
-                f"{wrong} had a loss that is not finite, at step {self.step}; {last}; lower the learning rate"
+                f"{self._skipped_in_a_row} steps in a row had a loss that is not finite, at step {self.step}; {last};"
+                " lower the learning rate"
             )
 
     def _note_broken(self, loader: Loader) -> None:

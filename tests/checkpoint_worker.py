@@ -116,6 +116,7 @@ def trapped(case: Case, folder: Path, place: Place) -> dict[str, str]:
             outcomes[name] = "ran code"
             sprung.rmdir()
         path.write_bytes(good)
+    (found / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     return outcomes
 
 

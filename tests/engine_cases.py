@@ -99,9 +99,21 @@ def cases() -> list[Case]:
         *(Case(f"compiled-zero{stage}", "sadm", stage, 1, compiled=True) for stage in (0, 1, 2)),
         Case("compiled-zero2-accumulation2", "sadm", 2, 2, compiled=True),
         Case("compiled-bf16", "sadm", 1, precision="bf16", compiled=True),
-        Case("compiled-global", "sadm", 1, compiled=True, game={"scope": "global"}),
         Case("bf16-clipped-accumulation2", "sadm", 2, 2, precision="bf16", clipping=CLIP),
     ]
+    return found
+
+
+def poisoned_cases() -> list[Case]:
+    """Cases whose first iteration meets a NaN."""
+    found = [
+        Case(f"{mode}-zero{stage}-accumulation{a}", mode, stage, a)
+        for mode in MODES
+        for stage in STAGES
+        for a in (1, 2)
+    ]
+    for mode in MODES:
+        found.append(Case(f"{mode}-reference", mode, 0, implementation="reference"))
     return found
 
 

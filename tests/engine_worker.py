@@ -19,7 +19,7 @@ from sadm_fast.launch import Place, distributed
 from sadm_fast.masters import gather, local_masters, trainable_shapes
 from sadm_fast.preparation import build_denoiser, build_psi
 from sadm_fast.trainer import Vote
-from tests.engine_cases import CLASSES, ITERATIONS, MODES, STAGES, Case, cases, micro_batch, starting_weights
+from tests.engine_cases import CLASSES, ITERATIONS, STAGES, Case, cases, micro_batch, poisoned_cases, starting_weights
 
 
 class Game:
@@ -79,15 +79,19 @@ def gradient_held(module: nn.Module, place: Place) -> float:
 
 
 def compared(case: Case, place: Place) -> dict[str, Any]:
-    """ITERATIONS of a case."""
+    """ITERATIONS of a case; of a compiled one also the graphs made so far after each, and reasons for breaks."""
+    torch._dynamo.reset()
+    counters.clear()
     game = Game(case, place)
-    found: dict[str, Any] = {"norms": [], "loss": [], "distance": [], "loss_discriminator": []}
+    found: dict[str, Any] = {"norms": [], "loss": [], "distance": [], "loss_discriminator": [], "graphs": []}
     for iteration in range(ITERATIONS):
         outcome = game.play(iteration)
         found["norms"].append(game.norms())
         found["loss"].append(outcome.loss_denoise)
         found["distance"].append(outcome.structure_distance)
         found["loss_discriminator"].append(outcome.loss_discriminator)
+        found["graphs"].append(counters["stats"]["unique_graphs"])
+    found |= {"breaks": list(counters["graph_break"]), "not_compiled": game.players.not_compiled}
     return {**found, "weights": game.weights()}
 
 
@@ -120,18 +124,6 @@ def isolated(case: Case, place: Place) -> dict[str, Any]:
     return found
 
 
-def compilations(case: Case, place: Place) -> dict[str, Any]:
-    """Graphs made so far after each iteration, from a fresh start, and reasons for breaks in them."""
-    torch._dynamo.reset()
-    counters.clear()
-    game = Game(case, place)
-    graphs = []
-    for iteration in range(ITERATIONS):
-        game.play(iteration)
-        graphs.append(counters["stats"]["unique_graphs"])
-    return {"graphs": graphs, "breaks": list(counters["graph_break"]), "problem": game.players.not_compiled}
-
-
 def interrupted(case: Case, place: Place) -> dict[str, Any]:
     """An exception in the middle of the denoiser's step: does Psi train afterwards?"""
     game = Game(case, place)
@@ -150,7 +142,7 @@ def interrupted(case: Case, place: Place) -> dict[str, Any]:
 
 
 def poisoned(case: Case, place: Place) -> dict[str, Any]:
-    """A NaN in the last rank's images, then good batches."""
+    """A NaN in the images of the last rank's last micro-batch, then good batches."""
     game = Game(case, place)
     before = game.weights()
     bad = game.batches(0)
@@ -162,10 +154,10 @@ def poisoned(case: Case, place: Place) -> dict[str, Any]:
     except NonFiniteLoss:
         raised = True
     after = game.weights()
-    if case.accumulation == 1:  # with more, gradients of the good micro-batches stay behind: the trainer gives up
-        for iteration in range(1, ITERATIONS):
-            game.play(iteration)
-    return {"raised": raised, "before": before, "after": after, "weights": game.weights()}
+    applied = None if raised else game.players.denoiser.was_step_applied()
+    for iteration in range(1, ITERATIONS):
+        game.play(iteration)
+    return {"raised": raised, "applied": applied, "before": before, "after": after, "weights": game.weights()}
 
 
 def infinite_gradient(case: Case, place: Place) -> dict[str, Any]:
@@ -190,14 +182,6 @@ def infinite_gradient(case: Case, place: Place) -> dict[str, Any]:
     }
 
 
-def poisoned_cases() -> list[Case]:
-    found = [Case(f"zero{stage}", "sadm", stage) for stage in STAGES]
-    for mode in MODES:
-        found.append(Case(f"{mode}-accumulation2", mode, 0, 2))
-        found.append(Case(f"{mode}-reference", mode, 0, implementation="reference"))
-    return found
-
-
 def main(folder: Path) -> None:
     by_stage = [Case(f"zero{stage}-accumulation{a}", "sadm", stage, a) for stage in STAGES for a in (1, 2)]
     asked: list[tuple[Callable[[Case, Place], dict[str, Any]], list[Case]]] = [
@@ -206,7 +190,6 @@ def main(folder: Path) -> None:
         (interrupted, by_stage[::2]),
         (poisoned, poisoned_cases()),
         (infinite_gradient, by_stage[::2]),
-        (compilations, [case for case in cases() if case.compiled]),
     ]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     with distributed() as place:

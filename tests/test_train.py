@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sadm_fast import run_folder, train
+from sadm_fast.checkpoint import FORMAT
 from sadm_fast.config import load_config
 from tests.programs import Program, assert_same_state, last_checkpoint, lines, start_line, tree
 from tests.ranks import ROOT, clean_environment
@@ -216,6 +217,40 @@ def test_two_ranks_train_stop_and_continue_under_the_launcher(config: Path, tmp_
     assert_same_state(stopped / "checkpoints" / end, saved)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks_at_another_stage(config: Path, tmp_path: Path):
+    def overrides(steps: int, accumulation: int, stage: int) -> list[str]:
+        return [
+            f"train.steps={steps}", f"train.grad_accumulation={accumulation}", "denoiser_optimizer.eps=1e-2",
+            "discriminator_optimizer.eps=1e-2", f"deepspeed.zero_optimization.stage={stage}",
+        ]  # fmt: skip
+
+    def alone(run: Path, steps: int) -> None:
+        Program(command(config, run, *overrides(steps, 2, 0)), tmp_path).finish()
+
+    alone(tmp_path / "whole", 8)
+    alone(tmp_path / "moved", 4)
+    Program(command(config, tmp_path / "moved", *overrides(8, 1, 2), ranks=2), tmp_path).finish()
+    whole, moved = lines(tmp_path / "whole" / "metrics.jsonl"), lines(tmp_path / "moved" / "metrics.jsonl")
+    for a, b in zip(whole, moved, strict=True):
+        assert a["samples_seen"] == b["samples_seen"]
+        # The same samples, noise and weights: sums in another order, over 8 steps (eps keeps AdamW from magnifying it).
+        assert b["loss_denoise"] == pytest.approx(a["loss_denoise"], rel=1e-4)
+        assert b["structure_distance"] == pytest.approx(a["structure_distance"], rel=1e-3)
+
+
+def refused_division(config: Path, run: Path, capfd: pytest.CaptureFixture[str], *overrides: str) -> None:
+    refused(command(config, run, *overrides)[2:], capfd, ["step-000003", "samples_"])
+
+
+@pytest.mark.slow
+def test_another_batch_is_another_run(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    Program(command(config, tmp_path / "run", "train.steps=3", "train.grad_accumulation=2"), tmp_path).finish()
+    refused_division(config, tmp_path / "run", capfd, "train.grad_accumulation=1")  # half as many samples a step
+    changed = ["train.grad_accumulation=1", "train.micro_batch=8"]  # as many samples, but S compares twice as many
+    refused_division(config, tmp_path / "run", capfd, *changed)
+
+
 def dry_run(config: Path, run: Path, capfd: pytest.CaptureFixture[str], *overrides: str) -> str:
     arguments = command(config, run, *overrides)[2:]
     assert train.main([*arguments, "--dry-run"]) == 0
@@ -305,7 +340,7 @@ def checkpoint_of(manifest: dict[str, Any]) -> Spoil:
         run_folder.RunFolder(run).claim(load_config(config))
         folder = run / "checkpoints" / "step-000003"
         folder.mkdir()
-        (folder / "COMPLETE").write_text(json.dumps({"format": 1, "step": 3, "files": {}, **manifest}))
+        (folder / "COMPLETE").write_text(json.dumps({"format": FORMAT, "step": 3, "files": {}, **manifest}))
         return []
 
     return spoil
