@@ -1,58 +1,40 @@
 """Checkpoints that are whole or do not exist.
 
-    checkpoints/step-000500/{denoiser/, discriminator/, ema.safetensors, rank-0.pt ..., COMPLETE}
+    checkpoints/step-000500/denoiser/rank-0.safetensors ...        what each player has learned (player_state.py)
+    checkpoints/step-000500/discriminator/rank-0.safetensors ...
+    checkpoints/step-000500/ema.safetensors                        the averaged denoiser, whole
+    checkpoints/step-000500/COMPLETE                               JSON: counters, identity, the hash of every file
 
-Everything is written to step-000500.tmp/, synced to disk, renamed, and only then is COMPLETE added: a JSON manifest
-with the hash of every file. A folder without it does not exist for the loader; one whose hashes do not match is named
-and passed over for the one before. Loading runs no code: tensors come from safetensors or through
-torch.load(weights_only=True), never from free pickles.
+A folder without COMPLETE does not exist for the loader; one whose hashes do not match is named and passed over for the
+one before. Everything is safetensors and JSON: loading runs no code. How many ranks wrote it, and at which ZeRO stage,
+does not matter to those that read it. checkpoint_writer.py writes them.
 """
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from sadm_fast.engine_files import load_engine, save_engine
 from sadm_fast.errors import UserError
-from sadm_fast.files import write_json
+from sadm_fast.player_state import SavedPieces, restore
 
 MANIFEST = "COMPLETE"
-FORMAT = 1
+FORMAT = 2
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's contents, hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return checkpoints / f"step-{step:06d}"
 
 
 def step_of(folder: Path) -> int:
@@ -66,55 +48,6 @@ def completed(checkpoints: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def save(
-    checkpoints: Path,
-    step: int,
-    engines: Mapping[str, Any],
-    ema: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    identity: Mapping[str, Any],
-    keep_last: int,
-) -> Path:
-    """Write step-N; collective.
-
-    Args:
-        engines: DeepSpeed engines by player; called at a gradient-accumulation boundary.
-        ema: full averaged parameters by name; needed on rank 0 only.
-        state: this rank's counters, plain numbers.
-        identity: what a loader must find equal (see `load_latest`).
-        keep_last: older complete checkpoints are deleted.
-    """
-    final = checkpoints / f"step-{step:06d}"
-    temporary = final.with_name(final.name + ".tmp")
-    if _rank() == 0:
-        # A folder of this name without COMPLETE, or a .tmp, is what a killed run left behind.
-        for leftover in (temporary, final):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file({name: value.contiguous().cpu() for name, value in ema.items()}, temporary / "ema.safetensors")
-    _barrier()
-    torch.save(dict(state), temporary / f"rank-{_rank()}.pt")
-    for name, engine in engines.items():
-        save_engine(engine, temporary / name)
-    _barrier()
-    if _rank() == 0:
-        hashes = {}
-        for path in _files(temporary):
-            _sync(path)
-            hashes[str(path.relative_to(temporary))] = _sha256(path)
-        for folder in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
-            _sync(folder)
-        temporary.rename(final)
-        _sync(checkpoints)
-        write_json(final / MANIFEST, {"format": FORMAT, "step": step, **identity, "files": hashes})
-        _sync(final)
-        for old in completed(checkpoints)[:-keep_last]:
-            (old / MANIFEST).unlink()  # first, so that a half-deleted folder is none
-            shutil.rmtree(old)
-    _barrier()
-    return final
-
-
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
@@ -123,7 +56,7 @@ def damage(folder: Path) -> str | None:
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
-            if _sha256(path) != digest:
+            if sha256(path) != digest:
                 return f"{name} does not match its hash"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
@@ -134,7 +67,7 @@ def find(checkpoints: Path, identity: Mapping[str, Any], say: Callable[[str], No
     """The newest checkpoint that is whole, or None; damaged ones are named through `say`.
 
     Raises:
-        UserError: it was written by another format, model or world size.
+        UserError: it was written by another format, or by a run that is not the one of `identity`.
     """
     for folder in reversed(completed(checkpoints)):
         problem = damage(folder)
@@ -158,17 +91,18 @@ def find(checkpoints: Path, identity: Mapping[str, Any], say: Callable[[str], No
 
 
 def load(folder: Path, engines: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Put a checkpoint's state into the engines; returns the full EMA and this rank's counters. Collective.
+    """Put a checkpoint's state into the engines; returns the whole EMA by name, and the counters. Collective.
 
     Raises:
-        UserError: a file holds something else than this code writes, or tries to run code.
+        UserError: a file does not hold what this code writes for such a model.
     """
     try:
+        manifest = json.loads((folder / MANIFEST).read_text())
         for name, engine in engines.items():
-            load_engine(engine, folder / name)
-        state = torch.load(folder / f"rank-{_rank()}.pt", weights_only=True)
-        return load_file(folder / "ema.safetensors"), state
-    except Exception as error:  # what DeepSpeed raises on a foreign file depends on where it notices
+            with SavedPieces(sorted((folder / name).glob("rank-*.safetensors"))) as saved:
+                restore(engine, saved, int(manifest["optimizer_steps"][name]))
+        return load_file(folder / "ema.safetensors"), dict(manifest["state"])
+    except Exception as error:  # whichever library notices first that a file is not what it should be
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"checkpoint {folder}: cannot be loaded ({type(error).__name__}: {reason});"

@@ -198,7 +198,8 @@ class TrainConfig(Block):
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     sample_every: int = Field(250, ge=1, description="steps between sample grids")
     checkpoint_every: int = Field(250, ge=1)
-    keep_last: int = Field(2, ge=1, description="checkpoints kept")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_every: int | None = Field(None, ge=1, description="and those at multiples of so many steps; null: none")
 
 
 class SamplingConfig(Block):
@@ -332,6 +333,10 @@ CHANGEABLE = (
     "train.sample_every",
     "train.checkpoint_every",
     "train.keep_last",
+    "train.keep_every",
+    "train.micro_batch",  # as long as all ranks together take as many samples a step, and compare as many
+    "train.grad_accumulation",
+    "deepspeed.zero_optimization",
     "train.compile",  # other roundings, and a way out where compilation fails
     "data.path",
     "data.threads",

@@ -1,5 +1,6 @@
 """What a person sees in the terminal: sentences, and a bar on a terminal or a plain line now and then in a pipe."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,11 @@ class Console:
         """One line; above the bar, if one is shown."""
         if self._speaks:
             self._console.print(text, markup=False)
+
+    def complain(self, text: str) -> None:
+        """One line on stderr, from any rank: what went wrong here may be known nowhere else."""
+        sys.stderr.write(text + "\n" if self._speaks else f"(another rank) {text}\n")
+        sys.stderr.flush()
 
     def bar(self, description: str, total: int, start: int = 0, *, brief: bool = False) -> "Bar":
         """Progress over `total` steps; use as a context manager. brief: in a pipe, say nothing of quick work."""

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from sadm_fast.compilation import compile_in_place, why_not
 from sadm_fast.config import Config, OptimizerConfig
-from sadm_fast.engine_files import use_safe_files
 from sadm_fast.errors import UserError
 from sadm_fast.game import Batch, Prediction, Rules, discriminator_loss, frozen, predict, structure_distance
 from sadm_fast.guarded_adamw import GuardedAdamW
@@ -151,7 +150,6 @@ class Players:
             config=deepspeed_dict(self.config, optimizer, self.world_size),
             dist_init_required=False,
         )
-        use_safe_files(engine)
         undo_trial_step(engine)
         return engine
 

@@ -1,6 +1,6 @@
 """The fp32 master weights a rank owns, wherever DeepSpeed keeps them, and whole parameters put together from them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,32 @@ def _unsharded_masters(optimizer: Any) -> dict[Tensor, Tensor]:
             masters.update(zip(lows, flat[: sum(sizes)].split(sizes), strict=True))
         return masters
     return {}
+
+
+@torch.no_grad()
+def refresh_weights(engine: Any, master: Callable[[str, int], Tensor]) -> None:
+    """Make the network's weights the masters, rounded to its precision, after masters were changed. Collective.
+
+    master(name, size): the whole flattened parameter, float32 [size], the same on every rank.
+    """
+    masters = _unsharded_masters(engine.optimizer)
+    for low, high in masters.items():
+        low.copy_(high)
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_id"):
+            part = parameter.ds_tensor
+            start = part.numel() * dist.get_rank(parameter.ds_process_group)
+            size = min(part.numel(), parameter.ds_numel - start)
+            if size > 0:
+                part[:size].copy_(master(name, parameter.ds_numel)[start : start + size])
+        elif hasattr(parameter, "_hp_mapping"):
+            parameter.copy_(master(name, parameter.numel()).view(parameter.shape))
+    persistent = getattr(engine.optimizer, "persistent_parameters", None)
+    if persistent:  # stage 3 keeps whole copies of small parameters
+        persistent[0].partition(persistent)
+        persistent[0].all_gather(persistent)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sadm_fast import checkpoint
+from sadm_fast.checkpoint_writer import CheckpointWriter
 from sadm_fast.config import Config
 from sadm_fast.console import Console
 from sadm_fast.data.batch import Loader
@@ -55,21 +56,27 @@ _SKIPS_IN_A_ROW = 10
 
 
 class Vote:
-    """One small all-reduce an iteration: is a loss bad on any rank, has any rank been asked to stop?"""
+    """One small all-reduce an iteration, of what every rank must know of the others.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Is a loss bad, has anybody been asked to stop, is anybody still writing a checkpoint, has somebody failed to?
+    saving: this rank's answers to the last two.
+    """
+
+    def __init__(self, device: torch.device, saving: Callable[[], tuple[bool, bool]] = lambda: (False, False)) -> None:
+        self._device, self._saving = device, saving
         self._asked = False
         self.stop = False
+        self.writing, self.write_failed = False, False
 
     def agree_finite(self, loss: Tensor) -> None:
-        """Raise NonFiniteLoss on every rank if `loss` is not finite on any; note a wish to stop on the way."""
-        flags = torch.stack([~torch.isfinite(loss.detach()).all(), torch.tensor(self._asked, device=loss.device)])
-        flags = flags.to(torch.int32)
+        """Raise NonFiniteLoss on every rank if `loss` is not finite on any; the other questions go along."""
+        asked = torch.tensor([self._asked, *self._saving()], device=loss.device)
+        flags = torch.cat([~torch.isfinite(loss.detach()).all().view(1), asked]).to(torch.int32)
         if dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        bad, stop = flags.tolist()
+        bad, stop, writing, failed = flags.tolist()
         self.stop = self.stop or bool(stop)
+        self.writing, self.write_failed = bool(writing), bool(failed)
         if bad:
             raise NonFiniteLoss
 
@@ -140,6 +147,16 @@ class Trainer:
         if self.players.not_compiled is not None:
             console.say(f"train.compile: running eagerly, {self.players.not_compiled}")
         self.ema = EMA(lambda: list(local_masters(self.players.denoiser)), config.train.ema)
+        self.writer = CheckpointWriter(
+            folder.checkpoints,
+            self.players.engines,
+            lambda: self.ema.average,
+            self.shapes["denoiser"],
+            identity=self.identity,
+            keep_last=config.train.keep_last,
+            keep_every=config.train.keep_every,
+            say=console.complain,
+        )
         self.step = 0
         self.samples_seen = 0  # global: the position in the data, whatever the number of ranks
         self.skipped_steps = 0
@@ -157,9 +174,17 @@ class Trainer:
             "configuration": self.config.fingerprint(),
             "data": self.source.fingerprint(),
             **latents,
-            "world_size": self.world_size,
-            "zero_stage": self.config.deepspeed.zero_optimization.stage,
+            "samples_per_step": self.samples_per_step,
+            "samples_compared": self._samples_compared,
         }
+
+    @property
+    def _samples_compared(self) -> int | None:
+        """How many samples S looks at together: another division into ranks must leave it as it is."""
+        game, micro_batch = self.config.game, self.config.train.micro_batch
+        if game.mode == "plain":
+            return None
+        return micro_batch * (self.world_size if game.scope == "global" else 1)
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, if there is one. Collective."""
@@ -189,7 +214,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step; True when it is reached, False when asked to stop before."""
         config = self.config
-        vote = Vote(self.device)
+        vote = Vote(self.device, self.writer.status)
         log = TrainingLog(self.folder, self.rank, self.step)
         loader = make_feed(
             config,
@@ -211,6 +236,7 @@ class Trainer:
             ):
                 while self.step < config.train.steps and not vote.stop:
                     self._iteration(loader, vote, interval)
+                    self.writer.decide(vote.writing, vote.write_failed)
                     if self._due(config.train.log_every):
                         self._note_broken(loader)
                         line = self._log_line(interval, len(loader.broken))
@@ -223,7 +249,9 @@ class Trainer:
                         self._save()
                         interval = Interval(self.device)
             self._save()
+            self.writer.finish()
         finally:
+            self.writer.close()
             loader.close()
             log.close()
         if self.rank == 0:
@@ -359,15 +387,7 @@ class Trainer:
             "ema_updates": self.ema.updates,
             "seconds": self.seconds,
         }
-        checkpoint.save(
-            self.folder.checkpoints,
-            self.step,
-            self.players.engines,
-            gather(self.ema.average, self.shapes["denoiser"]),
-            state,
-            self.identity,
-            self.config.train.keep_last,
-        )
+        self.writer.save(self.step, state)
         self._saved_step = self.step
 
 

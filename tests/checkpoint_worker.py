@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sadm_fast import checkpoint
+from sadm_fast.checkpoint_writer import CheckpointWriter
 from sadm_fast.config import PowerEMA
 from sadm_fast.ema import EMA
 from sadm_fast.launch import Place, distributed
@@ -52,9 +54,15 @@ def trained(case: Case, folder: Path, place: Place) -> dict[str, Any]:
     run = Run(case, place, (1, 2))
     run.train(0, BEFORE)
     at_save = run.state()
-    state = {"ema_updates": run.ema.updates, "rank": place.rank}
-    checkpoint.save(folder / case.name, BEFORE, run.game.players.engines, at_save["ema"], state, {}, keep_last=1)
-    run.train(BEFORE, AFTER)
+    state = {"ema_updates": run.ema.updates}
+    writer = CheckpointWriter(
+        folder / case.name, run.game.players.engines, lambda: run.ema.average, run.game.shapes["denoiser"],
+        identity={}, keep_last=1, say=print,
+    )  # fmt: skip
+    writer.save(BEFORE, state)
+    run.train(BEFORE, AFTER)  # the copy must not follow
+    writer.finish()
+    writer.close()
     return {"at_save": at_save, "at_end": run.state()}
 
 
@@ -67,7 +75,12 @@ def resumed(case: Case, folder: Path, place: Place) -> dict[str, Any]:
     run.ema.load(averages, state["ema_updates"])
     loaded = run.state()
     run.train(BEFORE, AFTER)
-    return {"loaded": loaded, "at_end": run.state(), "rank": state["rank"]}
+    return {"loaded": loaded, "at_end": run.state()}
+
+
+def restaged(case: Case, place: Place) -> Case:
+    """The same training at another ZeRO stage; on two ranks with half the accumulation of one."""
+    return replace(case, stage=(case.stage + 1) % len(STAGES), accumulation=case.accumulation // place.world_size)
 
 
 class Trap:
@@ -109,6 +122,12 @@ def trapped(case: Case, folder: Path, place: Place) -> dict[str, str]:
 def main(folder: Path, phase: str) -> None:
     with distributed() as place:
         mine = folder / f"rank-{place.rank}.pt"
+        if phase == "elsewhere":  # with another number of ranks, at other stages
+            cases = [case for case in CASES if case.precision == "fp32"]
+            moved = {case.name: resumed(restaged(case, place), folder, place) for case in cases}
+            torch.save(moved, folder / f"elsewhere-{place.rank}.pt")
+            dist.barrier()
+            return
         if phase == "train":
             found: dict[str, Any] = {case.name: trained(case, folder, place) for case in CASES}
         else:

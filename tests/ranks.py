@@ -73,6 +73,13 @@ def _wait(ranks: list[subprocess.Popen[bytes]], deadline: float) -> None:
             next(process for process in ranks if process.returncode is None).wait(timeout=0.2)
 
 
+def folder_of_run(factory: pytest.TempPathFactory, module: str, world_size: int) -> Path:
+    """Where `run_once` leaves what the ranks found; shared by all pytest processes."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    return root / f"{module}-{world_size}"
+
+
 def run_once(
     factory: pytest.TempPathFactory, module: str, world_size: int, phases: tuple[str, ...] = ()
 ) -> list[dict[str, Any]]:
@@ -80,9 +87,7 @@ def run_once(
 
     With `phases`, one launch each, in order, as `python -m module FOLDER PHASE`.
     """
-    root = factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    folder = root / f"{module}-{world_size}"
+    folder = folder_of_run(factory, module, world_size)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()

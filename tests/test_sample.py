@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sadm_fast import checkpoint, sample
+from sadm_fast import sample
+from sadm_fast.checkpoint_writer import CheckpointWriter
 from sadm_fast.config import check_config
+from sadm_fast.masters import Fragment, trainable_shapes
 from sadm_fast.preparation import build_denoiser
 from sadm_fast.run_folder import RunFolder
 from tests.ranks import ROOT, clean_environment
@@ -35,9 +37,13 @@ def run(tmp_path: Path) -> Path:
     folder.claim(config)
     folder.facts.write_text(json.dumps({"classes": list(CLASSES)}))
     model = build_denoiser(config, len(CLASSES))
-    checkpoint.save(
-        folder.checkpoints, 10, {}, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, {}, {}, 1
-    )
+    average = [Fragment(n, 0, p.detach().flatten()) for n, p in model.named_parameters() if p.requires_grad]
+    writer = CheckpointWriter(
+        folder.checkpoints, {}, lambda: average, trainable_shapes(model), identity={}, keep_last=1, say=print
+    )  # fmt: skip
+    writer.save(10, {})
+    writer.finish()
+    writer.close()
     return folder.path
 
 

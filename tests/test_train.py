@@ -87,16 +87,15 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(con
     files = set(tree(run))
     event_files = {name for name in files if name.startswith("tensorboard/")}
     assert event_files
-    engine = {"mp_rank_00_model_states.pt"}
     steps = ("step-000003", "step-000006")
     assert files - event_files == {
         "config.json", "run.json", "metrics.jsonl", "evaluations.jsonl", "report.html", "samples/real.png",
         "pretrained/structure_encoder.safetensors", "pretrained/judge.safetensors",
         *(f"samples/{step}{weights}.png" for step in steps for weights in ("", "-ema")),
         *(f"relations/{step}.npz" for step in steps),
-        *(f"checkpoints/{step}/{name}" for step in steps for name in ("COMPLETE", "ema.safetensors", "rank-0.pt")),
-        *(f"checkpoints/{step}/{player}/{name}" for step in steps for player in ("denoiser", "discriminator")
-          for name in engine),
+        *(f"checkpoints/{step}/{name}" for step in steps for name in ("COMPLETE", "ema.safetensors")),
+        *(f"checkpoints/{step}/{player}/rank-0.safetensors" for step in steps
+          for player in ("denoiser", "discriminator")),
     }  # fmt: skip
 
     logged = lines(run / "metrics.jsonl")
@@ -199,7 +198,8 @@ def test_two_ranks_train_stop_and_continue_under_the_launcher(config: Path, tmp_
     end = f"step-{steps:06d}"
     saved = tmp_path / "whole" / "checkpoints" / end
     assert json.loads((saved / "COMPLETE").read_text())["world_size"] == 2
-    assert {path.name for path in saved.glob("rank-*.pt")} == {"rank-0.pt", "rank-1.pt"}
+    parts = {"rank-0.safetensors", "rank-1.safetensors"}
+    assert {path.name for path in (saved / "denoiser").iterdir()} == parts
     logged = lines(tmp_path / "whole" / "metrics.jsonl")
     assert [line["samples_seen"] for line in logged] == [8 * (i + 1) for i in range(steps)]
 

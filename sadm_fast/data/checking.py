@@ -2,6 +2,9 @@
 
 An image is sound if Pillow decodes all of it. What no decoder notices is not found here either: bytes changed
 in the middle of a JPEG's entropy-coded data decode, in Pillow and in DALI, to a picture with a smear in it.
+
+A kind that the loaders refuse (16 bits, animated, TIFF, ...) is broken here and for the torch loader. DALI decodes
+some of them all the same, so the two only agree on data that passed the check.
 """
 
 import contextlib

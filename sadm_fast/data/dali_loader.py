@@ -6,6 +6,10 @@ Pillow.
 
 A pipeline that met a broken image cannot go on, and does not say which one it was. Then Pillow looks for it
 among the micro-batches under way, and the pipeline is built again at the same position, without that image.
+
+A micro-batch goes through the pipeline in runs of at most 31 images: from 32 on, DALI 2.4 reads the headers in
+several threads, and when one of them meets an image it cannot read, leaves without waiting for the others, which
+then write to memory that is gone (a crash of the process, seen with one damaged PNG in 36).
 """
 
 import os
@@ -26,6 +30,8 @@ from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
+
+_MAX_RUN = 31
 
 _MAX_REFUSED = 16
 """More micro-batches in a row that Pillow reads and DALI does not are no odd file, but DALI failing as a whole."""
@@ -57,6 +63,9 @@ class DaliLoader:
         self._threads, self._prefetch, self._mixed_decode = threads, prefetch, mixed_decode
         self._device = torch.device(device)
         self._memory = ImageMemory()
+        self._crops: Tensor | None = None  # uint8 [B, S, S, C] of the last micro-batch, used again for the next
+        size, runs = plan.micro_batch, -(-plan.micro_batch // _MAX_RUN)
+        self._parts = [slice(size * run // runs, size * (run + 1) // runs) for run in range(runs)]
         self._broken = BrokenImages(source)
         self._readers = ThreadPoolExecutor(threads)  # starts no thread before it is used
         self._position = 0
@@ -109,10 +118,10 @@ class DaliLoader:
             halvings=self._halvings,
             from_paths=from_paths,
             mixed_decode=self._mixed_decode,
-            batch_size=self._plan.micro_batch,
+            batch_size=min(self._plan.micro_batch, _MAX_RUN),
             num_threads=self._threads,
             device_id=device_id,
-            prefetch_queue_depth=self._prefetch,
+            prefetch_queue_depth=self._prefetch * len(self._parts),
         )
         pipeline.build()
         self._pipeline = pipeline
@@ -122,7 +131,7 @@ class DaliLoader:
         transient = True
         while True:
             try:
-                pixels, labels, sample_ids, shapes = self._pipeline.run()
+                labels, sample_ids, sides = self._run()
             except RuntimeError as error:
                 if not self._find_broken():
                     if not transient:
@@ -130,7 +139,6 @@ class DaliLoader:
                     transient = False  # perhaps the file system hiccuped: once more
                 self._build()
                 continue
-            sides = _host(shapes)[:, :2]
             if self._find_small(sides):
                 self._build()
                 continue
@@ -141,11 +149,32 @@ class DaliLoader:
                 self._build()
                 continue
             self._refused = 0
+            assert self._crops is not None
             return ImageBatch(
-                images=self._images(pixels.as_tensor()),
-                labels=torch.from_numpy(_host(labels).copy()).to(self._device),
-                sample_ids=torch.from_numpy(_host(sample_ids).copy()).to(self._device),
+                images=crops_to_images(self._crops.to(self._device), self._memory),
+                labels=torch.from_numpy(labels).to(self._device),
+                sample_ids=torch.from_numpy(sample_ids).to(self._device),
             )
+
+    def _run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Labels [B], sample ids [B] and (height, width) [B, 2] of the micro-batch, whose crops go to self._crops."""
+        parts = []
+        for part in self._parts:
+            pixels, *rest = self._pipeline.run()
+            self._keep(pixels.as_tensor(), part)
+            parts.append([_host(outputs) for outputs in rest])
+        labels, sample_ids, shapes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return labels, sample_ids, shapes[:, :2]
+
+    def _keep(self, pixels: Any, part: slice) -> None:
+        """Copy DALI's uint8 [n, S, S, C], which the next run overwrites, to where they belong in self._crops."""
+        if self._crops is None:
+            device = self._device if self._mixed_decode else "cpu"
+            self._crops = torch.empty((self._plan.micro_batch, *pixels.shape()[1:]), dtype=torch.uint8, device=device)
+        if self._mixed_decode:
+            feed_ndarray(pixels, self._crops[part], cuda_stream=torch.cuda.current_stream(self._device))
+        else:
+            self._crops[part] = torch.from_numpy(np.asarray(pixels))
 
     def _find_broken(self) -> bool:
         """Decode what was under way with Pillow; whether that found images not yet known to be broken."""
@@ -195,15 +224,6 @@ class DaliLoader:
             sample_ids=torch.from_numpy(wanted.sample_ids).to(self._device),
         )
 
-    def _images(self, pixels: Any) -> Tensor:
-        """DALI's uint8 [B, S, S, C], which the next run overwrites, to float32 [B, C, S, S] of our own."""
-        if self._mixed_decode:
-            buffer = torch.empty(pixels.shape(), dtype=torch.uint8, device=self._device)
-            feed_ndarray(pixels, buffer, cuda_stream=torch.cuda.current_stream(self._device))
-        else:
-            buffer = torch.from_numpy(np.asarray(pixels)).to(self._device)
-        return crops_to_images(buffer, self._memory)
-
     def _path_feed(self) -> Feed:
         """Images of a folder as paths uint8 [B, length], which DALI's threads open."""
         folder, start = self._source, self._position
@@ -211,7 +231,8 @@ class DaliLoader:
         root = os.path.join(os.fsencode(folder.root.absolute()), b"")
 
         def feed(run: int) -> tuple[Any, ...]:
-            indices, *rest = self._wanted(start + run)
+            position, part = divmod(run, len(self._parts))
+            indices, *rest = (values[self._parts[part]] for values in self._wanted(start + position))
             names = [folder.files.encoded(index) for index in indices.tolist()]
             # One array for the batch is three times cheaper to hand over than one for each path. Repeating the
             # slash between root and name makes the paths equally long and does not change where they lead.
@@ -223,16 +244,20 @@ class DaliLoader:
 
     def _encoded_feed(self) -> Feed:
         """Images of any source as a list of B encoded images uint8 [n_i], read ahead by our own threads."""
-        start, ahead = self._position, self._prefetch
+        start = self._position
         reading: dict[int, tuple[list[Future[bytes]], list[np.ndarray]]] = {}
 
         def feed(run: int) -> tuple[Any, ...]:
-            for later in range(run, run + ahead + 1):
+            position, part = divmod(run, len(self._parts))
+            for later in range(position, position + self._prefetch + 1):
                 if later not in reading:
                     indices, *rest = self._wanted(start + later)
                     reading[later] = ([self._readers.submit(self._source.read, i) for i in indices.tolist()], rest)
-            futures, rest = reading.pop(run)
-            return [np.frombuffer(_result(future), dtype=np.uint8) for future in futures], *rest
+            futures, rest = reading[position]
+            if part + 1 == len(self._parts):
+                del reading[position]
+            encoded = [np.frombuffer(_result(future), dtype=np.uint8) for future in futures[self._parts[part]]]
+            return encoded, *(values[self._parts[part]] for values in rest)
 
         return feed
 

@@ -67,6 +67,8 @@ def build_index(paths: Sequence[str], progress: Progress | None = None) -> TarIn
     if processes == 1 or sum(map(_size, paths)) < PARALLEL_FROM_BYTES:
         parts = _collect(map(_index_shard, paths), len(paths), progress)
     else:
+        # Not fork: by now torch and DALI may have threads, and a lock that one of them holds is never freed.
+        multiprocessing.set_forkserver_preload([__name__])
         context = multiprocessing.get_context("forkserver")
         with ProcessPoolExecutor(processes, mp_context=context) as pool:
             parts = _collect(pool.map(_index_shard, paths), len(paths), progress)

@@ -53,7 +53,8 @@ class TarShards(ImageSource):
 
     def read(self, index: int) -> bytes:
         size, offset = int(self.index.sizes[index]), int(self.index.offsets[index])
-        encoded = os.pread(_opened(self.shards[self.index.shards[index]]).number, size, offset)
+        descriptor = _opened(self.shards[self.index.shards[index]])  # held: other threads may push it out of the cache
+        encoded = os.pread(descriptor.number, size, offset)
         if len(encoded) < size:
             raise OSError(f"the shard ends {size - len(encoded)} bytes too early")
         return encoded

@@ -99,7 +99,7 @@ def test_resume_in_mid_epoch_continues_exactly(
     small_folder: Path, loader: str, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
     source = open_images(small_folder)
-    options = {"loader": loader, "flip": True}
+    options: dict[str, Any] = {"loader": loader, "flip": True}
     first = _stream(source, 2, **options, **before)  # 14 or 16 samples: in the second epoch of 11
     second = _stream(source, 3, first_sample=len(first[2]), **options, **after)
     whole = _stream(source, 1, **options, micro_batch=len(first[2]) + len(second[2]))

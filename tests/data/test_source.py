@@ -60,7 +60,7 @@ class Numbers(Source):
     samples: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
-    where: str = "numbers"  # type: ignore[assignment]
+    where: str = "numbers"
 
     def name(self, index: int) -> str:
         return str(self.samples[index])
