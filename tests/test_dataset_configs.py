@@ -1,0 +1,218 @@
+"""Every configuration against a tiny stand-in of the dataset that it is for, laid out as docs/data.md says."""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sadm_fast.config import Config, load_config
+from sadm_fast.console import Console
+from sadm_fast.data.image_folder import ImageFolder
+from sadm_fast.data.source import ImageSource
+from sadm_fast.feed import load_samples, make_feed, open_data, open_images_to_encode
+from sadm_fast.preparation import build_denoiser, resolve_classes
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json") if path.stem != "schema")
+
+
+class Layout(NamedTuple):
+    """Where a dataset lies, how two of its files are called, and what its authors say of it."""
+
+    root: str
+    files: tuple[str, ...]  # one of each of two classes, or two of the only one
+    size: tuple[int, int]  # a usual image: width, height
+    classes: int
+
+
+def _folder(name: str, *files: str, size: tuple[int, int], classes: int) -> Layout:
+    return Layout(f"datasets/{name}/train", files, size, classes)
+
+
+IMAGENET = _folder(
+    "imagenet",
+    "n01440764/n01440764_10026.JPEG", "n01443537/n01443537_10007.JPEG",
+    size=(500, 375), classes=1000,
+)  # fmt: skip
+LAYOUTS = {
+    "imagenet256": IMAGENET,
+    "imagenet512": IMAGENET,
+    "cifar10": _folder("cifar10", "airplane/00029.png", "truck/00001.png", size=(32, 32), classes=10),
+    "cifar10_unconditional": _folder(
+        "cifar10-unconditional", "all/00000.png", "all/00001.png", size=(32, 32), classes=1
+    ),
+    "celeba64": _folder("celeba", "faces/000001.jpg", "faces/000002.jpg", size=(178, 218), classes=1),
+    "ffhq64": _folder("ffhq", "faces/00000.png", "faces/00001.png", size=(1024, 1024), classes=1),
+    "flowers102": _folder("flowers102", "001/image_06734.jpg", "077/image_00001.jpg", size=(591, 500), classes=102),
+    "cub200": _folder(
+        "cub200",
+        "001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.jpg",
+        "002.Laysan_Albatross/Laysan_Albatross_0001_545.jpg",
+        size=(500, 335),
+        classes=200,
+    ),  # fmt: skip
+    "food101": _folder("food101", "apple_pie/1005649.jpg", "waffles/971843.jpg", size=(512, 384), classes=101),
+    "sun397": _folder(
+        "sun397",
+        "abbey/sun_aaalbzqrimafwbiv.jpg",
+        "church-indoor/sun_aacmtgkkogdpxzik.jpg",
+        size=(300, 225),
+        classes=397,
+    ),  # fmt: skip
+    "dfungi20m": _folder(
+        "dfungi20m", "0/2237851949-74654.JPG", "181/2238546328-30620.JPG", size=(400, 300), classes=182
+    ),
+    "caltech101": _folder(
+        "caltech101", "accordion/image_0001.jpg", "yin_yang/image_0001.jpg", size=(300, 200), classes=101
+    ),
+    "artbench10": _folder(
+        "artbench10",
+        "art_nouveau/a-y-jackson_algoma-in-november-1935.jpg",
+        "ukiyo_e/utagawa-kuniyoshi_a-boy.jpg",
+        size=(256, 256),
+        classes=10,
+    ),  # fmt: skip
+    "stanford_cars": _folder("stanford_cars", "001/00198.jpg", "196/08144.jpg", size=(600, 400), classes=196),
+    "mnist": Layout("demo:mnist5k", ("0/0000.png", "9/4999.png"), (28, 28), 10),
+}
+
+
+def _write_stand_in(layout: Layout, folder: Path) -> Path:
+    """The two files and a third one that is taller than wide, or square."""
+    root = folder / layout.root.replace(":", "-")
+    width, height = layout.size
+    third = str(Path(layout.files[1]).with_stem("another"))
+    for number, (name, size) in enumerate([(name, layout.size) for name in layout.files] + [(third, (height, width))]):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return root
+
+
+def _load(name: str, images: Path) -> Config:
+    """The configuration, its images at `images`, on a machine with two cores."""
+    file = ROOT / f"configs/{name}.json"
+    path = "latents.images" if "latents" in json.loads(file.read_text()) else "data.path"
+    return load_config(file, [f"{path}={images}", "data.threads=1", "data.loader=torch"])
+
+
+def _open(config: Config) -> ImageSource:
+    """The images, checked as `train.py` or, for cached latents, `encode.py` checks them."""
+    console = Console(rank=1)
+    source = open_data(config, console) if config.latents is None else open_images_to_encode(config, console)
+    assert isinstance(source, ImageFolder)
+    return source
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SADM_CACHE", str(tmp_path / "cache"))
+
+
+def test_every_configuration_has_a_layout() -> None:
+    assert set(CONFIGS) == set(LAYOUTS), "a configuration without a layout, or the other way round"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_configuration_points_to_the_documented_place(name: str) -> None:
+    config = load_config(ROOT / f"configs/{name}.json")
+    assert config.name == name
+    images = config.data.path if config.latents is None else config.latents.images
+    assert images == LAYOUTS[name].root
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_stand_in_is_listed_checked_and_cropped(name: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
+    config = _load(name, _write_stand_in(layout, tmp_path))
+    source = _open(config)
+    assert len(source) == 3
+    assert source.classes == tuple(sorted({Path(file).parts[0] for file in layout.files}))
+    assert resolve_classes(config, source) >= 1 + source.labels.max()
+    assert config.denoiser.num_classes in (None, layout.classes)
+    pixels = config.model_copy(update={"latents": None})
+    crops = load_samples(pixels, source, range(3))
+    assert crops.shape == (3, config.data.channels, config.data.resolution, config.data.resolution)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "latents" not in LAYOUTS[name].root])
+def test_the_denoiser_fits_the_samples(name: str) -> None:
+    config = load_config(ROOT / f"configs/{name}.json")
+    classes = LAYOUTS[name].classes
+    with torch.device("meta"):
+        denoiser = build_denoiser(config, classes)
+        sample = torch.empty(2, *config.sample_shape)
+        out = denoiser(sample, torch.zeros(2), torch.zeros(2, dtype=torch.long))
+    assert out.shape == (2, config.process.output_channels(config.sample_shape[0]), *config.sample_shape[1:])
+
+
+@pytest.mark.parametrize("name", ["cifar10", "celeba64"])
+def test_pixels_are_trained_on_from_the_stand_in(name: str, tmp_path: Path) -> None:
+    config = _load(name, _write_stand_in(LAYOUTS[name], tmp_path))
+    with make_feed(config, _open(config), seed=0, micro_batch=2) as feed:
+        batch = next(feed)
+    assert batch.images.shape == (2, *config.sample_shape)
+    assert int(batch.labels.max()) < LAYOUTS[name].classes
+
+
+# docs/data.md
+
+
+def _documentation() -> str:
+    return (ROOT / "docs/data.md").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mnist"])
+def test_the_dataset_is_documented_as_its_layout_says(name: str) -> None:
+    layout, text = LAYOUTS[name], _documentation()
+    assert f"configs/{name}.json" in text
+    example = f"{layout.root}/{layout.files[0]}"
+    assert example in text
+    line = next(line for line in text.splitlines() if example in line)
+    assert re.search(rf"\b{layout.classes:,}\b", line), f"{layout.classes} classes"
+
+
+def _python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", _documentation(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_every_python_block_compiles() -> None:
+    blocks = _python_blocks()
+    assert blocks
+    for block in blocks:
+        compile(block, "docs/data.md", "exec")
+
+
+def test_the_cifar_block_turns_the_binary_version_into_both_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    binary = tmp_path / "cifar-10-batches-bin"
+    binary.mkdir()
+    rng = np.random.default_rng(0)
+    labels, pixels = (
+        rng.integers(0, 10, (5, 4), dtype=np.uint8),
+        rng.integers(0, 256, (5, 4, 3, 32, 32), dtype=np.uint8),
+    )
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (binary / "batches.meta.txt").write_text("\n".join([*names, "", ""]))
+    for part in range(5):
+        records = np.concatenate([labels[part, :, None], pixels[part].reshape(4, -1)], axis=1)
+        (binary / f"data_batch_{part + 1}.bin").write_bytes(records.tobytes())
+    (block,) = [block for block in _python_blocks() if "data_batch" in block]
+    exec(compile(block, "docs/data.md", "exec"), {})
+    for name in ("cifar10", "cifar10_unconditional"):
+        folder = ImageFolder.scan(tmp_path / LAYOUTS[name].root)
+        assert len(folder) == 20
+        for index in range(20):
+            part, number = divmod(int(Path(folder.path(index)).stem), 4)
+            if name == "cifar10":
+                assert folder.classes[folder.labels[index]] == names[labels[part, number]]
+            with Image.open(folder.path(index)) as image:
+                np.testing.assert_array_equal(np.asarray(image).transpose(2, 0, 1), pixels[part, number])
