@@ -1,18 +1,28 @@
-"""The ADM crop (sadm_fast.data.adm_crop) as a DALI graph.
+"""DALI graphs: decoding alone for the CPU, where fast_crop.py does the rest; decoding with the ADM crop for the GPU.
 
-DALI has no box filter, so a halving takes the four pixels of each 2x2 block apart with nearest-neighbour
-resizes and averages them in uint8, across and then down, rounded up like Pillow's two passes: exact for even
-sides. Pillow's box filter on an odd side 2k+1 averages pairs from the first edge up to the middle and pairs
-that end at the last edge, with one triple between them; here the middle of that triple is left out and the
-rest is exact. The last step, CUBIC with antialiasing and subpixel_scale=False, and a crop window rounded
-down, differ from Pillow only in that Pillow rounds to uint8 between its two passes and DALI does not. (Two
-resizes with uint8 between them come within 72 dB of Pillow, and take more than twice the time.) EXIF
-orientation is not applied, as in the references.
+On the GPU the crop (sadm_fast.data.adm_crop) has to be put together from DALI's operators. DALI has no box filter, so
+a halving takes the four pixels of each 2x2 block apart with nearest-neighbour resizes and averages them in uint8,
+across and then down, rounded up like Pillow's two passes: exact for even sides. Pillow's box filter on an odd side
+2k+1 averages pairs from the first edge up to the middle and pairs that end at the last edge, with one triple between
+them; here the middle of that triple is left out and the rest is exact. The last step, CUBIC with antialiasing and
+subpixel_scale=False, and a crop window rounded down, differ from Pillow only in that Pillow rounds to uint8 between
+its two passes and DALI does not. EXIF orientation is not applied, as in the references.
 """
 
 from typing import Any
 
 from nvidia.dali import fn, math, pipeline_def, types
+
+
+@pipeline_def
+def decode_pipeline(source: Any, channels: int, from_paths: bool) -> tuple[Any, ...]:
+    """A pipeline from files to whole images on the CPU.
+
+    source, from_paths: as crop_pipeline. Outputs: images uint8 [H, W, channels] of any sizes, labels, sample ids and
+    mirror flags.
+    """
+    images, label, sample_id, mirror = _given(source)
+    return _decoded(images, channels, from_paths, "cpu"), label, sample_id, mirror
 
 
 @pipeline_def(enable_conditionals=True)
@@ -23,26 +33,12 @@ def crop_pipeline(
 
     source: callable(run) -> images, labels int64 [B], sample ids int64 [B], mirror int32 [B]. images:
     from_paths: paths uint8 [B, length], which DALI opens; otherwise a list of B encoded images uint8 [n_i].
-    mixed_decode: decode JPEG with nvJPEG and crop on the GPU; otherwise nothing touches one. Outputs: pixels
+    mixed_decode: decode JPEG with nvJPEG and crop on the GPU; otherwise (in tests) nothing touches one. Outputs: pixels
     uint8 [B, size, size, channels] (on the GPU if mixed_decode), and on the CPU labels, sample ids and the
     images' shapes int64 [B, 3] as (height, width, channels).
     """
-    images, label, sample_id, mirror = fn.external_source(
-        source=source,
-        num_outputs=4,
-        batch=True,
-        dtype=[types.UINT8, types.INT64, types.INT64, types.INT32],
-        ndim=[1, 0, 0, 0],
-    )
-    # Mapping small files into memory costs more than reading them, and gains nothing on a network file
-    # system.
-    encoded = fn.io.file.read(images, dont_use_mmap=True) if from_paths else images
-    image = fn.decoders.image(
-        encoded,
-        device="mixed" if mixed_decode else "cpu",
-        output_type=types.RGB if channels == 3 else types.GRAY,
-        adjust_orientation=False,
-    )
+    images, label, sample_id, mirror = _given(source)
+    image = _decoded(images, channels, from_paths, "mixed" if mixed_decode else "cpu")
     shape = image.shape(device="cpu")
     image = _halve_while_large(image, shape[0], shape[1], size, halvings)
     pixels = fn.resize_crop_mirror(
@@ -56,6 +52,27 @@ def crop_pipeline(
         subpixel_scale=False,
     )
     return pixels, label, sample_id, shape
+
+
+def _given(source: Any) -> Any:
+    return fn.external_source(
+        source=source,
+        num_outputs=4,
+        batch=True,
+        dtype=[types.UINT8, types.INT64, types.INT64, types.INT32],
+        ndim=[1, 0, 0, 0],
+    )
+
+
+def _decoded(images: Any, channels: int, from_paths: bool, device: str) -> Any:
+    # Mapping small files into memory costs more than reading them, and gains nothing on a network file system.
+    encoded = fn.io.file.read(images, dont_use_mmap=True) if from_paths else images
+    return fn.decoders.image(
+        encoded,
+        device=device,
+        output_type=types.RGB if channels == 3 else types.GRAY,
+        adjust_orientation=False,
+    )
 
 
 def _halve_while_large(image: Any, height: Any, width: Any, size: int, levels: int) -> Any:

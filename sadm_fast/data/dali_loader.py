@@ -1,8 +1,9 @@
-"""Micro-batches through NVIDIA DALI: the order is ours, the reading, decoding and cropping its threads'.
+"""Micro-batches through NVIDIA DALI: the order is ours, reading and decoding are its threads'.
 
 An external source hands DALI the images of a micro-batch by its position in the plan, so the pipeline has no
 state to save: started at another sample it continues exactly there. On the CPU, DALI decodes bit for bit as
-Pillow.
+Pillow, and our own threads crop (fast_crop.py: DALI's resize takes three times as long). On a GPU the crop is
+part of DALI's graph. One micro-batch is made while the one before is used.
 
 A pipeline that met a broken image cannot go on, and does not say which one it was. Then Pillow looks for it
 among the micro-batches under way, and the pipeline is built again at the same position, without that image.
@@ -22,10 +23,11 @@ import torch
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
-from sadm_fast.data.batch import ImageBatch, ImageMemory, crops_to_images, pixels_to_float, stack_crops
+from sadm_fast.data.batch import ImageBatch, ImageMemory, pixels_to_float, stack_crops
 from sadm_fast.data.broken import BrokenImages, CropSpec, read_all_or_replace
 from sadm_fast.data.checking import too_small
-from sadm_fast.data.dali_graph import crop_pipeline
+from sadm_fast.data.dali_graph import crop_pipeline, decode_pipeline
+from sadm_fast.data.fast_crop import fast_crop
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource
@@ -43,8 +45,8 @@ class DaliLoader:
     """An endless iterator of ImageBatch on `device`: the micro-batches of `plan`, decoded by DALI.
 
     mixed_decode: JPEG is decoded by nvJPEG and cropped on the GPU, which `device` then has to be; otherwise on
-    the CPU, and the crops are copied. `threads` are DALI's CPU threads (and as many that read shards),
-    `prefetch` the micro-batches it works ahead. Broken images are replaced (sadm_fast.data.broken) and listed
+    the CPU, and the crops are copied. `threads` are DALI's CPU threads (and as many that crop or read shards),
+    `prefetch` the micro-batches that are decoded ahead. Broken images are replaced (sadm_fast.data.broken) and listed
     in `broken`; UserError when there are too many. Call close() (or leave the `with` block) to end its threads.
     """
 
@@ -63,11 +65,13 @@ class DaliLoader:
         self._threads, self._prefetch, self._mixed_decode = threads, prefetch, mixed_decode
         self._device = torch.device(device)
         self._memory = ImageMemory()
-        self._crops: Tensor | None = None  # uint8 [B, S, S, C] of the last micro-batch, used again for the next
         size, runs = plan.micro_batch, -(-plan.micro_batch // _MAX_RUN)
         self._parts = [slice(size * run // runs, size * (run + 1) // runs) for run in range(runs)]
         self._broken = BrokenImages(source)
-        self._readers = ThreadPoolExecutor(threads)  # starts no thread before it is used
+        self._readers = ThreadPoolExecutor(threads, "shards")  # starts no thread before it is used
+        self._croppers = ThreadPoolExecutor(threads, "crops")
+        self._ahead = ThreadPoolExecutor(1, "micro-batch")  # all below belongs to its thread, once it is started
+        self._coming: Future[ImageBatch] | None = None
         self._position = 0
         self._halvings = 0
         self._refused = 0
@@ -76,8 +80,8 @@ class DaliLoader:
 
     @property
     def broken(self) -> dict[str, str]:
-        """The images that could not be read so far: name -> reason."""
-        return self._broken.reasons
+        """The images that could not be read so far: name -> reason; it runs one micro-batch ahead."""
+        return dict(self._broken.reasons)
 
     def __iter__(self) -> "DaliLoader":
         return self
@@ -86,17 +90,19 @@ class DaliLoader:
         if self._pipeline is None:
             raise StopIteration
         try:
-            batch = self._next()
+            batch = (self._coming or self._ahead.submit(self._make)).result()
         except UserError:
             self.close()
             raise
-        self._position += 1
+        self._coming = self._ahead.submit(self._make)
         return batch
 
     def close(self) -> None:
-        """End DALI's threads and free its buffers; batches already yielded stay valid. Twice is fine."""
+        """End the threads and free DALI's buffers; batches already yielded stay valid. Twice is fine."""
+        for pool in (self._ahead, self._croppers, self._readers):
+            pool.shutdown(cancel_futures=True)
+        self._coming = None
         self._pipeline = None  # its destructor waits for the work in progress
-        self._readers.shutdown(cancel_futures=True)
 
     def __enter__(self) -> "DaliLoader":
         return self
@@ -111,13 +117,14 @@ class DaliLoader:
         if self._mixed_decode:
             device_id = torch.cuda.current_device() if self._device.index is None else self._device.index
         from_paths = isinstance(self._source, ImageFolder)
-        pipeline = crop_pipeline(
+        graph: Any = decode_pipeline
+        options: dict[str, Any] = {"channels": self._spec.channels, "from_paths": from_paths}
+        if self._mixed_decode:
+            graph = crop_pipeline
+            options |= {"size": self._spec.resolution, "halvings": self._halvings, "mixed_decode": True}
+        pipeline = graph(
             self._path_feed() if from_paths else self._encoded_feed(),
-            size=self._spec.resolution,
-            channels=self._spec.channels,
-            halvings=self._halvings,
-            from_paths=from_paths,
-            mixed_decode=self._mixed_decode,
+            **options,
             batch_size=min(self._plan.micro_batch, _MAX_RUN),
             num_threads=self._threads,
             device_id=device_id,
@@ -126,12 +133,18 @@ class DaliLoader:
         pipeline.build()
         self._pipeline = pipeline
 
+    def _make(self) -> ImageBatch:
+        """The next micro-batch."""
+        batch = self._next()
+        self._position += 1
+        return batch
+
     def _next(self) -> ImageBatch:
         """The micro-batch at self._position; builds the pipeline again as often as it takes."""
         transient = True
         while True:
             try:
-                labels, sample_ids, sides = self._run()
+                images, labels, sample_ids, sides = self._run_mixed() if self._mixed_decode else self._run()
             except RuntimeError as error:
                 if not self._find_broken():
                     if not transient:
@@ -142,39 +155,55 @@ class DaliLoader:
             if self._find_small(sides):
                 self._build()
                 continue
-            if (needed := self._halvings_needed(sides)) > self._halvings:
+            if self._mixed_decode and (needed := self._halvings_needed(sides)) > self._halvings:
                 # Only now is it known how large the images are. Halvings that no image needs would cost small
                 # images a third of their throughput, so the graph is built again with more of them.
                 self._halvings = needed
                 self._build()
                 continue
             self._refused = 0
-            assert self._crops is not None
             return ImageBatch(
-                images=crops_to_images(self._crops.to(self._device), self._memory),
+                images=images.to(self._device),
                 labels=torch.from_numpy(labels).to(self._device),
                 sample_ids=torch.from_numpy(sample_ids).to(self._device),
             )
 
-    def _run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Labels [B], sample ids [B] and (height, width) [B, 2] of the micro-batch, whose crops go to self._crops."""
-        parts = []
+    def _run(self) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
+        """Images [B, C, S, S], labels [B], sample ids [B] and (height, width) [B, 2] of the micro-batch."""
+        size = self._spec.resolution
+        images = self._memory.take(self._plan.micro_batch, self._spec.channels, size, size)
+        crops = images.numpy()
+        parts, sides = [], []
+        for part in self._parts:
+            decoded, *rest = self._pipeline.run()
+            labels, sample_ids, mirror = (_host(outputs).copy() for outputs in rest)
+            arrays = [np.asarray(decoded[i]) for i in range(len(labels))]  # valid until the next run
+            cropping = [
+                self._croppers.submit(fast_crop, array, size, bool(flip), crop)
+                for array, flip, crop in zip(arrays, mirror.tolist(), crops[part], strict=True)
+                if self._spec.enlarge or min(array.shape[:2]) >= size
+            ]
+            for crop in cropping:
+                crop.result()
+            parts.append((labels, sample_ids))
+            sides += [array.shape[:2] for array in arrays]
+        labels, sample_ids = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return images, labels, sample_ids, np.array(sides)
+
+    def _run_mixed(self) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
+        """The same by DALI alone, images on the GPU."""
+        size, parts = self._spec.resolution, []
+        crops = torch.empty(
+            (self._plan.micro_batch, size, size, self._spec.channels), dtype=torch.uint8, device=self._device
+        )
         for part in self._parts:
             pixels, *rest = self._pipeline.run()
-            self._keep(pixels.as_tensor(), part)
-            parts.append([_host(outputs) for outputs in rest])
+            stream = torch.cuda.current_stream(self._device)
+            feed_ndarray(pixels.as_tensor(), crops[part], cuda_stream=stream)
+            parts.append([_host(outputs).copy() for outputs in rest])
         labels, sample_ids, shapes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return labels, sample_ids, shapes[:, :2]
-
-    def _keep(self, pixels: Any, part: slice) -> None:
-        """Copy DALI's uint8 [n, S, S, C], which the next run overwrites, to where they belong in self._crops."""
-        if self._crops is None:
-            device = self._device if self._mixed_decode else "cpu"
-            self._crops = torch.empty((self._plan.micro_batch, *pixels.shape()[1:]), dtype=torch.uint8, device=device)
-        if self._mixed_decode:
-            feed_ndarray(pixels, self._crops[part], cuda_stream=torch.cuda.current_stream(self._device))
-        else:
-            self._crops[part] = torch.from_numpy(np.asarray(pixels))
+        images = pixels_to_float(crops.permute(0, 3, 1, 2).contiguous())
+        return images, labels, sample_ids, shapes[:, :2]
 
     def _find_broken(self) -> bool:
         """Decode what was under way with Pillow; whether that found images not yet known to be broken."""
