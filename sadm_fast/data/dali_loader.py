@@ -8,9 +8,9 @@ part of DALI's graph. One micro-batch is made while the one before is used.
 A pipeline that met a broken image cannot go on, and does not say which one it was. Then Pillow looks for it
 among the micro-batches under way, and the pipeline is built again at the same position, without that image.
 
-A micro-batch goes through the pipeline in runs of at most 31 images: from 32 on, DALI 2.4 reads the headers in
-several threads, and when one of them meets an image it cannot read, leaves without waiting for the others, which
-then write to memory that is gone (a crash of the process, seen with one damaged PNG in 36).
+A micro-batch goes through the pipeline in runs of at most 31 images. From 32 on, DALI 2.4 prepares the decoding in
+several threads, and an image whose header it cannot read soon ends the process with a segmentation fault there (seen
+within seconds with one damaged PNG in 36; never in thousands of failing runs of 31).
 """
 
 import os

@@ -92,6 +92,14 @@ class TorchLoader:
         except UserError:
             self.close()
             raise
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self.close()
+            raise UserError(
+                "data.loader=torch: a worker process was killed, most likely because memory ran out; "
+                "use fewer with --set data.threads=1, or --set data.loader=dali"
+            ) from error
         pixels, labels, sample_ids = (part.to(self._device, non_blocking=True) for part in collated[:3])
         return ImageBatch(pixels_to_float(pixels), labels, sample_ids)
 

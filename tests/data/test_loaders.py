@@ -1,5 +1,6 @@
 """Both loaders: one order, one scale, the same pictures; DALI is measured against Pillow."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -241,6 +242,18 @@ def test_a_program_that_forgets_to_close_ends(small_folder: Path, loader: str) -
     )
     assert done.returncode == 0 and "[4, 1, 8, 8]" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_a_worker_that_is_killed_is_one_clear_line(small_folder: Path) -> None:
+    with make_loader(
+        open_images(small_folder), loader="torch", resolution=8, channels=1, flip=True, seed=1, micro_batch=4
+    ) as batches:
+        next(batches)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        with pytest.raises(UserError, match=r"^data.loader=torch: a worker process was killed.*data.threads=1"):
+            list(batches)
+        assert list(batches) == []
 
 
 def test_names_that_are_not_ascii_are_read(small_folder: Path) -> None:
