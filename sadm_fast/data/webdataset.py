@@ -53,7 +53,10 @@ class TarShards(ImageSource):
 
     def read(self, index: int) -> bytes:
         size, offset = int(self.index.sizes[index]), int(self.index.offsets[index])
-        descriptor = _opened(self.shards[self.index.shards[index]])  # held: other threads may push it out of the cache
+        shard = self.shards[self.index.shards[index]]
+        descriptor = _opened(shard)  # held here: other threads may push it out of the cache
+        if os.fstat(descriptor.number).st_size != shard.size:
+            raise OSError("the shard's size has changed since it was listed; start again to index it anew")
         encoded = os.pread(descriptor.number, size, offset)
         if len(encoded) < size:
             raise OSError(f"the shard ends {size - len(encoded)} bytes too early")
@@ -138,8 +141,5 @@ class _Descriptor:
 
 @lru_cache(_OPEN_SHARDS)
 def _opened(shard: Shard) -> _Descriptor:
-    """The shard's descriptor in this process; pread does not move it, so threads and forks may share it."""
-    descriptor = _Descriptor(shard.path)
-    if os.fstat(descriptor.number).st_size != shard.size:
-        raise OSError("the shard's size has changed since it was listed; start again to index it anew")
-    return descriptor
+    """A shard's descriptor in this process; pread does not move it, so threads and forks may share it."""
+    return _Descriptor(shard.path)

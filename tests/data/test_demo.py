@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sadm_fast.data import demo
-from sadm_fast.data.demo import default_cache, demo_folder, read_mnist5k
+from sadm_fast.data.demo import demo_folder, read_mnist5k
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.errors import UserError
 
@@ -40,13 +40,6 @@ def test_the_digits_are_white_on_black_and_upright(demo_root: Path) -> None:
 def test_it_is_written_once(demo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "read_mnist5k", lambda: pytest.fail("read again"))
     assert demo_folder("demo:mnist5k", demo_root.parent) == demo_root
-
-
-def test_cache_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SADM_CACHE", str(tmp_path))
-    assert default_cache() == tmp_path
-    monkeypatch.delenv("SADM_CACHE")
-    assert default_cache() == Path("datasets")
 
 
 def _write(cache: Path, barrier: Any, results: Any) -> None:

@@ -210,11 +210,11 @@ def test_the_index_is_made_once(small_shards: Path, cache: Path, monkeypatch: py
 
 
 def test_changed_shards_are_indexed_again(small_shards: Path, make_shard: Any) -> None:
-    TarShards.scan(small_shards)
+    TarShards.scan(small_shards).read(6)
     path = make_shard("001.tar", [("new.png", PNG), ("new.cls", b"4")])
     os.utime(path, ns=(0, 1))  # as if time had passed
     shards = TarShards.scan(small_shards)
-    assert len(shards) == 7 and shards.labels[-1] == 4
+    assert len(shards) == 7 and shards.labels[-1] == 4 and shards.read(6) == PNG
     path.unlink()
     assert len(TarShards.scan(small_shards)) == 6
 
@@ -316,18 +316,25 @@ def test_a_check_finds_a_damaged_image_inside_a_shard(make_shard: Any) -> None:
     assert [name for name, _ in check(shards, threads=2).problems] == [f"{path}: b.png"]
 
 
-def test_a_shard_that_shrank_or_vanished_after_listing_is_an_os_error(small_shards: Path) -> None:
+def test_a_shard_that_changed_or_vanished_after_listing_is_an_os_error(small_shards: Path) -> None:
     shards = TarShards.scan(small_shards)
     shards.read(0)  # opens the first shard
-    os.truncate(small_shards / "000.tar", 700)
-    with pytest.raises(OSError, match="ends .* bytes too early"):
-        shards.read(0)
-    os.truncate(small_shards / "001.tar", 700)
-    with pytest.raises(OSError, match="size has changed"):
-        shards.read(8)
+    for shard, index in (("000.tar", 0), ("001.tar", 8)):
+        os.truncate(small_shards / shard, 700)
+        with pytest.raises(OSError, match="size has changed"):
+            shards.read(index)
     (small_shards / "001.tar").unlink()
+    webdataset._opened.cache_clear()
     with pytest.raises(FileNotFoundError):
         shards.read(8)
+
+
+def test_fewer_bytes_than_the_image_has_are_an_os_error(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = TarShards.scan(small_shards)
+    real_pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: real_pread(descriptor, size - 3, offset))
+    with pytest.raises(OSError, match="ends 3 bytes too early"):
+        shards.read(0)
 
 
 def _descriptors() -> int:
