@@ -6,7 +6,8 @@ mean MACs.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sadm_fast.config import Config
 from sadm_fast.game import frozen
-from sadm_fast.models import DiT
+from sadm_fast.models import DiT, StructureEncoder
 from sadm_fast.planning.memory import Activations, rank_memory
 from sadm_fast.planning.players import players
 from sadm_fast.preparation import build_denoiser, build_psi
@@ -34,7 +35,7 @@ def _flops(run: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def meta_models(config: Config, num_classes: int) -> tuple[DiT, nn.Module | None]:
+def meta_models(config: Config, num_classes: int) -> tuple[DiT, StructureEncoder | None]:
     """Both players without memory behind them."""
     with torch.device("meta"):
         dtype = _DTYPES[config.train.precision]
@@ -95,14 +96,8 @@ def activations(config: Config, denoiser: DiT, psi: nn.Module | None) -> Activat
         condition = torch.empty(b, tokens.shape[-1], dtype=dtype, requires_grad=True)
         inputs = tokens.untyped_storage().nbytes() + condition.untyped_storage().nbytes()
         block = _kept(denoiser.blocks[0], tokens, condition) - inputs
-        original = [module.forward for module in denoiser.blocks]
-        try:
-            for module in denoiser.blocks:
-                module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+        with _checkpointed(denoiser):
             checkpointed = _kept(denoiser, x, t, y) + block
-        finally:
-            for module, forward in zip(denoiser.blocks, original, strict=True):
-                module.forward = forward
         structure = discriminator = 0
         if psi is not None:
             with frozen(psi):
@@ -110,6 +105,19 @@ def activations(config: Config, denoiser: DiT, psi: nn.Module | None) -> Activat
             if config.game.mode == "sadm":
                 discriminator = _kept(psi, torch.cat([x, x]))
     return Activations(whole, checkpointed, structure, discriminator)
+
+
+@contextmanager
+def _checkpointed(denoiser: DiT) -> Iterator[None]:
+    """Activation checkpointing of each block."""
+    for block in denoiser.blocks:
+        wrapped = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        vars(block)["forward"] = wrapped  # of this instance, before its class's
+    try:
+        yield
+    finally:
+        for block in denoiser.blocks:
+            del vars(block)["forward"]
 
 
 def _kept(module: nn.Module, *inputs: Tensor) -> int:

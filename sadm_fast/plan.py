@@ -1,7 +1,7 @@
 """Plan a run before there are GPUs for it: memory, communication, and a labelled prediction of its speed.
 
     python sadm_fast/plan.py --config configs/imagenet512.json --gpus 64 --gpu h100
-    python sadm_fast/plan.py --config configs/imagenet512.json --set deepspeed.zero_optimization.stage=3 --json plan.json
+    python sadm_fast/plan.py --config configs/imagenet512.json --set train.micro_batch=8 --json plan.json
 
 Parameters, FLOPs, memory and bytes are counted; times are predicted from datasheets and two assumed fractions. Nothing
 is trained or allocated, and the data is only needed if denoiser.num_classes is not given. docs/planning.md explains.
@@ -37,7 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument(
         "--network-gbit", type=float, default=400.0, metavar="G",
-        help="network between nodes: Gbit/s in one direction for each GPU, so a node has G x GPUS_PER_NODE (default: 400)",
+        help="network: Gbit/s in one direction for each GPU, so a node has GPUS_PER_NODE times that (default: 400)",
     )  # fmt: skip
     parser.add_argument(
         "--fraction-of-peak", type=float, default=0.4, metavar="F",

@@ -47,6 +47,7 @@ class PlanCase:
 
 _HALF = {"stage3_max_reuse_distance": 250_000, "stage3_prefetch_bucket_size": 0}  # of the denoiser's 257,616 elements
 _NONE = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+_FEW = {"stage3_max_reuse_distance": 150_000, "stage3_max_live_parameters": 90_000}
 _TWICE = {"grad_accumulation": 2}
 
 CASES = {
@@ -56,15 +57,15 @@ CASES = {
         *(PlanCase(f"zero{stage}-fp32", stage, train={"precision": "fp32"}) for stage in (0, 2)),
         *(PlanCase(f"zero{stage}-accumulation", stage, train=_TWICE) for stage in (1, 2)),
         PlanCase("zero3-short-reuse", 3, zero=_HALF),
+        PlanCase("zero3-few-live", 3, zero=_FEW, game={"mode": "plain"}),
         PlanCase("zero3-no-reuse", 3, zero=_NONE, game={"discriminator_steps": 2}),
-        PlanCase("zero3-prefetch", 3, zero={**_NONE, "stage3_prefetch_bucket_size": 100_000}, game={"mode": "plain"}),
-        PlanCase("zero3-no-reuse-accumulation", 3, zero=_NONE, train=_TWICE),
+        PlanCase("zero3-prefetch", 3, zero={**_NONE, "stage3_prefetch_bucket_size": 4_000}),
+        PlanCase("zero3-prefetch-recomputed", 3, zero={"stage3_prefetch_bucket_size": 30_000}, train=_TWICE),
         PlanCase("zero3-all-persistent", 3, zero={"stage3_param_persistence_threshold": 100_000}),
         PlanCase("zero2-overlap", 2, zero={"overlap_comm": True}, game={"mode": "structure"}),
         PlanCase("zero2-offload", 2, zero={"offload_optimizer": {"device": "cpu"}}),
-        PlanCase(
-            "zero3-offload", 3, zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-        ),
+        PlanCase("zero2-offload-accumulation", 2, zero={"offload_optimizer": {"device": "cpu"}}, train=_TWICE),
+        PlanCase("zero3-offload", 3, zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
         PlanCase("global", 1, game={"scope": "global", "same_class": True, "gate_log_snr": 0.0}),
         PlanCase("global-reference", 0, game={"scope": "global"}, implementation="reference"),
     ]

@@ -79,8 +79,8 @@ def held(players: Players, ema: EMA) -> dict[str, int]:
     for name, engine in players.engines.items():
         player = "denoiser" if name == "denoiser" else "Psi"
         parameters = list(engine.module.parameters())
-        weights = _storages([p.data for p in parameters if p.numel()] + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")])
-        found[f"{player} weights"] = weights
+        shares = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]  # stage 3
+        found[f"{player} weights"] = _storages([p.data for p in parameters if p.numel()] + shares)
         optimizer = engine.optimizer
         state = getattr(optimizer, "optimizer", optimizer).state
         found[f"{player} AdamW moments"] = _storages(
@@ -109,7 +109,8 @@ def played(case: PlanCase, place: Place) -> dict[str, Any]:
             parameter.add_(0.05)
     players = Players(config, denoiser, None if config.game.mode == "plain" else build_psi(config), place.device)
     ema = EMA(lambda: list(local_masters(players.denoiser)), config.train.ema)
-    vote, found = Vote(place.device), {}
+    vote = Vote(place.device)
+    found: dict[str, Any] = {}
     step = players.denoiser.step
 
     def watched_step() -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from sadm_fast.config import Config
 from sadm_fast.planning import zero3
-from sadm_fast.planning.memory import width
+from sadm_fast.planning.memory import offload_of, width
 from sadm_fast.planning.players import Player
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
@@ -45,7 +45,7 @@ def transfers(
     """
     if world_size == 1:
         return []
-    zero, w, train = config.deepspeed.zero_optimization, width(config), config.train
+    zero, w = config.deepspeed.zero_optimization, width(config)
     stage = zero.stage if stage is None else stage
     found = []
     for player in players:
@@ -64,7 +64,7 @@ def transfers(
         if stage in (1, 2):
             found.append(Transfer(f"{player.name} weights", "all-gather", player.steps * w * player.trained))
         elif stage == 3:
-            found.append(Transfer(f"{player.name} weights", "all-gather", w * zero3.gathered(player, zero)))
+            found.append(Transfer(f"{player.name} weights", "all-gather", w * zero3.gathered(player, zero).in_all))
     if config.game.scope == "global" and config.game.mode != "plain":
         found += _global_structure(config, players[1], feature_dim, world_size)
     found.append(Transfer("votes, norms, logging", "all-reduce", _small(config, players, stage)))
@@ -96,5 +96,7 @@ def _global_structure(config: Config, psi: Player, feature_dim: int, n: int) -> 
 def _small(config: Config, players: list[Player], stage: int) -> float:
     steps = sum(player.steps for player in players)
     # DeepSpeed asks all ranks for the gradient's norm, and in bf16 at stages 1 and 2 for an overflow.
-    norm = {0: 0, 1: 4, 2: 4, 3: 8}[stage] + (config.train.precision == "bf16" and stage in (1, 2))
+    norm = {0: 0, 1: 4, 2: 4, 3: 8 if offload_of(config) == "none" else 4}[stage]
+    if config.train.precision == "bf16" and stage in (1, 2):
+        norm += 1
     return config.train.grad_accumulation * _VOTE + steps * norm + _LOG / config.train.log_every

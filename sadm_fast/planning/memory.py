@@ -114,6 +114,12 @@ def rank_memory(
         optimizer_at[f"{name} AdamW moments"] = 2 * _FP32 * share(player)
         if offload != "none":
             host[f"{name} fp32 gradients"] = _FP32 * share(player)
+            if stage < 3:
+                host[f"{name} new weights"] = w * share(player)  # on their way back to the device
+                if config.train.grad_accumulation > 1:
+                    host[f"{name} accumulated gradients"] = w * share(player)
+                for at in (device, host):
+                    at[f"{name} buffer of one gradient"] = w * max(player.parameters)
     optimizer_at["EMA"] = _FP32 * share(players[0])
     for player in players:
         if not player.has_engine:
@@ -145,7 +151,7 @@ def rank_memory(
 
     whole = {}
     if stage == 3:
-        whole = {f"{player.name} weights, gathered": w * zero3.most_gathered(player, zero) for player in engines}
+        whole = {f"{player.name} weights, gathered": w * zero3.gathered(player, zero).at_once for player in engines}
     own = activations.denoiser_checkpointed if checkpointing else activations.denoiser
     graph = {"denoiser activations": own}
     moments: dict[str, dict[str, int]] = {}

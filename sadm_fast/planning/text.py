@@ -12,7 +12,7 @@ _COLUMNS = {
     "optimizer": ("masters", "moments", "temporary"),
     "EMA": ("EMA",),
     "pictures": ("pictures",),
-    "activations": ("activations",),
+    "activ.": ("activations",),
     "buckets": ("bucket",),
 }
 
@@ -50,9 +50,9 @@ def _flops(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _memory(plan: dict[str, Any]) -> Iterator[str]:
-    yield f"Memory of one rank of {plan['gpus']} when most is needed, GiB (counted; * as configured)"
+    yield f"Memory of one rank of {plan['gpus']} at its fullest moment, GiB (counted; * as configured)"
     yield (
-        f"  {'ZeRO':<4} {'offload':<25}" + "".join(f"{name:>10.10}" for name in _COLUMNS)
+        f"  {'ZeRO':<4} {'offload':<17}" + "".join(f"{name:>10}" for name in _COLUMNS)
         + f"{'peak':>9}{'ckpt':>8}{'host':>8}"
     )  # fmt: skip
     limit = plan["assumptions"]["gpu"]["memory"]
@@ -64,12 +64,12 @@ def _memory(plan: dict[str, Any]) -> Iterator[str]:
             cells += f"{sum(size for what, size in held if any(w in what for w in words)) / _GIB:>10.2f}"
         mark = "!" if row["peak"] > limit else " "
         yield (
-            f"{'*' if here else ' '} {row['zero_stage']:<4} {row['offload']:<25}{cells}{row['peak'] / _GIB:>8.2f}{mark}"
+            f"{'*' if here else ' '} {row['zero_stage']:<4} {row['offload'].replace(' and parameters', '+params'):<17}{cells}{row['peak'] / _GIB:>8.2f}{mark}"
             f"{row['peak_with_checkpointing'] / _GIB:>8.2f}{sum(row['host'].values()) / _GIB:>8.2f}"
         )
-    yield f"  ! does not fit into {limit / 1e9:.0f} GB. ckpt: the peak if the denoiser's blocks were checkpointed, which"
-    yield "  the trainer has no switch for yet. Not counted: CUDA and NCCL, kernels' workspaces, fragmentation, the"
-    yield "  batch, and on rank 0 the autoencoder of a run on latents. pictures: fp32 copies that draw the samples."
+    yield f"  ! does not fit into {limit / 1e9:.0f} GB. ckpt: the peak with activation checkpointing of the denoiser's"
+    yield "  blocks, for which the trainer has no switch yet. pictures: fp32 copies of the models, to draw samples."
+    yield "  Not counted: CUDA and NCCL, workspaces, fragmentation, the batch, the autoencoder on rank 0 (latents)."
 
 
 def _communication(plan: dict[str, Any]) -> Iterator[str]:
@@ -117,10 +117,10 @@ def _prediction(plan: dict[str, Any]) -> Iterator[str]:
         f"  step           {row['step_s']:>10.4f} s  no overlap: {row['images_per_s']:,.0f} images/s; all overlapped:"
         f" {row['step_s_if_overlapped']:.4f} s, {row['images_per_s_if_overlapped']:,.0f} images/s"
     )
-    yield f"  Rates: {gpu['source']}; {gpu['link_name']} {gpu['link'] / 1e9:,.0f} GB/s a direction in a node of"
+    yield f"  Rates: {gpu['source']}. The two fractions are assumptions, not measurements."
     yield (
-        f"  {a['gpus_per_node']}; network {a['network_gbit']:g} Gbit/s a direction for each GPU. The two fractions are"
-        " assumptions, not measurements."
+        f"  Links, one direction: {gpu['link_name']} {gpu['link'] / 1e9:,.0f} GB/s for each GPU in a node of"
+        f" {a['gpus_per_node']}, network {a['network_gbit']:g} Gbit/s for each GPU."
     )
     yield "  Left out: latency (it tells above some hundred ranks), offloading, reading data, checkpoints, pictures."
 
@@ -143,4 +143,5 @@ def _scaling(plan: dict[str, Any]) -> Iterator[str]:
             f"{'!' if row['memory_peak'] > limit else ' '} {row['wire'] / _MIB:>10,.0f} {step:>17} {images:>21}"
             f" {efficiency:>14}"
         )
-    yield "  Efficiency: images/s of n ranks over n times those of one rank, in the same column."
+    yield "  Efficiency: images/s over n times those of one rank, which has nobody to share the optimizer's work with: with"
+    yield "  ZeRO it can be above 1."
