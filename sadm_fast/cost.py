@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from sadm_fast.config import Config
-from sadm_fast.game import frozen
+from sadm_fast.game import Batch, frozen, predict
 from sadm_fast.models import DiT, StructureEncoder
 from sadm_fast.planning.memory import Activations, rank_memory
 from sadm_fast.planning.players import players
@@ -88,22 +88,26 @@ def activations(config: Config, denoiser: DiT, psi: nn.Module | None) -> Activat
     Fake CPU tensors are counted, not meta ones: meta attention would keep the matrices of all pairs of tokens, which
     the fused kernels of CPUs and GPUs do not.
     """
-    b, (c, h, w), dtype = config.train.micro_batch, config.sample_shape, _DTYPES[config.train.precision]
+    samples, shape, dtype = config.train.micro_batch, config.sample_shape, _DTYPES[config.train.precision]
+    process = config.process
     with FakeTensorMode(allow_non_fake_inputs=True):
-        x, t, y = torch.empty(b, c, h, w), torch.empty(b), torch.zeros(b, dtype=torch.long)
-        whole = _kept(denoiser, x, t, y)
-        tokens = torch.empty(b, *denoiser.pos_embed.shape[1:], dtype=dtype, requires_grad=True)
-        condition = torch.empty(b, tokens.shape[-1], dtype=dtype, requires_grad=True)
+        x, labels = torch.empty(samples, *shape), torch.zeros(samples, dtype=torch.long)
+        level = torch.empty(samples, dtype=torch.float64)
+        batch = Batch(x, labels, labels, torch.empty_like(x), process.sample_t(level), level)
+        whole = _kept(denoiser, lambda denoise: predict(process, denoise, batch))
+        tokens = torch.empty(samples, *denoiser.pos_embed.shape[1:], dtype=dtype, requires_grad=True)
+        condition = torch.empty(samples, tokens.shape[-1], dtype=dtype, requires_grad=True)
         inputs = tokens.untyped_storage().nbytes() + condition.untyped_storage().nbytes()
-        block = _kept(denoiser.blocks[0], tokens, condition) - inputs
+        block = _kept(denoiser.blocks[0], lambda block: block(tokens, condition)) - inputs
         with _checkpointed(denoiser):
-            checkpointed = _kept(denoiser, x, t, y) + block
+            checkpointed = _kept(denoiser, lambda denoise: predict(process, denoise, batch)) + block
         structure = discriminator = 0
         if psi is not None:
+            xhat0 = torch.empty_like(x, requires_grad=True)
             with frozen(psi):
-                structure = _kept(psi, torch.empty_like(x, requires_grad=True))
+                structure = _kept(psi, lambda encode: encode(xhat0))
             if config.game.mode == "sadm":
-                discriminator = _kept(psi, torch.cat([x, x]))
+                discriminator = _kept(psi, lambda encode: encode(torch.cat([x, x])))
     return Activations(whole, checkpointed, structure, discriminator)
 
 
@@ -120,8 +124,8 @@ def _checkpointed(denoiser: DiT) -> Iterator[None]:
             del vars(block)["forward"]
 
 
-def _kept(module: nn.Module, *inputs: Tensor) -> int:
-    """Bytes kept by module(*inputs) for its backward; each storage once, parameters not. Inside FakeTensorMode."""
+def _kept(module: nn.Module, use: Callable[[Callable[..., Tensor]], object]) -> int:
+    """Bytes kept for the backward by `use` of a module; each storage once, parameters not. Inside FakeTensorMode."""
     weights: dict[str, Any] = {
         name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
         for name, p in module.named_parameters()
@@ -137,7 +141,7 @@ def _kept(module: nn.Module, *inputs: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = functional_call(module, weights, inputs)
+        out = use(lambda *inputs: functional_call(module, weights, inputs))
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del out
     return total

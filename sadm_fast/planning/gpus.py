@@ -34,15 +34,15 @@ GPUS = {
     ),
     "h100": Gpu(
         "H100 SXM 80 GB", 989 * _TERA, 494 * _TERA, 67 * _TERA, 80 * _GIGA, 3350 * _GIGA, _NVLINK_4,
-        "NVLink 4", "NVIDIA H100 datasheet, SXM5; half of the rates it gives with sparsity",
+        "NVLink 4", "NVIDIA H100 datasheet, SXM5; half of the rates with sparsity",
     ),
     "h200": Gpu(
         "H200 SXM 141 GB", 989 * _TERA, 494 * _TERA, 67 * _TERA, 141 * _GIGA, 4800 * _GIGA, _NVLINK_4,
-        "NVLink 4", "NVIDIA H200 datasheet, SXM5; half of the rates it gives with sparsity",
+        "NVLink 4", "NVIDIA H200 datasheet, SXM5; half of the rates with sparsity",
     ),
     "b200": Gpu(
         "B200 SXM 180 GB", 2250 * _TERA, 1100 * _TERA, 80 * _TERA, 180 * _GIGA, 8000 * _GIGA, _NVLINK_5,
-        "NVLink 5", "NVIDIA HGX B200 (1,000 W) specification; half of the rates it gives with sparsity",
+        "NVLink 5", "NVIDIA HGX B200, 1,000 W; half of the rates with sparsity",
     ),
     "l40s": Gpu(
         "L40S 48 GB", 362 * _TERA, 183 * _TERA, 91.6 * _TERA, 48 * _GIGA, 864 * _GIGA, _PCIE_4,
@@ -50,7 +50,7 @@ GPUS = {
     ),
     "rtx4090": Gpu(
         "GeForce RTX 4090 24 GB", 165.2 * _TERA, 82.6 * _TERA, 82.6 * _TERA, 24 * _GIGA, 1008 * _GIGA, _PCIE_4,
-        "PCIe 4.0 x16", "NVIDIA Ada GPU architecture whitepaper; has no direct copies between GPUs",
+        "PCIe 4.0 x16", "NVIDIA's Ada whitepaper; it has no direct copies between GPUs",
     ),
 }  # fmt: skip
 

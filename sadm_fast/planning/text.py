@@ -63,8 +63,9 @@ def _memory(plan: dict[str, Any]) -> Iterator[str]:
         for words in _COLUMNS.values():
             cells += f"{sum(size for what, size in held if any(w in what for w in words)) / _GIB:>10.2f}"
         mark = "!" if row["peak"] > limit else " "
+        offload = row["offload"].replace(" and parameters", "+params")
         yield (
-            f"{'*' if here else ' '} {row['zero_stage']:<4} {row['offload'].replace(' and parameters', '+params'):<17}{cells}{row['peak'] / _GIB:>8.2f}{mark}"
+            f"{'*' if here else ' '} {row['zero_stage']:<4} {offload:<17}{cells}{row['peak'] / _GIB:>8.2f}{mark}"
             f"{row['peak_with_checkpointing'] / _GIB:>8.2f}{sum(row['host'].values()) / _GIB:>8.2f}"
         )
     yield f"  ! does not fit into {limit / 1e9:.0f} GB. ckpt: the peak with activation checkpointing of the denoiser's"
@@ -117,7 +118,7 @@ def _prediction(plan: dict[str, Any]) -> Iterator[str]:
         f"  step           {row['step_s']:>10.4f} s  no overlap: {row['images_per_s']:,.0f} images/s; all overlapped:"
         f" {row['step_s_if_overlapped']:.4f} s, {row['images_per_s_if_overlapped']:,.0f} images/s"
     )
-    yield f"  Rates: {gpu['source']}. The two fractions are assumptions, not measurements."
+    yield f"  Rates: {gpu['source']}. Both fractions are assumed, not measured."
     yield (
         f"  Links, one direction: {gpu['link_name']} {gpu['link'] / 1e9:,.0f} GB/s for each GPU in a node of"
         f" {a['gpus_per_node']}, network {a['network_gbit']:g} Gbit/s for each GPU."
@@ -143,5 +144,4 @@ def _scaling(plan: dict[str, Any]) -> Iterator[str]:
             f"{'!' if row['memory_peak'] > limit else ' '} {row['wire'] / _MIB:>10,.0f} {step:>17} {images:>21}"
             f" {efficiency:>14}"
         )
-    yield "  Efficiency: images/s over n times those of one rank, which has nobody to share the optimizer's work with: with"
-    yield "  ZeRO it can be above 1."
+    yield "  Efficiency: images/s over n times those of one rank; above 1 where ZeRO divides what one rank does alone."
