@@ -3,6 +3,7 @@
 import gc
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ _OPERATIONS = {
 class Collectives(TorchDispatchMode):
     """Counts payloads of torch.distributed underneath whoever calls it: the larger of input and output."""
 
-    def __init__(self) -> None:
+    def __init__(self, optimizers: list[Any]) -> None:
         super().__init__()
         self.payload: dict[str, int] = {}
         self.largest_buckets = 0
-        self.optimizers: list[Any] = []
+        self._optimizers = optimizers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -43,7 +44,7 @@ class Collectives(TorchDispatchMode):
             size = max(sum(t.nbytes for t in _tensors(a)) for a in args[:2])
             operation = _OPERATIONS.get(name, name)
             self.payload[operation] = self.payload.get(operation, 0) + size
-            self.largest_buckets = max(self.largest_buckets, sum(map(_buckets, self.optimizers)))
+            self.largest_buckets = max(self.largest_buckets, sum(map(_buckets, self._optimizers)))
         return func(*args, **(kwargs or {}))
 
 
@@ -101,6 +102,7 @@ def micro_batch(case: PlanCase, index: int, place: Place) -> Batch:
 
 
 def played(case: PlanCase, place: Place) -> dict[str, Any]:
+    """A few iterations of a case, and what they came to in the last."""
     config = case.config
     before = alive()
     denoiser = build_denoiser(config, CLASSES)
@@ -120,13 +122,13 @@ def played(case: PlanCase, place: Place) -> dict[str, Any]:
         step()
 
     players.denoiser.step = watched_step
+    collectives = Collectives([engine.optimizer for engine in players.engines.values()])
     for iteration in range(ITERATIONS):
         micro_batches = config.train.grad_accumulation
         batches = [micro_batch(case, iteration * micro_batches + k, place) for k in range(micro_batches)]
-        with Collectives() as collectives:
-            collectives.optimizers = [engine.optimizer for engine in players.engines.values()]
+        with collectives if iteration == ITERATIONS - 1 else nullcontext():
             players.iteration(batches, iteration, agree_finite=vote.agree_finite)
-            ema.update()
+        ema.update()
     players.denoiser.step = step
     found |= {
         "held": held(players, ema),
@@ -140,6 +142,7 @@ def played(case: PlanCase, place: Place) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     with distributed() as place:
+        gc.freeze()  # what the imports brought need not be searched each time
         torch.save({name: played(case, place) for name, case in CASES.items()}, folder / f"rank-{place.rank}.pt")
         dist.barrier()
 
