@@ -76,9 +76,7 @@ def step_flops(config: Config, denoiser: DiT, psi: nn.Module | None) -> dict[str
 
             parts["discriminator"] = config.game.discriminator_steps * _flops(discriminate)
             if config.implementation == "reference" or accumulation > 1:
-                parts["denoiser forward, again for the discriminator"] = (
-                    config.game.discriminator_steps * parts["denoiser forward"]
-                )
+                parts["denoiser forward, again for the discriminator"] = parts["denoiser forward"]
     return {what: flops * accumulation for what, flops in parts.items()}
 
 
