@@ -28,7 +28,7 @@ from sadm_fast.launch import Place, barrier, first_on_rank_zero
 from sadm_fast.models.autoencoder import Autoencoder
 
 _BATCHES_AHEAD = 2
-_SKIPPED_LISTED = 1000  # names of broken images kept in a shard's record
+_SKIPPED_LISTED = 500  # names of broken images kept in a shard's record
 
 
 def check_autoencoder(config: Config, autoencoder: Autoencoder) -> None:

@@ -41,7 +41,7 @@ def test_differences_are_named_with_both_values(folder: RunFolder):
     with pytest.raises(UserError, match="seed: 0 there, 1 here"):
         folder.check(config(seed=1))
     with pytest.raises(UserError, match="and 1 more"):
-        folder.check(config(seed=1, train={"micro_batch": 7}, game={"lambda_s": 0.9}))
+        folder.check(config(seed=1, train={"precision": "bf16"}, game={"lambda_s": 0.9}))
 
 
 def test_rewinding_forgets_later_steps_and_torn_lines(folder: RunFolder):

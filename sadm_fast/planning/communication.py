@@ -15,7 +15,7 @@ from sadm_fast.planning.players import Player
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
 
-_VOTE = 2 * 4  # trainer.Vote: int32 [2] for each micro-batch
+_VOTE = 4 * 4  # trainer.Vote: int32 [4] an iteration
 _LOG = 15 * 8  # training_log.Interval: float64 [15] for each line
 _CHECK = 6 * 8  # structure_loss compares the ranks' arguments: int64 [6] from each
 
@@ -99,4 +99,4 @@ def _small(config: Config, players: list[Player], stage: int) -> float:
     norm = {0: 0, 1: 4, 2: 4, 3: 8 if offload_of(config) == "none" else 4}[stage]
     if config.train.precision == "bf16" and stage in (1, 2):
         norm += 1
-    return config.train.grad_accumulation * _VOTE + steps * norm + _LOG / config.train.log_every
+    return _VOTE + steps * norm + _LOG / config.train.log_every
