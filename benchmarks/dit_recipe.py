@@ -6,7 +6,7 @@ not needed: its classes for this are thin.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return Image.fromarray(pixels[top : top + size, left : left + size])
 
 
-def batches(root: str | Path, *, size: int, micro_batch: int, workers: int) -> Iterator[list[Tensor]]:
+def batches(root: str | Path, *, size: int, micro_batch: int, workers: int) -> Generator[list[Tensor], None, None]:
     """(images, labels) without end, epoch after epoch; close() ends the workers."""
     loader = DataLoader(
         FolderOfImages(root, size), batch_size=micro_batch, shuffle=True, num_workers=workers, drop_last=True

@@ -50,7 +50,7 @@ def _cut(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     scale = max(width / image.width, height / image.height) * rng.uniform(1, 1.3)
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     image = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+    left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
     return image.crop((left, top, left + width, top + height))
 
 

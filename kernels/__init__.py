@@ -2,5 +2,14 @@
 
 from sadm_kernels.api import StructureLoss, backends, structure_loss
 from sadm_kernels.reference import relation_matrix
+from sadm_kernels.streams import copy_rows, has_streams, philox_uniform
 
-__all__ = ["StructureLoss", "backends", "relation_matrix", "structure_loss"]
+__all__ = [
+    "StructureLoss",
+    "backends",
+    "copy_rows",
+    "has_streams",
+    "philox_uniform",
+    "relation_matrix",
+    "structure_loss",
+]

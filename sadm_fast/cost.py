@@ -1,4 +1,4 @@
-"""What a run will cost, counted without running it: parameters, FLOPs and MACs of a step, memory of a rank.
+"""What a run will cost, counted without running it: parameters, FLOPs and MACs of a step, activations; --dry-run.
 
 Models live on the meta device, so nothing is allocated. FLOPs are counted by PyTorch's FlopCounterMode (matrix
 products and convolutions; a multiply-add is two FLOPs, one MAC). Papers on diffusion transformers that say "Gflops"
@@ -6,15 +6,23 @@ mean MACs.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from sadm_fast.config import Config
-from sadm_fast.game import frozen
-from sadm_fast.models import DiT
+from sadm_fast.game import Batch, frozen, predict
+from sadm_fast.models import DiT, StructureEncoder
+from sadm_fast.planning.memory import Activations, rank_memory
+from sadm_fast.planning.players import players
 from sadm_fast.preparation import build_denoiser, build_psi
 from sadm_kernels import structure_loss
 
@@ -27,7 +35,7 @@ def _flops(run: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def meta_models(config: Config, num_classes: int) -> tuple[DiT, nn.Module | None]:
+def meta_models(config: Config, num_classes: int) -> tuple[DiT, StructureEncoder | None]:
     """Both players without memory behind them."""
     with torch.device("meta"):
         dtype = _DTYPES[config.train.precision]
@@ -68,15 +76,60 @@ def step_flops(config: Config, denoiser: DiT, psi: nn.Module | None) -> dict[str
 
             parts["discriminator"] = config.game.discriminator_steps * _flops(discriminate)
             if config.implementation == "reference" or accumulation > 1:
-                parts["denoiser forward, again for the discriminator"] = (
-                    config.game.discriminator_steps * parts["denoiser forward"]
-                )
+                parts["denoiser forward, again for the discriminator"] = parts["denoiser forward"]
     return {what: flops * accumulation for what, flops in parts.items()}
 
 
-def activation_bytes(config: Config, denoiser: DiT) -> int:
-    """Bytes autograd keeps of the denoiser's forward on one micro-batch; each storage once, parameters not."""
-    own = {p.untyped_storage()._cdata for p in denoiser.parameters()}
+def activations(config: Config, denoiser: DiT, psi: nn.Module | None) -> Activations:
+    """Bytes that autograd keeps of one micro-batch, of models from `meta_models`.
+
+    Fake CPU tensors are counted, not meta ones: meta attention would keep the matrices of all pairs of tokens, which
+    the fused kernels of CPUs and GPUs do not.
+    """
+    samples, shape, dtype = config.train.micro_batch, config.sample_shape, _DTYPES[config.train.precision]
+    process = config.process
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, labels = torch.empty(samples, *shape), torch.zeros(samples, dtype=torch.long)
+        level = torch.empty(samples, dtype=torch.float64)
+        batch = Batch(x, labels, labels, torch.empty_like(x), process.sample_t(level), level)
+        whole = _kept(denoiser, lambda denoise: predict(process, denoise, batch))
+        tokens = torch.empty(samples, *denoiser.pos_embed.shape[1:], dtype=dtype, requires_grad=True)
+        condition = torch.empty(samples, tokens.shape[-1], dtype=dtype, requires_grad=True)
+        inputs = tokens.untyped_storage().nbytes() + condition.untyped_storage().nbytes()
+        block = _kept(denoiser.blocks[0], lambda block: block(tokens, condition)) - inputs
+        with _checkpointed(denoiser):
+            checkpointed = _kept(denoiser, lambda denoise: predict(process, denoise, batch)) + block
+        structure = discriminator = 0
+        if psi is not None:
+            xhat0 = torch.empty_like(x, requires_grad=True)
+            with frozen(psi):
+                structure = _kept(psi, lambda encode: encode(xhat0))
+            if config.game.mode == "sadm":
+                discriminator = _kept(psi, lambda encode: encode(torch.cat([x, x])))
+    return Activations(whole, checkpointed, structure, discriminator)
+
+
+@contextmanager
+def _checkpointed(denoiser: DiT) -> Iterator[None]:
+    """Activation checkpointing of each block."""
+    for block in denoiser.blocks:
+        wrapped = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        vars(block)["forward"] = wrapped  # of this instance, before its class's
+    try:
+        yield
+    finally:
+        for block in denoiser.blocks:
+            del vars(block)["forward"]
+
+
+def _kept(module: nn.Module, use: Callable[[Callable[..., Tensor]], object]) -> int:
+    """Bytes kept for the backward by `use` of a module; each storage once, parameters not. Inside FakeTensorMode."""
+    weights: dict[str, Any] = {
+        name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+        for name, p in module.named_parameters()
+    }
+    weights |= {name: torch.empty(buffer.shape, dtype=buffer.dtype) for name, buffer in module.named_buffers()}
+    own = {weight.untyped_storage()._cdata for weight in weights.values()}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -86,43 +139,10 @@ def activation_bytes(config: Config, denoiser: DiT) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = _denoise(config, denoiser)
+        out = use(lambda *inputs: functional_call(module, weights, inputs))
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del out
     return total
-
-
-def memory_plan(config: Config, denoiser: DiT, psi: nn.Module | None, world_size: int) -> dict[str, int]:
-    """Bytes of one rank by purpose: what ZeRO spreads is divided by the ranks that share it."""
-    stage = config.deepspeed.zero_optimization.stage
-    width = _DTYPES[config.train.precision].itemsize
-
-    def share(first_stage: int) -> int:
-        return world_size if stage >= first_stage else 1
-
-    def player(module: nn.Module) -> dict[str, int]:
-        everything = sum(p.numel() for p in module.parameters())
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        # In fp32 without ZeRO the weights are their own masters; ZeRO keeps a second, divided copy.
-        masters = 0 if width == 4 and stage == 0 else 4 * trained // share(1)
-        return {
-            "weights": width * everything // share(3),
-            "gradients": width * trained // share(2),
-            "fp32 masters": masters,
-            "AdamW moments": 8 * trained // share(1),
-        }
-
-    plan = {f"denoiser {what}": size for what, size in player(denoiser).items()}
-    trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
-    plan["EMA"] = 4 * trained // share(1)
-    plan["denoiser copy for pictures"] = 4 * sum(p.numel() for p in denoiser.parameters())
-    plan["denoiser activations"] = activation_bytes(config, denoiser)
-    if psi is not None:
-        if config.game.mode == "sadm":
-            plan |= {f"Psi {what}": size for what, size in player(psi).items()}
-        else:
-            plan["Psi weights"] = width * sum(p.numel() for p in psi.parameters())
-    return plan
 
 
 def describe(config: Config, num_classes: int, world_size: int) -> str:
@@ -145,12 +165,16 @@ def describe(config: Config, num_classes: int, world_size: int) -> str:
     lines.append(f"  {'all':<46} {total / 1e9:>12,.2f} GFLOP {total / 2e9:>12,.2f} GMAC")
     forward = flops["denoiser forward"] / batch
     lines.append(f"  {'denoiser forward, one sample':<46} {forward / 1e9:>12,.3f} GFLOP {forward / 2e9:>12,.3f} GMAC")
-    plan = memory_plan(config, denoiser, psi, world_size)
+    memory = rank_memory(config, players(config, denoiser, psi), activations(config, denoiser, psi), world_size)
+    plan = memory.device | memory.moments[memory.fullest]
     stage = config.deepspeed.zero_optimization.stage
     lines += [
         "",
-        f"Memory of one rank, planned (ZeRO stage {stage}, {config.train.precision}; library buffers not counted):",
+        f"Memory of one rank, planned (ZeRO stage {stage}, {config.train.precision}; library buffers not counted);",
+        f"the fullest moment is the {memory.fullest}:",
     ]
-    lines += [f"  {what:<46} {size / 2**20:>12,.1f} MiB" for what, size in plan.items()]
-    lines.append(f"  {'all':<46} {sum(plan.values()) / 2**20:>12,.1f} MiB")
+    lines += [f"  {what:<46} {size / 2**20:>12,.1f} MiB" for what, size in plan.items() if size]
+    lines.append(f"  {'all':<46} {memory.peak / 2**20:>12,.1f} MiB")
+    if memory.host:
+        lines.append(f"  {'offloaded to the host':<46} {sum(memory.host.values()) / 2**20:>12,.1f} MiB")
     return "\n".join(lines)

@@ -12,6 +12,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from sadm_kernels import has_streams, philox_uniform
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -73,11 +75,18 @@ def normal(seed: int, stream: Stream, sample_ids: Tensor, shape: Sequence[int]) 
 def _normal(seed: int, stream: Stream, sample_ids: Tensor, count: int) -> Tensor:
     """float32 [B, count]."""
     half = -(-count // 2)
-    u = _words(seed, stream, sample_ids, 2 * half).float().add_(0.5).mul_(2.0**-32)
+    u = _uniform32(seed, stream, sample_ids, 2 * half)
     # fp32 rounds the largest words up to 1.0 exactly: log gives 0, which is a finite (and fair) sample.
     radius = u[:, :half].log().mul_(-2.0).sqrt_()
     angle = u[:, half:] * (2.0 * math.pi)
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+
+
+def _uniform32(seed: int, stream: Stream, sample_ids: Tensor, count: int) -> Tensor:
+    """(word + 1/2) 2^-32 as float32 [B, count]: the same bits by the C++ kernel and by tensor operations."""
+    if sample_ids.device.type == "cpu" and has_streams():
+        return philox_uniform(seed, int(stream), sample_ids, count)
+    return _words(seed, stream, sample_ids, count).float().add_(0.5).mul_(2.0**-32)
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from sadm_fast.config import Config, check_config
-from sadm_fast.cost import activation_bytes, describe, memory_plan, meta_models, step_flops
+from sadm_fast.cost import activations, describe, meta_models, step_flops
+from sadm_fast.planning.memory import Memory, rank_memory
+from sadm_fast.planning.players import players
 
 
 def config(**changes: Any) -> Config:
@@ -67,9 +69,10 @@ def test_the_game_costs_what_its_passes_do():
     assert costs[1]["discriminator"] > costs[1]["structure term"] > 0
 
 
-def plan(stage: int, world_size: int, precision: str = "fp32") -> dict[str, int]:
+def plan(stage: int, world_size: int, precision: str = "fp32") -> Memory:
     asked = config(train={"precision": precision}, deepspeed={"zero_optimization": {"stage": stage}})
-    return memory_plan(asked, *meta_models(asked, 10), world_size)
+    models = meta_models(asked, 10)
+    return rank_memory(asked, players(asked, *models), activations(asked, *models), world_size)
 
 
 def test_zero_divides_what_its_stage_says():
@@ -78,35 +81,54 @@ def test_zero_divides_what_its_stage_says():
     trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in denoiser.parameters())
     alone = plan(0, 4)
-    assert alone["denoiser weights"] == 4 * everything
-    assert alone["denoiser gradients"] == 4 * trained
-    assert alone["denoiser AdamW moments"] == 8 * trained
-    assert alone["denoiser fp32 masters"] == 0  # in fp32 the weights are their own
-    for what, first_stage in (("AdamW moments", 1), ("gradients", 2), ("weights", 3)):
-        for player in ("denoiser", "Psi"):
-            for stage in (1, 2, 3):
-                divided = 4 if stage >= first_stage else 1
-                # whole bytes: what is left over of a division is lost
-                assert plan(stage, 4)[f"{player} {what}"] == alone[f"{player} {what}"] // divided
-    assert plan(1, 4)["EMA"] == trained  # 4 bytes on a fourth
-    assert sum(plan(3, 4).values()) < sum(plan(2, 4).values()) < sum(plan(1, 4).values())
+    assert alone.device["denoiser weights"] == 4 * everything
+    assert alone.moments["denoiser's backward"]["denoiser gradients"] == 4 * trained
+    assert alone.device["denoiser AdamW moments"] == 8 * trained
+    assert alone.device["denoiser fp32 masters"] == 0  # in fp32 the weights are their own
+    for stage in (1, 2, 3):
+        divided = plan(stage, 4).device
+        assert divided["denoiser AdamW moments"] == 8 * trained / 4
+        assert divided["EMA"] == trained  # 4 bytes on a fourth
+    assert plan(2, 4).device["denoiser weights"] == 4 * everything
+    assert plan(3, 4).device["denoiser weights, divided"] == everything  # each of its tensors has a multiple of 4
 
 
 def test_bf16_halves_weights_and_gradients_and_keeps_fp32_masters():
     full, half = plan(0, 1), plan(0, 1, "bf16")
-    assert half["denoiser weights"] * 2 == full["denoiser weights"]
-    assert half["denoiser gradients"] * 2 == full["denoiser gradients"]
-    assert half["denoiser fp32 masters"] == full["denoiser gradients"]
-    assert half["denoiser AdamW moments"] == full["denoiser AdamW moments"]
+    gradients = [memory.moments["denoiser's backward"]["denoiser gradients"] for memory in (full, half)]
+    assert half.device["denoiser weights"] * 2 == full.device["denoiser weights"]
+    assert gradients[1] * 2 == gradients[0]
+    assert half.device["denoiser fp32 masters"] == gradients[0]
+    assert half.device["denoiser AdamW moments"] == full.device["denoiser AdamW moments"]
 
 
 def test_activations_grow_with_the_batch():
     sizes = []
     for batch in (8, 16):
         asked = config(train={"micro_batch": batch})
-        sizes.append(activation_bytes(asked, meta_models(asked, 10)[0]))
+        sizes.append(activations(asked, *meta_models(asked, 10)))
     # Weights are not activations; what does not grow (masks, frequencies) is little.
-    assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.01)
+    assert sizes[1].denoiser == pytest.approx(2 * sizes[0].denoiser, rel=0.01)
+    assert sizes[1].discriminator == pytest.approx(2 * sizes[0].discriminator, rel=0.01)
+
+
+def test_counting_leaves_the_models_as_they_were():
+    asked = config()
+    denoiser, psi = meta_models(asked, 10)
+    first = activations(asked, denoiser, psi)
+    assert activations(asked, denoiser, psi) == first
+    assert not any("forward" in vars(block) for block in denoiser.blocks)
+
+
+def test_attention_keeps_no_matrix_of_all_pairs():
+    sizes = []
+    for side in (32, 64):  # four times the tokens
+        larger = config(
+            data={"resolution": side, "channels": 3}, denoiser={"name": "DiT-S/4"}, train={"micro_batch": 2}
+        )
+        sizes.append(activations(larger, *meta_models(larger, 10)).denoiser)
+    # A matrix of all pairs would grow 16 times; what is kept for each sample, and not each token, grows less than 4.
+    assert 3.5 < sizes[1] / sizes[0] <= 4
 
 
 def test_the_text_names_flops_and_macs_apart():

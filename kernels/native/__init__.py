@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sadm_kernels.problem import Problem
 
-_INTERFACE = 1  # kInterface of structure.h
+_INTERFACE = 2  # kInterface of structure.h
 _FOLDER = Path(__file__).parent
 LIBRARY = _FOLDER / "libstructure.so"
 BUILD_FAILURE = _FOLDER / "build_failure.txt"  # setup.py leaves the reason here
@@ -65,6 +65,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{LIBRARY.name} is of another version (interface {found}, not {_INTERFACE}); {_REMEDY}"
     library.structure_instruction_set.restype = ctypes.c_char_p
     library.structure_pass.argtypes = [ctypes.POINTER(_StructurePass)]
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.philox_uniform.argtypes = [
+        pointer, integer, integer, ctypes.c_uint32, ctypes.c_uint64, pointer, ctypes.c_int32,
+    ]  # fmt: skip
+    library.philox_uniform.restype = None
+    library.copy_rows.argtypes = [pointer, integer, integer, pointer]
+    library.copy_rows.restype = None
     return library, "ok"
 
 
@@ -74,6 +81,13 @@ _library, _status = _load()
 def why_missing() -> str:
     """ "ok", or why the C++ library cannot be used and what to do."""
     return _status
+
+
+def library() -> ctypes.CDLL:
+    """The library, its functions typed. RuntimeError without it."""
+    if _library is None:
+        raise RuntimeError(_status)
+    return _library
 
 
 def instruction_set() -> str:

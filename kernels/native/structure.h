@@ -29,6 +29,6 @@ struct StructurePass {
   int32_t dtype, relation, penalty, unit, stage, threads;
 };
 
-constexpr int32_t kInterface = 1;
+constexpr int32_t kInterface = 2;
 
 }

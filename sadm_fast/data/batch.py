@@ -66,21 +66,6 @@ class ImageMemory:
         return torch.from_numpy(given)
 
 
-def crops_to_images(crops: Tensor, memory: ImageMemory) -> Tensor:
-    """uint8 [B, S, S, C] to pixels_to_float of it as [B, C, S, S], on the same device; on the CPU in `memory`."""
-    crops = crops.permute(0, 3, 1, 2)
-    if crops.device.type != "cpu":
-        return pixels_to_float(crops.contiguous())
-    images = memory.take(*crops.shape)
-    at_once = max(1, _CACHED // crops[0].numel())
-    for pixels, part in zip(crops.split(at_once), images.split(at_once), strict=True):
-        torch.div(pixels.contiguous(), 127.5, out=part).sub_(1.0)
-    return images
-
-
-_CACHED = 2**18  # pixel values whose floats (1 MB) stay in a core's cache between two passes
-
-
 def float_to_pixels(images: Tensor) -> Tensor:
     """Images of any shape and float dtype to uint8: the exact inverse of pixels_to_float, clipped."""
     return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)

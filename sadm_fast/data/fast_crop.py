@@ -16,38 +16,41 @@ def fast_crop(image: np.ndarray, size: int, mirror: bool, out: np.ndarray) -> No
 
     An image whose shorter side is below `size` is enlarged.
     """
-    while min(image.shape[:2]) >= 2 * size:
-        image = halve(halve(image, 1), 0)
-    height, width = image.shape[:2]
+    planes = image.transpose(2, 0, 1)
+    if min(image.shape[:2]) >= 2 * size:
+        planes = np.ascontiguousarray(planes)  # pairs of single bytes are averaged faster than pairs of pixels
+    while min(planes.shape[1:]) >= 2 * size:
+        planes = halve(halve(planes, 2), 1)
+    height, width = planes.shape[1:]
     scale = size / min(height, width)
     resized = round(height * scale), round(width * scale)
     if resized != (height, width):
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-        image = F.interpolate(pixels, resized, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+        planes = F.interpolate(torch.from_numpy(planes)[None], resized, mode="bicubic", antialias=True)[0].numpy()
     top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
-    crop = image[top : top + size, left : left + size]
-    crop = np.ascontiguousarray((crop[:, ::-1] if mirror else crop).transpose(2, 0, 1))
+    crop = planes[:, top : top + size, left : left + size]
+    crop = np.ascontiguousarray(crop[:, :, ::-1] if mirror else crop)
     np.divide(crop, np.float32(127.5), out=out, dtype=np.float32)
     np.subtract(out, np.float32(1.0), out=out)
 
 
-def halve(image: np.ndarray, axis: int) -> np.ndarray:
-    """Pillow's box filter to half the length of an axis (0 or 1), rounded down; uint8 [H, W, C].
+def halve(pixels: np.ndarray, axis: int) -> np.ndarray:
+    """Pillow's box filter to half the length of an axis, rounded down; uint8 of any shape.
 
     Pairs are averaged; of an odd length 2k + 1 the pairs lie at both ends and a triple is between them.
     """
-    pixels = image if axis == 0 else image.swapaxes(0, 1)
-    k, odd = divmod(len(pixels), 2)
+
+    def part(chosen: slice) -> np.ndarray:
+        return pixels[(slice(None),) * axis + (chosen,)]
+
+    k, odd = divmod(pixels.shape[axis], 2)
     if not odd:
-        halved = _mean(pixels[0::2], pixels[1::2])
-    else:
-        middle = (k + 1) // 2 - 1  # one of this and the next output is of three pixels; all others are of two
-        parts = [_mean(pixels[0 : 2 * middle : 2], pixels[1 : 2 * middle : 2])]
-        parts += [_average(pixels[_window(i, k)]) for i in (middle, middle + 1) if i < k]
-        rest = 2 * (middle + 2) + 1
-        parts.append(_mean(pixels[rest::2], pixels[rest + 1 :: 2]))
-        halved = np.concatenate(parts)
-    return halved if axis == 0 else halved.swapaxes(0, 1)
+        return _mean(part(slice(0, None, 2)), part(slice(1, None, 2)))
+    middle = (k + 1) // 2 - 1  # one of this and the next output is of three pixels; all others are of two
+    rest = 2 * (middle + 2) + 1
+    parts = [_mean(part(slice(0, 2 * middle, 2)), part(slice(1, 2 * middle, 2)))]
+    parts += [_average(part(_window(i, k)), axis) for i in (middle, middle + 1) if i < k]
+    parts.append(_mean(part(slice(rest, None, 2)), part(slice(rest + 1, None, 2))))
+    return np.concatenate(parts, axis)
 
 
 def _window(i: int, k: int) -> slice:
@@ -59,10 +62,10 @@ def _window(i: int, k: int) -> slice:
     return slice(inside[0], inside[-1] + 1)
 
 
-def _average(pixels: np.ndarray) -> np.ndarray:
-    """The mean of a few rows [n, W, C] as [1, W, C], with Pillow's weights: multiples of 2^-22."""
-    weight = int(0.5 + 2**22 / len(pixels))
-    total = pixels.astype(np.int64).sum(axis=0, keepdims=True)
+def _average(pixels: np.ndarray, axis: int) -> np.ndarray:
+    """The mean over an axis, which is kept, with Pillow's weights: multiples of 2^-22."""
+    weight = int(0.5 + 2**22 / pixels.shape[axis])
+    total = pixels.astype(np.int64).sum(axis=axis, keepdims=True)
     return ((total * weight + 2**21) >> 22).astype(np.uint8)
 
 

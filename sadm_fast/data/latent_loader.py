@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from sadm_fast.counters import Stream, normal
-from sadm_fast.data.batch import ImageBatch
+from sadm_fast.data.batch import ImageBatch, ImageMemory
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.order import MicroBatch, MicroBatchPlan
 
 _ROWS_A_TASK = 64  # smaller tasks cost more than they spread
+_CACHED = 2**17  # numbers drawn at once on a CPU, so that they stay in its caches until they are scaled
 
 
 class LatentLoader:
@@ -39,6 +40,8 @@ class LatentLoader:
         self._prefetch = prefetch
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "latents")
         self._under_way: deque[tuple[MicroBatch, np.ndarray, list[Future[None]]]] = deque()
+        self._used: list[np.ndarray] = []  # room for moments that is free again
+        self._memory = ImageMemory()
         self._next = 0  # position in the plan that is read next
         self.broken: dict[str, str] = {}  # as the other loaders; a cache holds no broken images
 
@@ -55,15 +58,24 @@ class LatentLoader:
         for task in tasks:
             task.result()
         sample_ids = torch.from_numpy(wanted.sample_ids).to(self._device)
-        mean, std = torch.from_numpy(moments).to(self._device, torch.float32).unbind(1)
-        noise = normal(self._plan.seed, Stream.LATENT, sample_ids, mean.shape[1:])
-        latents = self._source.scale.to_scaled(torch.addcmul(mean, std, noise))
+        if self._device.type == "cpu":
+            latents = self._memory.take(len(moments), *moments.shape[2:])
+            at_once = max(1, _CACHED // moments[0, 0].size)
+        else:
+            latents = torch.empty((len(moments), *moments.shape[2:]), device=self._device)
+            at_once = len(moments)
+        for first in range(0, len(moments), at_once):
+            part = slice(first, first + at_once)
+            mean, std = torch.from_numpy(moments[part]).to(self._device, torch.float32).unbind(1)
+            noise = normal(self._plan.seed, Stream.LATENT, sample_ids[part], mean.shape[1:])
+            latents[part] = self._source.scale.to_scaled(noise.mul_(std).add_(mean))
+        self._used.append(moments)
         return ImageBatch(
             latents, torch.from_numpy(self._source.labels[wanted.indices]).to(self._device), sample_ids
         )  # fmt: skip
 
     def _start(self, wanted: MicroBatch, pool: ThreadPoolExecutor) -> tuple[MicroBatch, np.ndarray, list[Future[None]]]:
-        moments = self._source.buffer(len(wanted.indices))
+        moments = self._used.pop() if self._used else self._source.buffer(len(wanted.indices))
         parts = [slice(first, first + _ROWS_A_TASK) for first in range(0, len(moments), _ROWS_A_TASK)]
         tasks = [
             pool.submit(self._source.read, wanted.indices[part], wanted.mirror[part], moments[part]) for part in parts

@@ -2,13 +2,9 @@
 
 import threading
 
-import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sadm_fast.data import batch
-from sadm_fast.data.batch import ImageMemory, crops_to_images, float_to_pixels, pixels_to_float
+from sadm_fast.data.batch import ImageMemory, float_to_pixels, pixels_to_float
 
 
 def test_every_pixel_value_maps_into_minus_one_to_one_and_back() -> None:
@@ -23,21 +19,6 @@ def test_every_pixel_value_maps_into_minus_one_to_one_and_back() -> None:
 
 def test_what_lies_outside_is_clipped() -> None:
     assert float_to_pixels(torch.tensor([-3.0, 1.01])).tolist() == [0, 255]
-
-
-@given(
-    count=st.integers(1, 9), height=st.integers(1, 7), width=st.integers(1, 7), channels=st.sampled_from([1, 3]),
-    cached=st.integers(1, 200),
-)  # fmt: skip
-def test_crops_become_images_with_channels_first(
-    count: int, height: int, width: int, channels: int, cached: int
-) -> None:
-    crops = torch.randint(0, 256, (count, height, width, channels), dtype=torch.uint8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "_CACHED", cached)
-        images = crops_to_images(crops, ImageMemory())
-    assert images.is_contiguous()
-    assert torch.equal(images, pixels_to_float(crops).permute(0, 3, 1, 2))
 
 
 def test_memory_is_used_again_when_its_tensor_is_gone() -> None:

@@ -18,9 +18,12 @@ from sadm_fast.errors import UserError
 from tests.data.latent_caches import make_encoding, make_moments, write_cache
 
 
-@pytest.fixture(params=["float16", "float32"])
-def encoding(request: pytest.FixtureRequest) -> Encoding:
-    return make_encoding(dtype=request.param)
+@pytest.fixture(params=[("float16", True), ("float16", False), ("float32", True)], ids=str)
+def encoding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Encoding:
+    dtype, native = request.param
+    if not native:
+        monkeypatch.setattr("sadm_fast.data.latents.has_streams", lambda: False)
+    return make_encoding(dtype=dtype)
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read(tmp_path: Path, encoding: Encoding) -> None:
-    source = LatentSource.open(write_cache(tmp_path / "latents", encoding))
+    source = LatentSource.open(write_cache(tmp_path / "written", encoding))
     moments, labels = make_moments(encoding)
     assert len(source) == 11 and source.classes == ("ant", "bee", "cat")
     np.testing.assert_array_equal(source.labels, labels)

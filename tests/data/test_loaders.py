@@ -21,6 +21,7 @@ from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
 
 LOADERS = ["dali", "torch"]
+FLOOR = 65.0  # dB, DALI's loader against Pillow: one level in every fiftieth value; test_fast_crop.py has photographs
 
 
 def _batches(source: ImageSource, count: int, **changes: Any) -> list[ImageBatch]:
@@ -163,17 +164,10 @@ SIZES = [(90, 64), (64, 97), (111, 111), (127, 85), (75, 126), (100, 100)]
 
 
 @pytest.mark.parametrize(
-    "resolution, enlarge, floor",
-    [
-        # No halving: the two bicubic filters differ by rounding, which is uniform over about a level: 255 /
-        # 0.3 is 58 dB, less what hard edges cost.
-        (64, 1, 45.0),
-        # One and two halvings: the middle row and column of an odd side differ. Measured 48.2 and 46.5.
-        (64, 2, 47.0),
-        (64, 4, 45.0),
-    ],
+    "resolution, enlarge",
+    [(64, 1), (64, 2), (64, 4)],  # without halving, with one, with two
 )
-def test_dali_crops_like_pillow(photo: Any, make_folder: Any, resolution: int, enlarge: int, floor: float) -> None:
+def test_dali_crops_like_pillow(photo: Any, make_folder: Any, resolution: int, enlarge: int) -> None:
     images = {
         f"class/{i}.png": photo(width * enlarge + i % 2, height * enlarge + i % 3, seed=i)
         for i, (width, height) in enumerate(SIZES)
@@ -181,7 +175,7 @@ def test_dali_crops_like_pillow(photo: Any, make_folder: Any, resolution: int, e
     folder = open_images(make_folder(images))
     options = {"resolution": resolution, "channels": 3, "micro_batch": len(SIZES), "flip": True}
     (actual,), (expected,) = (_batches(folder, 1, loader=loader, **options) for loader in LOADERS)
-    assert _psnr(actual.images, expected.images) >= floor
+    assert _psnr(actual.images, expected.images) >= FLOOR
 
 
 def test_large_images_appearing_late_are_halved_all_the_same(photo: Any, make_folder: Any) -> None:
@@ -191,7 +185,7 @@ def test_large_images_appearing_late_are_halved_all_the_same(photo: Any, make_fo
     options = {"resolution": 64, "channels": 3, "micro_batch": 2, "seed": 2}
     actual, expected = (_batches(folder, 9, loader=loader, **options) for loader in LOADERS)
     assert all(torch.equal(a.sample_ids, b.sample_ids) for a, b in zip(actual, expected, strict=True))
-    assert all(_psnr(a.images, b.images) >= 42 for a, b in zip(actual, expected, strict=True))
+    assert all(_psnr(a.images, b.images) >= FLOOR for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
@@ -310,7 +304,7 @@ def test_a_gpu_run_gets_the_same_pictures(photo: Any, make_folder: Any, decode: 
         how = {"decode": decode} if loader == "dali" else {}
         (actual,) = _batches(source, 1, loader=loader, device="cuda", **how, **options)
         assert all(part.is_cuda for part in actual)
-        # nvJPEG interpolates colour otherwise than libjpeg, hence not the 45 dB of the CPU.
+        # nvJPEG interpolates colour otherwise than libjpeg, hence not the 68 dB of the CPU.
         assert _psnr(actual.images.cpu(), expected.images) >= 35
 
 
@@ -320,7 +314,7 @@ def test_small_images_are_enlarged_when_asked(photo: Any, make_folder: Any, load
     source = open_images(make_folder({"class/0.png": image}))
     (batch,) = _batches(source, 1, loader=loader, resolution=32, channels=3, micro_batch=1, enlarge=True)
     expected = pixels_to_float(stack_crops([adm_crop(image, 32, enlarge=True)]))
-    assert _psnr(batch.images, expected) >= 45
+    assert _psnr(batch.images, expected) >= FLOOR
     assert torch.equal(load_images(source, [0], 32, 3, enlarge=True), expected)
 
 

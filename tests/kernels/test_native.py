@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -44,6 +44,9 @@ def evaluate(impl: str, real: Tensor, fake: Tensor, **options: Any) -> tuple[Ten
     labelled=st.booleans(),
 )
 def test_equals_the_reference_at_any_shape(size, d, relation, penalty, normalize, weighted, labelled) -> None:
+    # Hundreds of points on a line or in a plane come as near as 1e-5, where the reference's own distances, roots of
+    # differences, are good to eps / 1e-10 = 2e-6 only.
+    assume(d >= 4 or size <= 12)
     real, fake = features(size, d)
     options: dict[str, Any] = {"relation": relation, "penalty": penalty, "normalize": normalize, "delta": 0.3}
     options["tau"] = 1.0 if normalize != "none" else d**0.5
@@ -279,4 +282,4 @@ def test_without_the_library_the_reason_is_given(tmp_path: Path, monkeypatch: py
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_INTERFACE", 99)
     library, status = native._load()
-    assert library is None and "is of another version (interface 1, not 99)" in status
+    assert library is None and "is of another version (interface 2, not 99)" in status

@@ -1,0 +1,99 @@
+"""A prediction of the step's time, from counts and the manufacturer's peaks. Nothing in here was measured.
+
+    compute        FLOPs / (fraction_of_peak * peak FLOP/s of the dtype)
+    update         bytes that AdamW and the EMA read and write / (fraction_of_bandwidth * memory bandwidth)
+    communication  bytes that a ring sends / (fraction_of_bandwidth * links)
+
+The links: inside a node what one GPU sends to the others; across nodes NCCL builds a ring for each network adapter, so
+all adapters of a node carry the ring together, but no more than its slowest link lets through. Latencies, reading of
+data, checkpoints and the host are left out. A step takes the sum of the three if nothing overlaps, and
+max(compute, communication) + update if all communication is hidden behind compute.
+"""
+
+from dataclasses import dataclass
+
+from sadm_fast.config import Config
+from sadm_fast.planning.communication import Transfer
+from sadm_fast.planning.gpus import Gpu
+from sadm_fast.planning.memory import width
+from sadm_fast.planning.players import Player
+
+# Assumed. Well-tuned trainers of large transformers report 0.35 to 0.5 of the tensor cores' peak in bf16.
+FRACTION_OF_PEAK = 0.4
+# Assumed, of memory and links: long streams come near 0.8 of what is on paper.
+FRACTION_OF_BANDWIDTH = 0.75
+GPUS_PER_NODE = 8
+NETWORK_GBIT = 400.0
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the prediction rests on."""
+
+    gpu: Gpu
+    gpus_per_node: int = GPUS_PER_NODE
+    network_gbit: float = NETWORK_GBIT  # of each GPU's share of the network, in one direction
+    fraction_of_peak: float = FRACTION_OF_PEAK
+    fraction_of_bandwidth: float = FRACTION_OF_BANDWIDTH
+
+    def links(self, world_size: int) -> float:
+        """bytes/s with which a ring of so many ranks moves data from each rank to the next, at best."""
+        if world_size <= self.gpus_per_node:
+            return self.gpu.link
+        return min(self.gpu.link, self.gpus_per_node * self.network_gbit * 1e9 / 8)
+
+    def peak(self, config: Config) -> float:
+        """FLOP/s of the run's dtype. PyTorch keeps fp32 products in fp32 unless told otherwise; nobody does here."""
+        return self.gpu.bf16 if config.train.precision == "bf16" else self.gpu.fp32
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Predicted seconds of one step of one rank."""
+
+    compute: float
+    update: float
+    communication: float
+
+    @property
+    def exposed(self) -> float:
+        """With no overlap of compute and communication."""
+        return self.compute + self.update + self.communication
+
+    @property
+    def hidden(self) -> float:
+        """With all communication that fits behind compute hidden there."""
+        return max(self.compute, self.communication) + self.update
+
+
+def update_bytes(config: Config, players: list[Player], world_size: int, stage: int) -> float:
+    """Bytes through the memory in the optimizers' steps and the EMA's: each tensor once for each read and write."""
+    total = 0.0
+    for player in players:
+        if not player.has_engine:
+            continue
+        share = player.trained / (world_size if stage >= 1 else 1)
+        # Read: master, gradient, two moments. Write: master, two moments, and the weight in its own dtype.
+        of_a_step = 7 * 4 + width(config)
+        average = 3 * 4 if player.name == "denoiser" else 0  # read master and average, write average
+        total += share * (player.steps * of_a_step + average)
+    return total
+
+
+def step_time(
+    config: Config,
+    players: list[Player],
+    flops: float,
+    moved: list[Transfer],
+    assumptions: Assumptions,
+    world_size: int,
+    stage: int,
+) -> StepTime:
+    """The prediction for one of `world_size` ranks that computes `flops` and takes part in the transfers `moved`."""
+    rate = assumptions.fraction_of_bandwidth
+    wire = sum(transfer.wire(world_size) for transfer in moved)
+    return StepTime(
+        compute=flops / (assumptions.fraction_of_peak * assumptions.peak(config)),
+        update=update_bytes(config, players, world_size, stage) / (rate * assumptions.gpu.bandwidth),
+        communication=wire / (rate * assumptions.links(world_size)),
+    )

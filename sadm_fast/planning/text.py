@@ -1,0 +1,147 @@
+"""The plan for a terminal of 120 columns. What is counted and what is predicted is said above each table."""
+
+from collections.abc import Iterator
+from typing import Any
+
+_GIB, _MIB = 2**30, 2**20
+
+# Columns of the memory table, by the words in the names of what they add up.
+_COLUMNS = {
+    "weights": ("weights",),
+    "gradients": ("gradients",),
+    "optimizer": ("masters", "moments", "temporary"),
+    "EMA": ("EMA",),
+    "pictures": ("pictures",),
+    "activ.": ("activations",),
+    "buckets": ("bucket",),
+}
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """The dictionary of plan.make_plan as lines."""
+    gpu = plan["assumptions"]["gpu"]
+    samples = plan["micro_batch"] * plan["grad_accumulation"]
+    lines = [
+        f"{plan['name']}: mode {plan['mode']} ({plan['implementation']}), scope {plan['scope']}, {plan['precision']},"
+        f" ZeRO stage {plan['zero_stage']}, offload: {plan['offload']}",
+        f"{plan['gpus']} x {gpu['name']}; {plan['micro_batch']} samples x {plan['grad_accumulation']} micro-batches a"
+        f" rank, {samples * plan['gpus']} a step",
+        "Counted: parameters, FLOPs, memory, bytes. Predicted, by a roofline: times and images/s, and marked so.",
+        "No time of this project was ever measured on a GPU.",
+    ]
+    for section in (_parameters, _flops, _memory, _communication, _prediction, _scaling):
+        lines += ["", *section(plan)]
+    return "\n".join(lines)
+
+
+def _parameters(plan: dict[str, Any]) -> Iterator[str]:
+    yield "Parameters (counted)"
+    for name, sizes in plan["parameters"].items():
+        yield f"  {name:<10} {sizes['all']:>15,}   {sizes['trained']:>15,} of them can be trained"
+
+
+def _flops(plan: dict[str, Any]) -> Iterator[str]:
+    yield "One iteration of one rank (counted: matrix products and convolutions; 1 MAC = 2 FLOPs)"
+    total = sum(plan["flops"].values())
+    for what, flops in [*plan["flops"].items(), ("all", total)]:
+        yield f"  {what:<46} {flops / 1e9:>14,.1f} GFLOP {flops / 2e9:>14,.1f} GMAC {flops / total:>7.1%}"
+    again = plan["flops_added_by_checkpointing"]
+    yield f"  activation checkpointing would add {again / 1e9:,.1f} GFLOP ({again / total:.1%})"
+
+
+def _memory(plan: dict[str, Any]) -> Iterator[str]:
+    yield f"Memory of one rank of {plan['gpus']} at its fullest moment, GiB (counted; * as configured)"
+    yield (
+        f"  {'ZeRO':<4} {'offload':<17}" + "".join(f"{name:>10}" for name in _COLUMNS)
+        + f"{'peak':>9}{'ckpt':>8}{'host':>8}"
+    )  # fmt: skip
+    limit = plan["assumptions"]["gpu"]["memory"]
+    for row in plan["memory"]:
+        here = (row["zero_stage"], row["offload"]) == (plan["zero_stage"], plan["offload"])
+        held = [*row["resident"].items(), *row["moments"][row["fullest_moment"]].items()]
+        cells = ""
+        for words in _COLUMNS.values():
+            cells += f"{sum(size for what, size in held if any(w in what for w in words)) / _GIB:>10.2f}"
+        mark = "!" if row["peak"] > limit else " "
+        offload = row["offload"].replace(" and parameters", "+params")
+        yield (
+            f"{'*' if here else ' '} {row['zero_stage']:<4} {offload:<17}{cells}{row['peak'] / _GIB:>8.2f}{mark}"
+            f"{row['peak_with_checkpointing'] / _GIB:>8.2f}{sum(row['host'].values()) / _GIB:>8.2f}"
+        )
+    yield f"  ! does not fit into {limit / 1e9:.0f} GB. ckpt: the peak with activation checkpointing of the denoiser's"
+    yield "  blocks, for which the trainer has no switch yet. pictures: fp32 copies of the models, to draw samples."
+    yield "  Not counted: CUDA and NCCL, workspaces, fragmentation, the batch, the autoencoder on rank 0 (latents)."
+
+
+def _communication(plan: dict[str, Any]) -> Iterator[str]:
+    yield f"Communication of one rank of {plan['gpus']} in one iteration, MiB by ZeRO stage (counted)"
+    stages = plan["communication"]
+    purposes = list(dict.fromkeys(t["purpose"] for stage in stages for t in stage["transfers"]))
+    if not purposes:
+        yield "  none: one rank is alone"
+        return
+    yield f"  {'payload':<28}" + "".join(f"{'stage ' + str(s['zero_stage']):>22}" for s in stages)
+    short = {"all-reduce": "reduce", "all-gather": "gather", "reduce-scatter": "scatter"}
+    for purpose in purposes:
+        cells = ""
+        for stage in stages:
+            found = [t for t in stage["transfers"] if t["purpose"] == purpose]
+            cells += f"{_mib(found[0]['payload']) + ' ' + short[found[0]['operation']]:>22}" if found else f"{'-':>22}"
+        yield f"  {purpose:<28}{cells}"
+    wire = [sum(t["wire"] for t in stage["transfers"]) for stage in stages]
+    yield f"  {'sent by a ring, all':<28}" + "".join(f"{_mib(size):>22}" for size in wire)
+    yield "  payload: the whole tensor of a collective. A ring of n sends 2(n-1)/n of it for an all-reduce (reduce),"
+    yield "  (n-1)/n for an all-gather (gather) or a reduce-scatter (scatter)."
+
+
+def _mib(size: float) -> str:
+    return f"{size / _MIB:,.1f}" if size >= 0.05 * _MIB else f"{size / 1024:.2f} Ki"
+
+
+def _prediction(plan: dict[str, Any]) -> Iterator[str]:
+    a, gpu = plan["assumptions"], plan["assumptions"]["gpu"]
+    row = next(row for row in plan["scaling"] if row["world_size"] == plan["gpus"])["predicted"]
+    rate = f"{plan['precision']} {a['peak_flops'] / 1e12:,.0f} TFLOP/s"
+    if plan["precision"] == "fp32":
+        rate += f" (TF32 is off in PyTorch by default; it would be {gpu['tf32'] / 1e12:,.0f})"
+    yield "PREDICTED time of a step (roofline; not measured)"
+    yield f"  compute        {row['compute_s']:>10.4f} s  FLOPs / ({a['fraction_of_peak']:g} x {rate})"
+    yield (
+        f"  update         {row['update_s']:>10.4f} s  AdamW and EMA / ({a['fraction_of_bandwidth']:g} x memory"
+        f" {gpu['bandwidth'] / 1e9:,.0f} GB/s)"
+    )
+    yield (
+        f"  communication  {row['communication_s']:>10.4f} s  ring bytes / ({a['fraction_of_bandwidth']:g} x links"
+        f" {a['links'] / 1e9:,.0f} GB/s)"
+    )
+    yield (
+        f"  step           {row['step_s']:>10.4f} s  no overlap: {row['images_per_s']:,.0f} images/s; all overlapped:"
+        f" {row['step_s_if_overlapped']:.4f} s, {row['images_per_s_if_overlapped']:,.0f} images/s"
+    )
+    yield f"  Rates: {gpu['source']}. Both fractions are assumed, not measured."
+    yield (
+        f"  Links, one direction: {gpu['link_name']} {gpu['link'] / 1e9:,.0f} GB/s for each GPU in a node of"
+        f" {a['gpus_per_node']}, network {a['network_gbit']:g} Gbit/s for each GPU."
+    )
+    yield "  Left out: latency (it tells above some hundred ranks), offloading, reading data, checkpoints, pictures."
+
+
+def _scaling(plan: dict[str, Any]) -> Iterator[str]:
+    yield "Weak scaling as configured: memory and bytes counted, times PREDICTED (no overlap .. all overlapped)"
+    yield (
+        f"  {'ranks':>5} {'nodes':>5} {'global batch':>12} {'memory GiB':>11} {'sent MiB':>10} {'step s':>17}"
+        f" {'images/s':>21} {'efficiency':>14}"
+    )
+    limit = plan["assumptions"]["gpu"]["memory"]
+    for row in plan["scaling"]:
+        p = row["predicted"]
+        step = f"{p['step_s']:.4f} .. {p['step_s_if_overlapped']:.4f}"
+        images = f"{p['images_per_s']:,.0f} .. {p['images_per_s_if_overlapped']:,.0f}"
+        efficiency = f"{p['efficiency']:.2f} .. {p['efficiency_if_overlapped']:.2f}"
+        yield (
+            f"{'*' if row['world_size'] == plan['gpus'] else ' '} {row['world_size']:>5} {row['nodes']:>5}"
+            f" {row['global_batch']:>12,} {row['memory_peak'] / _GIB:>10.2f}"
+            f"{'!' if row['memory_peak'] > limit else ' '} {row['wire'] / _MIB:>10,.0f} {step:>17} {images:>21}"
+            f" {efficiency:>14}"
+        )
+    yield "  Efficiency: images/s over n times those of one rank; above 1 where ZeRO divides what one rank does alone."
