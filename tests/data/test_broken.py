@@ -325,6 +325,30 @@ def test_dali_that_fails_on_everything_is_said_so(
             next(batches)
 
 
+def test_odd_files_now_and_then_are_not_dali_failing(
+    small_folder: Path, refuse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dali_loader, "_MAX_REFUSED", 1)
+    refuse({0, 8, 16}, 10_000)  # every other micro-batch
+    assert len(_batches(ImageFolder.scan(small_folder), 6, "dali")[0]) == 6
+
+
+def test_one_search_finds_all_broken_images_under_way(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ImageFolder.scan(small_folder)
+    plan = MicroBatchPlan(num_images=11, seed=1, flip=True, micro_batch=4)
+    for position in range(3):
+        _truncate(Path(folder.path(int(plan[position].indices[0]))))
+    built, real = [0], dali_loader.decode_pipeline
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        built[0] += 1
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(dali_loader, "decode_pipeline", count)
+    _, broken = _batches(folder, 6, "dali", prefetch=2)
+    assert len(broken) == len({int(plan[position].indices[0]) for position in range(3)}) and built == [2]
+
+
 def test_a_read_that_fails_once_replaces_nothing(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = TarShards.scan(small_shards)
     expected, _ = _batches(shards, 4, "torch")
