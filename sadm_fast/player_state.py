@@ -5,7 +5,7 @@ said by its parameter's name and its offset in it. Nothing else of DeepSpeed's s
 low-precision weights are the masters rounded, and counters and learning rates come from the step number.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -134,10 +134,6 @@ class SavedPieces:
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
-
-    def names(self, kind: str) -> Iterator[str]:
-        """Parameters of which there are pieces of that kind."""
-        return (name for there, name in self._places if there == kind)
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
         """Elements start .. start + count of a flattened parameter: a tensor [count] of its own.
