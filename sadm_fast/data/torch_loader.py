@@ -92,8 +92,9 @@ class TorchLoader:
         except UserError:
             self.close()
             raise
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # DataLoader has noticed that a worker is gone, or asked it for the memory of a batch and got no answer.
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
             self.close()
             raise UserError(
