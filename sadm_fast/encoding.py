@@ -122,8 +122,9 @@ def _prepare(root: Path, encoding: Encoding) -> None:
                 f"data.path={root}: was begun with another {', '.join(changed)}; continue with the same, or encode"
                 " into another folder (--set data.path=...)"
             )
-        for leftover in (root / SHARDS).glob("*.tmp"):
-            leftover.unlink()
+        for leftover in (root / SHARDS).iterdir():  # of a killed run: ours end with .tmp, safetensors' begin with a dot
+            if leftover.suffix == ".tmp" or leftover.name.startswith("."):
+                leftover.unlink()
     except (OSError, ValueError) as error:
         raise UserError(f"data.path={root}: cannot be prepared ({error})") from None
 

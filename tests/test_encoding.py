@@ -127,7 +127,8 @@ def test_only_missing_and_torn_shards_are_made_again(config: Path) -> None:
     (root / "shards/00002.safetensors").unlink()
     torn = root / "shards/00003.safetensors"
     torn.write_bytes(torn.read_bytes()[:100])
-    (root / "shards/00004.tmp").write_bytes(b"half")
+    for leftover in ("00004.tmp", "00004.json.tmp", ".tmpv9dCRS"):
+        (root / "shards" / leftover).write_bytes(b"half")
     kept = {name: (root / name).stat().st_mtime_ns for name in ("shards/00000.safetensors", "shards/00005.safetensors")}
     assert encoded(config) == whole
     assert {name: (root / name).stat().st_mtime_ns for name in kept} == kept
