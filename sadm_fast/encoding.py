@@ -73,10 +73,10 @@ def encode(config: Config, source: ImageSource, autoencoder: Autoencoder, place:
     root = Path(config.data.path)
     encoding = describe_encoding(config, source, autoencoder)
     first_on_rank_zero(lambda: _prepare(root, encoding) if place.rank == 0 else None)
-    if (root / MANIFEST).exists():
+    missing = [shard for shard in range(encoding.shards) if shard_record(root, shard) is None]
+    if not missing and (root / MANIFEST).exists():
         console.say(f"{root}: complete already")
         return root
-    missing = [shard for shard in range(encoding.shards) if shard_record(root, shard) is None]
     # Waits until all ranks have looked, so that none sees a shard that another has just made.
     first_on_rank_zero(lambda: _require_room(root, encoding, missing) if place.rank == 0 else None)
     mine = missing[place.rank :: place.world_size]
@@ -105,14 +105,14 @@ def encode(config: Config, source: ImageSource, autoencoder: Autoencoder, place:
 
 
 def _prepare(root: Path, encoding: Encoding) -> None:
-    """Make the folder this encoding's, or see that it is."""
+    """Make the folder this encoding's, or see that it is. Without one of its shards a cache is no longer finished."""
     try:
-        (root / SHARDS).mkdir(parents=True, exist_ok=True)
         there = None
         if (root / ENCODING).exists():
             there = json.loads((root / ENCODING).read_text())
-        elif any(path.name != SHARDS for path in root.iterdir()) or any((root / SHARDS).iterdir()):
+        elif root.exists() and any(root.iterdir()):
             raise UserError(f"data.path={root}: holds other files; give an empty or a new folder to encode into")
+        (root / SHARDS).mkdir(parents=True, exist_ok=True)
         wanted = encoding.to_json()
         if there is None:
             write_json(root / ENCODING, wanted)
@@ -125,6 +125,8 @@ def _prepare(root: Path, encoding: Encoding) -> None:
         for leftover in (root / SHARDS).iterdir():  # of a killed run: ours end with .tmp, safetensors' begin with a dot
             if leftover.suffix == ".tmp" or leftover.name.startswith("."):
                 leftover.unlink()
+        if any(shard_record(root, shard) is None for shard in range(encoding.shards)):
+            (root / MANIFEST).unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(f"data.path={root}: cannot be prepared ({error})") from None
 

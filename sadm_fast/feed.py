@@ -114,9 +114,9 @@ def make_feed(
         "world_size": world_size,
         "first_sample": first_sample,
     }
-    _require_mixed(source, MicroBatchPlan(num_images=len(source), **common))
+    plan = MicroBatchPlan(num_images=len(source), **common)
+    _require_mixed(source, plan)
     if isinstance(source, LatentSource):
-        plan = MicroBatchPlan(num_images=len(source), **common)
         return LatentLoader(source, plan, threads=data.threads, prefetch=data.prefetch, device=device)
     assert isinstance(source, ImageSource)
     return make_loader(

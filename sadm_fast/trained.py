@@ -34,6 +34,8 @@ class Trained(NamedTuple):
         """
         latents = self.config.latents
         if self.latent_space is None or latents is None:
+            if path is not None:
+                raise UserError(f"--autoencoder {path}: the run of {self.checkpoint} paints pixels; leave it out")
             return None
         loaded = Autoencoder.load(path or latents.autoencoder, device=device, scale=latents.scale)
         loaded.require_space(self.latent_space, f"checkpoint {self.checkpoint}")

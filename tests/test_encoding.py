@@ -134,6 +134,12 @@ def test_only_missing_and_torn_shards_are_made_again(config: Path) -> None:
     assert {name: (root / name).stat().st_mtime_ns for name in kept} == kept
 
 
+def test_a_shard_that_was_deleted_is_made_again_though_the_cache_was_complete(config: Path) -> None:
+    whole, root = encoded(config), config.parent / "latents"
+    (root / "shards/00002.safetensors").unlink()  # as the message about a damaged shard says
+    assert encoded(config) == whole
+
+
 def damage(images: Path) -> None:
     (images / "circle/2.png").write_bytes(b"")
     square = images / "square/0.png"
@@ -216,10 +222,15 @@ def test_bad_input_ends_in_one_line(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     spoil, words = BAD[case]
     overrides = spoil(config)
-    before = tree(config.parent / "latents")
+    before = everything(config.parent / "latents")
     message = refusal(config, capfd, *overrides)
     assert all(word in message for word in words), message
-    assert tree(config.parent / "latents") == before
+    assert everything(config.parent / "latents") == before
+
+
+def everything(root: Path) -> tuple[dict[str, bytes], list[str]]:
+    """Files with their contents, and names of folders too."""
+    return tree(root), sorted(str(path.relative_to(root)) for path in root.rglob("*"))
 
 
 def test_too_little_room_is_said_before_the_work(

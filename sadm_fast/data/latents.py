@@ -257,18 +257,15 @@ def _map_shard(path: Path, count: int, encoding: Encoding) -> tuple[np.ndarray, 
                 if 8 + header_size + header[name]["data_offsets"][1] > size:
                     raise ValueError("it is cut short")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        first = {name: 8 + header_size + int(header[name]["data_offsets"][0]) for name in wanted}
+        labels = np.frombuffer(mapped, "<i8", count, first["labels"]).astype(np.int64)
+        moments = np.frombuffer(mapped, _DTYPES[encoding.dtype], int(np.prod(shape)), first["moments"]).reshape(shape)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); encode the images again") from None
     except (ValueError, KeyError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not the shard of its manifest ({reason}); encode the images again") from None
 
-    def tensor(name: str, dtype: Any) -> np.ndarray:
-        first = 8 + header_size + int(header[name]["data_offsets"][0])
-        dimensions = wanted[name][1]
-        return np.frombuffer(mapped, dtype, int(np.prod(dimensions)), first).reshape(dimensions)
-
-    labels = tensor("labels", "<i8").astype(np.int64)
     if count and not 0 <= int(labels.min()) <= int(labels.max()) < len(encoding.classes):
         raise UserError(f"{path}: holds labels outside of the manifest's {len(encoding.classes)} classes; encode again")
-    return tensor("moments", _DTYPES[encoding.dtype]), labels
+    return moments, labels

@@ -133,6 +133,16 @@ def cut_short(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def shifted_tensor(root: Path) -> None:
+    path = root / "shards/00001.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["moments"]["data_offsets"][0] += 64  # as long as before, but from a place where it does not fit
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unfinished": (unfinished, "the cache is not finished; start encode.py again"),
     "no manifest": (lambda root: (root / MANIFEST).unlink(), r"holds no latents \(manifest.json: No such file"),
@@ -149,6 +159,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "missing shard": (lambda root: (root / "shards/00001.safetensors").unlink(), "00001.safetensors: cannot be read"),
     "cut short": (cut_short, r"00001.safetensors: not the shard of its manifest \(it is cut short"),
+    "shifted tensor": (shifted_tensor, "00001.safetensors: not the shard of its manifest"),
     "empty shard": (lambda root: (root / "shards/00001.safetensors").write_bytes(b""), "not the shard of its manifest"),
     "other shape": (
         lambda root: edit_manifest(root, lambda m: m["encoding"].update(latent_channels=3)),
