@@ -252,15 +252,16 @@ class Trainer:
         interval.step_done()
 
     def _skip(self) -> None:
+        step = self.step + 1
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
-        self.console.say(f"step {self.step}: a loss or gradient is not finite; both players skip it")
+        self.console.say(f"step {step}: a loss or gradient is not finite; both players skip it")
         if self._skipped_in_a_row >= _SKIPS_IN_A_ROW:
             whole = checkpoint.completed(self.folder.checkpoints)
             last = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
             raise UserError(
-                f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite, at step"
-                f" {self.step}; {last}; lower the learning rate"
+                f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not"
+                f" finite; {last}; lower the learning rate"
             )
 
     def _note_broken(self, loader: Loader) -> None:

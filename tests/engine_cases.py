@@ -1,6 +1,7 @@
 """The cases of test_engine.py: tiny configurations, starting weights and batches, the same in every process."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -101,6 +102,17 @@ def cases() -> list[Case]:
         Case("compiled-bf16", "sadm", 1, precision="bf16", compiled=True),
         Case("bf16-clipped-accumulation2", "sadm", 2, 2, precision="bf16", clipping=CLIP),
     ]
+    return found
+
+
+def matrix() -> list[Case]:
+    """The rest of modes x ZeRO stages x accumulation x precision x compiled, where a stage can be compiled."""
+    known = [replace(case, name="") for case in cases()]
+    found = []
+    for mode, stage, a, precision, compiled in product(MODES, STAGES, (1, 2), ("fp32", "bf16"), (False, True)):
+        case = Case("", mode, stage, a, precision, compiled=compiled)
+        if case not in known and not (compiled and stage == 3):
+            found.append(replace(case, name=f"{mode}-zero{stage}-{a}-{precision}{'-compiled' * compiled}"))
     return found
 
 

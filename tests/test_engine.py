@@ -23,6 +23,7 @@ from tests.engine_cases import (
     STAGES,
     Case,
     cases,
+    matrix,
     micro_batch,
     poisoned_cases,
     starting_weights,
@@ -124,6 +125,19 @@ def test_weights_equal_plain_autograd(results: Results, world_size: int):
         assert list(per_rank[0]) == expected_players
         assert all(difference(per_rank[0][p], other[p]) == 0.0 for other in per_rank for p in other), case.name
         problems += weight_problems(case, per_rank[0], reference(case, world_size))
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_weights_equal_plain_autograd_in_all_the_matrix(tmp_path_factory: pytest.TempPathFactory, world_size: int):
+    ranks = run_once(tmp_path_factory, "tests.matrix_worker", world_size)
+    problems = []
+    for case in matrix():
+        weights = [found[case.name]["weights"] for found in ranks]
+        assert all(difference(weights[0][p], other[p]) == 0.0 for other in weights for p in other), case.name
+        assert ranks[0][case.name]["not_compiled"] is None, case.name
+        problems += weight_problems(case, weights[0], reference(case, world_size))
     assert not problems, "\n".join(problems)
 
 

@@ -1,17 +1,19 @@
 """Trainings to spoil, and the table of what was tried."""
 
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from tests.faults.faults import Fault, environment
 from tests.programs import Program, start_line
 from tests.ranks import ROOT
 from tests.test_train import write_images
 
-STEPS, CHECKPOINT_EVERY = 40, 2
+RANKS, STEPS, CHECKPOINT_EVERY = 2, 40, 3
 SCRIPT = ROOT / "tests" / "faults" / "faulty_train.py"
 VARIANTS = {
     "zero0": ["deepspeed.zero_optimization.stage=0"],
@@ -58,7 +60,7 @@ class Training:
             "game": {"mode": "sadm"},
             "discriminator_optimizer": {"lr": 1e-4, "gradient_clipping": 1.0},
             "train": {
-                "steps": STEPS, "micro_batch": 4, "log_every": 1, "sample_every": 5, "patience": 120,
+                "steps": STEPS, "micro_batch": 4, "log_every": 1, "sample_every": 10, "patience": 120,
                 "checkpoint_every": CHECKPOINT_EVERY, "ema": {"profile": "exponential", "decay": 0.9},
             },
             "sampling": {"steps": 1, "columns": 3, "rows": 1},
@@ -66,12 +68,36 @@ class Training:
         write_images(folder / "images")
         (folder / "tiny.json").write_text(json.dumps(tiny))
 
-    def start(self, run: Path, *faults: Fault, overrides: tuple[str, ...] = (), **more: str) -> Program:
+    def arguments(self, run: Path, overrides: Sequence[str] = ()) -> list[str]:
         changes = [part for override in (*VARIANTS[self.variant], *overrides) for part in ("--set", override)]
-        argv = start_line(
-            SCRIPT, "--config", str(self.folder / "tiny.json"), "--run-dir", str(run), *changes, ranks=2
-        )  # fmt: skip
+        return ["--config", str(self.folder / "tiny.json"), "--run-dir", str(run), *changes]
+
+    def launch(self, run: Path, *faults: Fault, overrides: Sequence[str] = (), **more: str) -> Program:
+        """Started by DeepSpeed's launcher."""
+        argv = start_line(SCRIPT, *self.arguments(run, overrides), ranks=RANKS)
         return Program(argv, self.folder, environment(*faults) | more)
+
+    def run(self, run: Path, *faults: Fault) -> list[tuple[int, str]]:
+        """Two ranks without a launcher, as srun starts them, to their end: exit code and output of each."""
+        argv = [sys.executable, str(SCRIPT), *self.arguments(run)]
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # nobody can take its port in between
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "WORLD_SIZE": str(RANKS),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        ranks = [
+            Program(argv, self.folder, meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment(*faults))
+            for rank in range(RANKS)
+        ]
+        said = [rank.finish(code=None) for rank in ranks]
+        return [(rank.process.returncode, out + err) for rank, (out, err) in zip(ranks, said, strict=True)]
+
+    def run_well(self, run: Path) -> None:
+        """The same to the last step."""
+        ended = self.run(run)
+        assert [code for code, _ in ended] == [0] * RANKS, ended
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +109,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
         if variant not in made:
             folder = tmp_path_factory.mktemp(variant)
             one = Training(folder, variant)
-            one.start(folder / "whole").finish()
+            one.run_well(folder / "whole")
             made[variant] = one, folder / "whole"
         return made[variant]
 

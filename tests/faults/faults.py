@@ -37,13 +37,11 @@ def _save(name: str, call: int = 1, rank: int = 0, when: str = "before") -> Faul
 
 # A save of two players on two ranks, ZeRO: each rank writes denoiser, discriminator and its average; rank 0 then
 # merges the averages, renames, and adds COMPLETE. In the order in which it happens, on either rank.
-IN_A_SAVE: list[Fault] = [
+BEFORE_IT_COUNTS: list[Fault] = [
     _save("CheckpointWriter.save"),
     _save("CheckpointWriter.save", rank=1),
     _save("CheckpointWriter._copy", 2),
     _save("CheckpointWriter._copy", 3, rank=1),
-    _save("CheckpointWriter.save", 2, when="after"),
-    _save("CheckpointWriter.save", 2, rank=1, when="after"),
     _save("CheckpointWriter._write"),
     _save("CheckpointWriter._write", rank=1),
     _save("save_file", 1, when="torn"),
@@ -68,11 +66,18 @@ IN_A_SAVE: list[Fault] = [
     _save("Path.rename"),
     _save("Path.rename", when="after"),
     _save("write_json", 2),
+]
+
+# Late enough in a save, or in the next one, for a checkpoint to be there.
+WHEN_ONE_IS_THERE: list[Fault] = [
+    _save("CheckpointWriter.save", 2, when="after"),
+    _save("CheckpointWriter.save", 2, rank=1, when="after"),
     _save("write_json", 2, when="after"),
     _save("CheckpointWriter._retire"),
     _save("CheckpointWriter._retire", 2, when="after"),
-    _save("CheckpointWriter.finish", 2, rank=1),
+    _save("CheckpointWriter.finish", 2, rank=1, when="after"),
 ]
+IN_A_SAVE = BEFORE_IT_COUNTS + WHEN_ONE_IS_THERE
 
 # Only where Psi is not trained yet.
 AT_THE_FIRST_START: list[Fault] = [
@@ -82,7 +87,7 @@ AT_THE_FIRST_START: list[Fault] = [
     Fault("sadm_fast.pretrain:_write"),
 ]
 
-# Only where there is a checkpoint.
+# Only where there is a checkpoint: one of these after each of WHEN_ONE_IS_THERE.
 AT_A_RESUME: list[Fault] = [
     Fault("sadm_fast.checkpoint:find", when="after"),
     Fault("sadm_fast.checkpoint:load", rank=1),
@@ -123,7 +128,9 @@ AT_THE_END = Fault(f"{TRAINER}:write_report")
 def chains(count: int) -> list[list[Fault]]:
     """All kill points in `count` runs, each of which meets one at every start, in an order in which it can."""
     runs: list[list[Fault]] = [[] for _ in range(count)]
-    for points in (AT_THE_FIRST_START, IN_A_SAVE[::-1], IN_A_STEP, AT_A_RESUME, [AT_THE_END]):
-        for point in points:
-            min(runs, key=len).append(point)
+    for point in (*AT_THE_FIRST_START, *BEFORE_IT_COUNTS, *IN_A_STEP):
+        min(runs, key=len).append(point)
+    for run, saved, resumed in zip(runs, WHEN_ONE_IS_THERE, AT_A_RESUME, strict=False):
+        run += [saved, resumed]
+    runs[-1].append(AT_THE_END)
     return runs

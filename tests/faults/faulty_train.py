@@ -22,6 +22,8 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # where sadm_fast is
 
+from sadm_fast.errors import UserError  # noqa: E402
+
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -35,15 +37,28 @@ def fail() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-ACTIONS: dict[str, Callable[[], None]] = {"kill": kill, "hang": hang, "fail": fail, "slow": lambda: time.sleep(0.2)}
+def complain() -> None:
+    raise UserError("only here")
+
+
+def slow() -> None:
+    time.sleep(0.2)
+
+
+ACTIONS: dict[str, Callable[[], None]] = {
+    "kill": kill,
+    "hang": hang,
+    "fail": fail,
+    "complain": complain,
+    "slow": slow,
+}
 
 
 def spoiled(value: Any) -> Any:
-    """A tensor, or the first one of a tuple, with a NaN in it."""
+    """A tensor as NaN; of a tuple, everything in it that can be."""
     if isinstance(value, torch.Tensor):
-        return value * torch.nan
-    first, *rest = value
-    return type(value)(spoiled(first), *rest)
+        return value * torch.nan if value.is_floating_point() else value
+    return type(value)(*map(spoiled, value))
 
 
 def torn(path: Path) -> None:
