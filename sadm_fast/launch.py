@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from sadm_fast.rendezvous import all_ranks_are_here, check_alone, meet, stay_on_loopback
+
 T = TypeVar("T")
 
 # Rank 0 may train Psi or write the demo set while the others wait for it.
@@ -51,8 +53,15 @@ def distributed() -> Iterator[Place]:
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=_PATIENCE, device_id=device if cuda else None)
+        store = meet()
+        if all_ranks_are_here():
+            stay_on_loopback()
+        dist.init_process_group(
+            backend, store=store, timeout=_PATIENCE, device_id=device if cuda else None,
+            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
+        )  # fmt: skip
     else:
+        check_alone()
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     with _silence():

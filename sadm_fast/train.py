@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _train(arguments)
     except UserError as error:
-        if speaks:
+        if speaks or error.on_every_rank:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
