@@ -86,6 +86,7 @@ setup(
         "matplotlib",
         "numpy",
         "pillow",
+        "psutil",  # DeepSpeed's launcher needs it too
         "pydantic>=2.10",
         "rich",
         "safetensors",

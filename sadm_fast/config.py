@@ -200,6 +200,9 @@ class TrainConfig(Block):
     checkpoint_every: int = Field(250, ge=1)
     keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_every: int | None = Field(None, ge=1, description="and those at multiples of so many steps; null: none")
+    patience: float = Field(
+        1800.0, gt=0, description="seconds without progress (a step, pictures, a save) after which the run ends itself"
+    )
 
 
 class SamplingConfig(Block):
@@ -334,6 +337,7 @@ CHANGEABLE = (
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",
+    "train.patience",
     "train.micro_batch",  # as long as all ranks together take as many samples a step, and compare as many
     "train.grad_accumulation",
     "deepspeed.zero_optimization",

@@ -18,7 +18,7 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sadm_fast.errors import UserError
+from sadm_fast.errors import LostRank, UserError, print_error, speaks_for_machine
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,11 +54,13 @@ def main(argv: list[str] | None = None) -> int:
             return _bench(arguments)
         return _encode(arguments)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
+    except LostRank as error:
+        print(f"error: {error}; the same command continues", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks_for_machine():
             print("interrupted; the same command continues", file=sys.stderr)
         return 130
 
@@ -84,11 +86,7 @@ def _encode(arguments: argparse.Namespace) -> int:
             latents.autoencoder, device=place.device, precision=latents.precision, scale=latents.scale
         )
         check_autoencoder(config, autoencoder)
-        try:
-            encode(config, images, autoencoder, place, console)
-        except UserError as error:  # about images of this rank, which no other rank sees
-            print(f"error: {f'rank {place.rank}: ' if place.world_size > 1 else ''}{error}", file=sys.stderr)
-            return 2
+        encode(config, images, autoencoder, place, console)
     return 0
 
 

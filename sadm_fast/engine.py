@@ -23,6 +23,8 @@ from sadm_fast.errors import UserError
 from sadm_fast.game import Batch, Rules, discriminator_loss, frozen, predict, structure_distance
 from sadm_fast.guarded_adamw import GuardedAdamW
 from sadm_fast.masters import undo_trial_step
+from sadm_fast.player_state import Snapshot
+from sadm_fast.vote import NotFinite
 
 
 def is_guarded(config: Config) -> bool:
@@ -93,10 +95,6 @@ class Outcome:
     loss_discriminator: Tensor | None  # 0-d, of the last discriminator step
 
 
-class NonFiniteLoss(Exception):
-    """A loss of some rank is NaN or infinite; no player has been touched in this iteration."""
-
-
 class Players:
     """Denoiser and discriminator with their engines.
 
@@ -118,6 +116,7 @@ class Players:
             if self.mode == "sadm":
                 self.discriminator = self._initialize(psi, config.discriminator_optimizer)
                 self.psi = self.discriminator.module
+                self._before = Snapshot(self.discriminator)
             else:
                 dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
                 self.psi = psi.to(device=device, dtype=dtype).requires_grad_(False)
@@ -188,14 +187,18 @@ class Players:
         serves both (its weights do not change in between); with more, its graph would have to be kept for each, so the
         discriminator's pass recomputes it without one.
 
-        A bad loss stops both players before either has a gradient. Only where the discriminator has no pass of its own
-        can the last of several micro-batches be bad after the first has left its gradient: then a NaN follows it into
-        the sum, and the engines drop the whole step.
+        Both players step, or neither does. A bad loss is seen before either has a gradient (or, where the discriminator
+        has no pass of its own, a NaN follows the bad one of several micro-batches into the sum, and the engine drops
+        it). A bad gradient of the discriminator is seen before the denoiser's pass; one of the denoiser's takes back
+        the discriminator's steps, which it needed to be computed.
 
         Args:
             batches: `grad_accumulation` micro-batches.
             step: 0-based iteration.
-            agree_finite: called with this rank's losses; raises NonFiniteLoss on every rank if one is bad on any.
+            agree_finite: called with this rank's losses; raises NotFinite on every rank if one is bad on any.
+
+        Raises:
+            NotFinite: on every rank; both players are as they were.
         """
         lambda_s = self.lambda_s(step)
         playing = self.playing(step)
@@ -207,8 +210,12 @@ class Players:
         discriminated = None
         if playing and self.mode == "sadm":
             restored = [shared.xhat0] if shared is not None else self._restore(batches, agree_finite)
+            self._before.take()
             for _ in range(self.config.game.discriminator_steps):
                 discriminated = self._discriminator_step(batches, restored)
+                if not self.discriminator.was_step_applied():
+                    self._before.restore()
+                    raise NotFinite
 
         asked = shared is not None or discriminated is not None
         losses, distances = [], []
@@ -219,7 +226,7 @@ class Players:
             if not asked and batch is batches[-1]:
                 try:
                     agree_finite(torch.cat(losses))
-                except NonFiniteLoss:
+                except NotFinite:
                     if len(batches) == 1:
                         raise
                     loss = loss * torch.nan
@@ -230,6 +237,10 @@ class Players:
                 distances.append(distance.detach())
             else:
                 self._backward(self.denoiser, loss)
+        if not self.denoiser.was_step_applied():
+            if discriminated is not None:
+                self._before.restore()
+            raise NotFinite
         return Outcome(
             torch.cat(losses),
             torch.cat([batch.level for batch in batches]),

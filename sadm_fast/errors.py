@@ -1,12 +1,28 @@
-"""The one exception that means: the person at the terminal has something to change."""
+"""Exceptions that mean: one line for the person at the terminal, no traceback."""
+
+import os
+import sys
 
 
 class UserError(Exception):
     """A one-line message that names the thing, its value and the remedy; entry points print it and exit with 2.
 
-    Of what every rank finds wrong only rank 0 speaks, unless `on_every_rank`.
+    said: whether another rank has already printed the same line; None where that is not known (sadm_fast.launch).
     """
 
-    def __init__(self, message: str, *, on_every_rank: bool = False) -> None:
-        super().__init__(message)
-        self.on_every_rank = on_every_rank
+    said: bool | None = None
+
+
+class LostRank(Exception):
+    """A collective failed because another rank is gone; entry points print it and exit with 1."""
+
+
+def speaks_for_machine() -> bool:
+    """Whether this rank is the one that says what all ranks of a machine meet alike."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def print_error(error: UserError) -> None:
+    """The line, on stderr, from one of the ranks that met the error."""
+    if speaks_for_machine() if error.said is None else not error.said:
+        print(f"error: {error}", file=sys.stderr)

@@ -6,18 +6,32 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from sadm_fast.errors import LostRank, UserError
 from sadm_fast.rendezvous import all_ranks_are_here, check_alone, meet, stay_on_loopback
 
 T = TypeVar("T")
 
 # Rank 0 may train Psi or write the demo set while the others wait for it.
 _PATIENCE = datetime.timedelta(hours=2)
+# All ranks must be there by then; other machines may have a slow disk to import from.
+_MEETING = datetime.timedelta(minutes=15)
+
+# How gloo, NCCL and the store say that the other end of a connection is no longer there.
+_SIGNS_OF_A_LOST_RANK = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Application timeout caused pair closure",
+    "Timed out waiting",
+    "remote process exited",
+    "failed to recv",
+)
 
 
 class Place(NamedTuple):
@@ -41,6 +55,10 @@ def distributed() -> Iterator[Place]:
 
     Started by `deepspeed` or `torchrun`, RANK, WORLD_SIZE and LOCAL_RANK are set; started by plain `python`, this is
     the only rank and no port is opened.
+
+    Raises:
+        UserError: the launcher's variables do not tell where the ranks meet.
+        LostRank: another rank has not come, or, in place of a collective's RuntimeError, is gone.
     """
     cuda = choose_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -53,23 +71,35 @@ def distributed() -> Iterator[Place]:
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        store = meet()
         if all_ranks_are_here():
             stay_on_loopback()
-        dist.init_process_group(
-            backend, store=store, timeout=_PATIENCE, device_id=device if cuda else None,
-            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
-        )  # fmt: skip
+        store, rank, world_size = meet(_MEETING)
     else:
         check_alone()
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=_PATIENCE, device_id=device if cuda else None
+    )
     with _silence():
         _start_deepspeed(backend)
+    lost = False
     try:
-        yield Place(dist.get_rank(), dist.get_world_size(), device)
+        yield Place(rank, world_size, device)
+    except UserError as error:
+        error.said = False
+        with suppress(RuntimeError):  # rank 0, which holds the store, may be gone
+            error.said = store.add(f"error/{error}", 1) > 1
+        raise
+    except RuntimeError as error:
+        if world_size > 1 and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_RANK):
+            lost = True
+            reason = " ".join(str(error).split())[:160]
+            raise LostRank(f"rank {rank}: another rank is gone ({reason})") from None
+        raise
     finally:
-        dist.destroy_process_group()
+        if not lost:  # saying goodbye would wait for it
+            dist.destroy_process_group()
 
 
 @contextmanager

@@ -75,8 +75,13 @@ def refresh_weights(engine: Any, master: Callable[[str, int], Tensor]) -> None:
                 part[:size].copy_(master(name, parameter.ds_numel)[start : start + size])
         elif hasattr(parameter, "_hp_mapping"):
             parameter.copy_(master(name, parameter.numel()).view(parameter.shape))
+    refresh_whole_copies(engine)
+
+
+def refresh_whole_copies(engine: Any) -> None:
+    """Stage 3 keeps whole copies of small parameters: make them anew from all ranks' parts. Collective."""
     persistent = getattr(engine.optimizer, "persistent_parameters", None)
-    if persistent:  # stage 3 keeps whole copies of small parameters
+    if persistent:
         persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sadm_fast.masters import local_masters, refresh_weights
+from sadm_fast.masters import local_masters, refresh_weights, refresh_whole_copies
 
 MASTER, BUFFER = "master", "buffer"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -97,6 +97,25 @@ class _Owners:
     def _state(self, owner: Tensor) -> Mapping[str, Any]:
         return self._inner.state.get(owner, {})
 
+    def all_tensors(self, engine: Any) -> list[Tensor]:
+        """Everything a step writes to, but for counters and stage 3's whole copies."""
+        states = [self._state(owner) for owner in self._tensors]
+        moments = [state[name] for state in states for name in MOMENTS if name in state]
+        weights = [getattr(p, "ds_tensor", p) for p in engine.module.parameters() if p.requires_grad]
+        masters = [owner for owner in self._tensors if not any(owner is p for p in weights)]
+        return [*weights, *masters, *moments, *(b for b in engine.module.buffers() if b.numel())]
+
+    def set_steps_taken(self, steps: int) -> None:
+        """Put the optimizer's counters back; before the first step it has none, nor moments."""
+        if steps == 0:
+            self._inner.state.clear()
+        for owner in self._tensors:
+            if "step" in self._state(owner):
+                self._inner.state[owner]["step"].fill_(float(steps))
+        for group in self._inner.param_groups:
+            if "step" in group:
+                group["step"] = steps
+
     def allocate_moments(self, steps: int) -> None:
         """As after `steps` steps, with moments of zero; for 0 as never used."""
         self._inner.state.clear()
@@ -110,6 +129,37 @@ class _Owners:
         for group in self._inner.param_groups:
             if "step" in group:
                 group["step"] = steps
+
+
+class Snapshot:
+    """One engine as it was at `take`, in memory, so that steps after it can be taken back to the last bit.
+
+    Costs this rank's share of masters and moments and one set of weights.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._owners = _Owners(engine)
+        self._kept: list[tuple[Tensor, Tensor]] = []  # (the engine's tensor, its copy)
+        self._steps = 0
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Remember the engine's state; call between steps."""
+        tensors = self._owners.all_tensors(self._engine)
+        self._steps = self._owners.steps_taken()
+        if len(tensors) != len(self._kept) or any(a is not b for a, (b, _) in zip(tensors, self._kept, strict=True)):
+            self._kept = [(tensor, torch.empty_like(tensor)) for tensor in tensors]
+        for tensor, copy in self._kept:
+            copy.copy_(tensor, non_blocking=True)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring the engine back to what was taken. Collective."""
+        for tensor, copy in self._kept:
+            tensor.copy_(copy, non_blocking=True)
+        self._owners.set_steps_taken(self._steps)
+        refresh_whole_copies(self._engine)
 
 
 class SavedPieces:

@@ -13,18 +13,9 @@ import socket
 
 import torch.distributed as dist
 
-from sadm_fast.errors import UserError
-
-# All ranks are started at about the same time; who has not come after this will not come.
-PATIENCE = datetime.timedelta(minutes=10)
+from sadm_fast.errors import LostRank, UserError
 
 _LOOPBACK = "127.0.0.1"
-
-
-def all_ranks_are_here() -> bool:
-    """Whether the launcher's variables say that no rank is on another machine."""
-    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun, deepspeed
-    return here == os.environ["WORLD_SIZE"] or _is_loopback(os.environ["MASTER_ADDR"])
 
 
 def check_alone() -> None:
@@ -37,6 +28,15 @@ def check_alone() -> None:
             )
 
 
+def all_ranks_are_here() -> bool:
+    """Whether the launcher's variables say that no rank is on another machine; UserError if one of them is missing."""
+    for variable in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if variable not in os.environ:
+            raise UserError(f"{variable}: is not set, though RANK is; docs/scale.md says how to start several ranks")
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun, deepspeed
+    return here == os.environ["WORLD_SIZE"] or _is_loopback(os.environ["MASTER_ADDR"])
+
+
 def stay_on_loopback() -> None:
     """Let gloo and NCCL use the loopback interface, unless the user has chosen another one."""
     names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
@@ -45,39 +45,31 @@ def stay_on_loopback() -> None:
             os.environ.setdefault(variable, names[0])
 
 
-def meet(patience: datetime.timedelta = PATIENCE) -> dist.Store | None:
-    """The store of this job's ranks, once all have come; None where torchrun keeps it.
-
-    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set by the launcher.
+def meet(patience: datetime.timedelta) -> tuple[dist.Store, int, int]:
+    """The store of this job's ranks, once all have come; this one's rank; how many they are.
 
     Raises:
-        UserError: a variable is missing, the port is taken, or somebody has not come in time.
+        UserError: rank 0 cannot listen on MASTER_PORT.
+        LostRank: somebody has not come in time.
     """
-    for variable in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        if variable not in os.environ:
-            raise UserError(f"{variable}: is not set, though RANK is; start through deepspeed, torchrun or srun")
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return None
+    here = all_ranks_are_here()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps the store
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+        return store, rank, world_size
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    port = int(os.environ["MASTER_PORT"])
-    address = _LOOPBACK if all_ranks_are_here() else os.environ["MASTER_ADDR"]
-    listening = _listen(address, port, world_size) if rank == 0 else None
+    address, port = _LOOPBACK if here else os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening = _listen(address, port, world_size).detach() if rank == 0 else None
     try:
-        return dist.TCPStore(
-            address,
-            port,
-            world_size,
-            is_master=rank == 0,
-            timeout=patience,
-            master_listen_fd=None if listening is None else listening.detach(),
-        )
-    except dist.DistError:
-        who = f"not all of {world_size} ranks came to" if rank == 0 else f"rank {rank} did not reach rank 0 at"
-        raise UserError(
-            f"MASTER_ADDR={address}, MASTER_PORT={port}: {who} it in {patience}; is every host started, and is the"
-            " address one that the others can reach?",
-            on_every_rank=True,
+        store = dist.TCPStore(
+            address, port, world_size, is_master=rank == 0, timeout=patience, master_listen_fd=listening
+        )  # fmt: skip
+    except dist.DistError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise LostRank(
+            f"rank {rank} of {world_size}: not all ranks met at MASTER_ADDR={address}, MASTER_PORT={port} within"
+            f" {patience} ({reason}); is the job started on every machine, and do they reach one another there?"
         ) from None
+    return store, rank, world_size
 
 
 def _listen(address: str, port: int, world_size: int) -> socket.socket:
@@ -86,15 +78,14 @@ def _listen(address: str, port: int, world_size: int) -> socket.socket:
     What a host calls itself is often not what the others call it (Debian: 127.0.1.1), so a name does not tell where.
     """
     try:
-        try:
-            number = ipaddress.ip_address(address)
+        number = _number(address)
+        if number is not None:
             family = socket.AF_INET6 if number.version == 6 else socket.AF_INET
-            return socket.create_server((address, port), family=family, backlog=world_size)
-        except ValueError:
-            pass
-        except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:  # a router's address that leads here
-                raise
+            try:
+                return socket.create_server((address, port), family=family, backlog=world_size)
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:  # a router's address that leads here
+                    raise
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, backlog=world_size, dualstack_ipv6=True)
         return socket.create_server(("", port), backlog=world_size)
@@ -106,9 +97,13 @@ def _listen(address: str, port: int, world_size: int) -> socket.socket:
 
 
 def _is_loopback(address: str) -> bool:
-    if address == "localhost":
-        return True
+    number = _number(address)
+    return address == "localhost" if number is None else number.is_loopback
+
+
+def _number(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a string is, None for a name."""
     try:
-        return ipaddress.ip_address(address).is_loopback
+        return ipaddress.ip_address(address)
     except ValueError:
-        return False
+        return None

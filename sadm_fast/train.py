@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sadm_fast.errors import UserError
+from sadm_fast.errors import LostRank, UserError, print_error, speaks_for_machine
+from sadm_fast.stopping import Stopped, StopRequest
 
 if TYPE_CHECKING:  # it takes seconds to import, --help should not
     from sadm_fast.config import Config
 
-# Exit codes: 0 finished, 2 something for the user to change, 75 (EX_TEMPFAIL) stopped before the end and resumable.
+# Exit codes: 0 finished, 2 something for the user to change, 75 (EX_TEMPFAIL) stopped before the end and resumable,
+# 1 another rank is gone or hangs (or a bug, with its traceback).
+EXIT_LOST = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 
@@ -49,20 +52,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    speaks = int(os.environ.get("RANK", "0")) == 0
+    request = StopRequest()
     try:
-        return _train(arguments)
+        return _train(arguments, request)
     except UserError as error:
-        if speaks or error.on_every_rank:
-            print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return EXIT_USER_ERROR
+    except LostRank as error:
+        print(f"error: {error}; the same command continues from the last checkpoint", file=sys.stderr)
+        return EXIT_STOPPED if request.asked else EXIT_LOST
+    except Stopped:
+        print("asked to stop before the training had begun; the same command starts it again", file=sys.stderr)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
-        if speaks:
+        if speaks_for_machine():
             print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
     from sadm_fast.config import load_config
     from sadm_fast.run_folder import RunFolder
 
@@ -108,7 +116,7 @@ def _train(arguments: argparse.Namespace) -> int:
         )
         trainer = Trainer(config, folder, source, autoencoder, place.device, console)
         trainer.resume()
-        finished = trainer.run()
+        finished = trainer.run(request)
         if finished:
             console.say(f"pictures: {folder.samples / f'step-{trainer.step:06d}-ema.png'}")
         else:

@@ -1,16 +1,12 @@
 """The loop: counters, averages, logs, pictures, checkpoints, signals. A step itself is in game.py and engine.py."""
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from sadm_fast import checkpoint
 from sadm_fast.checkpoint_writer import CheckpointWriter
@@ -20,7 +16,7 @@ from sadm_fast.data.batch import Loader
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.source import Source
 from sadm_fast.ema import EMA
-from sadm_fast.engine import NonFiniteLoss, Players, gradient_norm, learning_rate
+from sadm_fast.engine import Players, gradient_norm, learning_rate
 from sadm_fast.errors import UserError
 from sadm_fast.feed import make_feed
 from sadm_fast.files import append_json, write_json
@@ -49,55 +45,13 @@ from sadm_fast.snapshots import (
     sample_grid,
     save_picture,
 )
+from sadm_fast.stopping import StopRequest
 from sadm_fast.training_log import Interval, TrainingLog, peak_memory
+from sadm_fast.vote import NotFinite, Vote
+from sadm_fast.watchdog import Watchdog
 
 # So many skipped iterations in a row are not bad luck.
 _SKIPS_IN_A_ROW = 10
-
-
-class Vote:
-    """One small all-reduce an iteration, of what every rank must know of the others.
-
-    Is a loss bad, has anybody been asked to stop, is anybody still writing a checkpoint, has somebody failed to?
-    saving: this rank's answers to the last two.
-    """
-
-    def __init__(self, device: torch.device, saving: Callable[[], tuple[bool, bool]] = lambda: (False, False)) -> None:
-        self._device, self._saving = device, saving
-        self._asked = False
-        self.stop = False
-        self.writing, self.write_failed = False, False
-
-    def agree_finite(self, loss: Tensor) -> None:
-        """Raise NonFiniteLoss on every rank if `loss` is not finite on any; the other questions go along."""
-        asked = torch.tensor([self._asked, *self._saving()], device=loss.device)
-        flags = torch.cat([~torch.isfinite(loss.detach()).all().view(1), asked]).to(torch.int32)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        bad, stop, writing, failed = flags.tolist()
-        self.stop = self.stop or bool(stop)
-        self.writing, self.write_failed = bool(writing), bool(failed)
-        if bad:
-            raise NonFiniteLoss
-
-    @contextmanager
-    def listening(self, console: Console) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a stop at the next step boundary; a second SIGINT kills as usual.
-
-        A handler must not talk to other ranks: the DeepSpeed launcher signals them one after another.
-        """
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self._asked = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            console.say(f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping")
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Trainer:
@@ -211,10 +165,10 @@ class Trainer:
         """Time in the loop, over all the stops of this run."""
         return self._seconds_before + time.perf_counter() - self._started
 
-    def run(self) -> bool:
+    def run(self, request: StopRequest) -> bool:
         """Train to the last step; True when it is reached, False when asked to stop before."""
         config = self.config
-        vote = Vote(self.device, self.writer.status)
+        vote = Vote(lambda: request.asked, self.writer.status)
         log = TrainingLog(self.folder, self.rank, self.step)
         loader = make_feed(
             config,
@@ -231,10 +185,12 @@ class Trainer:
         interval = Interval(self.device)
         try:
             with (
-                vote.listening(self.console),
+                request.deferred(),
+                Watchdog(config.train.patience, self.rank) as watchdog,
                 self.console.bar("training", config.train.steps, self.step) as bar,
             ):
                 while self.step < config.train.steps and not vote.stop:
+                    watchdog.alive(f"in step {self.step + 1}")
                     self._iteration(loader, vote, interval)
                     self.writer.decide(vote.writing, vote.write_failed)
                     if self._due(config.train.log_every):
@@ -243,13 +199,17 @@ class Trainer:
                         log.write(line)
                         bar.at(self.step, _note(line))
                         interval = Interval(self.device)
+                    watchdog.alive(f"making pictures or an evaluation after step {self.step}")
                     if self._look(log):
                         interval = Interval(self.device)  # looking is not training: keep it out of the throughput
+                    watchdog.alive(f"saving after step {self.step}")
                     if self._due(config.train.checkpoint_every) and self.step < config.train.steps:
                         self._save()
                         interval = Interval(self.device)
-            self._save()
-            self.writer.finish()
+                if vote.stop:
+                    self.console.say(f"asked to stop: saving a checkpoint of step {self.step}")
+                self._save()
+                self.writer.finish()
         finally:
             self.writer.close()
             loader.close()
@@ -281,15 +241,12 @@ class Trainer:
         self.players.set_learning_rates(self.step)
         try:
             outcome = self.players.iteration(batches, self.step, agree_finite=vote.agree_finite)
-        except NonFiniteLoss:
+        except NotFinite:
             self._skip()
         else:
-            if self.players.denoiser.was_step_applied():
-                self.ema.update()
-                self._skipped_in_a_row = 0
-                interval.add(outcome)
-            else:
-                self._skip()
+            self.ema.update()
+            self._skipped_in_a_row = 0
+            interval.add(outcome)
         self.step += 1
         self.samples_seen += self.samples_per_step
         interval.step_done()
@@ -297,13 +254,13 @@ class Trainer:
     def _skip(self) -> None:
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
-        self.console.say(f"step {self.step}: the loss is not finite; both players skip it")
+        self.console.say(f"step {self.step}: a loss or gradient is not finite; both players skip it")
         if self._skipped_in_a_row >= _SKIPS_IN_A_ROW:
             whole = checkpoint.completed(self.folder.checkpoints)
             last = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
             raise UserError(
-                f"{self._skipped_in_a_row} steps in a row had a loss that is not finite, at step {self.step}; {last};"
-                " lower the learning rate"
+                f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite, at step"
+                f" {self.step}; {last}; lower the learning rate"
             )
 
     def _note_broken(self, loader: Loader) -> None:

@@ -117,6 +117,20 @@ def poisoned_cases() -> list[Case]:
     return found
 
 
+# Whose gradient is NaN in each iteration: the first one finds no moments yet.
+BAD_PLAYER = ("denoiser", None, "discriminator", "denoiser", None)
+
+
+def bad_gradient_cases() -> list[Case]:
+    """Cases for BAD_PLAYER."""
+    return [
+        *(Case(f"zero{stage}", "sadm", stage) for stage in STAGES),
+        *(Case(f"zero{stage}-accumulation2", "sadm", stage, 2) for stage in (0, 2)),
+        *(Case(f"bf16-zero{stage}", "sadm", stage, precision="bf16") for stage in STAGES),
+        Case("turns-zero2", "sadm", 2, game={"discriminator_steps": 2}),
+    ]
+
+
 @torch.no_grad()
 def starting_weights(module: nn.Module, seed: int) -> None:
     """Move every parameter off its initial value: a DiT as built is 0, with no gradient below its last layer."""

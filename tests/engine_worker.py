@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,13 +14,25 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from sadm_fast.engine import NonFiniteLoss, Outcome, Players, gradient_norm
-from sadm_fast.game import Batch, structure_distance
+from sadm_fast import engine
+from sadm_fast.engine import Outcome, Players, gradient_norm
+from sadm_fast.game import Batch
 from sadm_fast.launch import Place, distributed
 from sadm_fast.masters import gather, local_masters, trainable_shapes
 from sadm_fast.preparation import build_denoiser, build_psi
-from sadm_fast.trainer import Vote
-from tests.engine_cases import CLASSES, ITERATIONS, STAGES, Case, cases, micro_batch, poisoned_cases, starting_weights
+from sadm_fast.vote import NotFinite, Vote
+from tests.engine_cases import (
+    BAD_PLAYER,
+    CLASSES,
+    ITERATIONS,
+    STAGES,
+    Case,
+    bad_gradient_cases,
+    cases,
+    micro_batch,
+    poisoned_cases,
+    starting_weights,
+)
 
 
 class Game:
@@ -32,7 +45,7 @@ class Game:
         starting_weights(psi, seeds[1])
         self.shapes = {"denoiser": trainable_shapes(denoiser), "discriminator": trainable_shapes(psi)}
         self.players = Players(self.config, denoiser, psi if case.mode != "plain" else None, place.device)
-        self.vote = Vote(place.device)
+        self.vote = Vote()
 
     def batches(self, iteration: int) -> list[Batch]:
         return [
@@ -151,35 +164,52 @@ def poisoned(case: Case, place: Place) -> dict[str, Any]:
     try:
         game.play(0, bad)
         raised = False
-    except NonFiniteLoss:
+    except NotFinite:
         raised = True
     after = game.weights()
-    applied = None if raised else game.players.denoiser.was_step_applied()
     for iteration in range(1, ITERATIONS):
         game.play(iteration)
-    return {"raised": raised, "applied": applied, "before": before, "after": after, "weights": game.weights()}
+    return {"raised": raised, "before": before, "after": after, "weights": game.weights()}
 
 
-def infinite_gradient(case: Case, place: Place) -> dict[str, Any]:
-    """A denoising loss that is finite everywhere, and a structural distance that is NaN on the last rank."""
+def bad_gradients(case: Case, place: Place) -> dict[str, Any]:
+    """Losses that are finite everywhere in the vote, and now and then a player's gradient that is NaN on the last rank.
+
+    Gives for each iteration whether it was refused and whether it left every weight of both players as it was; the
+    weights at the end, and those of players who never met the bad iterations.
+    """
+    spared = Game(case, place)
+    for iteration, player in enumerate(BAD_PLAYER):
+        if player is None:
+            spared.play(iteration)
     game = Game(case, place)
-    before = game.weights()
+    outcomes = []
+    for iteration in range(len(BAD_PLAYER)):
+        before = game.weights()
+        with poison_of(BAD_PLAYER[iteration], last_rank=place.rank == place.world_size - 1):
+            try:
+                game.play(iteration)
+                refused = False
+            except NotFinite:
+                refused = True
+        after = game.weights()
+        same = all(torch.equal(before[p][name], after[p][name]) for p in before for name in before[p])
+        outcomes.append({"refused": refused, "same": same})
+    return {"outcomes": outcomes, "weights": game.weights(), "spared": spared.weights()}
+
+
+def poison_of(player: str | None, last_rank: bool) -> Any:
+    """A context in which that player's loss, beside what is voted on, is NaN on the last rank."""
+    if player is None:
+        return nullcontext()
+    name = {"denoiser": "structure_distance", "discriminator": "discriminator_loss"}[player]
+    real = getattr(engine, name)
 
     def bad(*arguments: Any) -> Tensor:
-        distance = structure_distance(*arguments)
-        return distance * torch.nan if place.rank == place.world_size - 1 else distance
+        loss: Tensor = real(*arguments)
+        return loss * torch.nan if last_rank else loss
 
-    with mock.patch("sadm_fast.engine.structure_distance", bad):
-        game.play(0)
-    after, applied = game.weights(), game.players.denoiser.was_step_applied()
-    game.play(1)
-    return {
-        "applied": applied,
-        "before": before["denoiser"],
-        "after": after["denoiser"],
-        "next_applied": game.players.denoiser.was_step_applied(),
-        "next": game.weights()["denoiser"],
-    }
+    return mock.patch(f"sadm_fast.engine.{name}", bad)
 
 
 def main(folder: Path) -> None:
@@ -189,7 +219,7 @@ def main(folder: Path) -> None:
         (isolated, by_stage),
         (interrupted, by_stage[::2]),
         (poisoned, poisoned_cases()),
-        (infinite_gradient, by_stage[::2]),
+        (bad_gradients, bad_gradient_cases()),
     ]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.parent / "inductor")  # one for all world sizes
     with distributed() as place:

@@ -18,7 +18,7 @@ from sadm_fast.game import Batch, draw
 from sadm_fast.launch import Place, distributed
 from sadm_fast.masters import local_masters
 from sadm_fast.preparation import build_denoiser, build_psi
-from sadm_fast.trainer import Vote
+from sadm_fast.vote import Vote
 from tests.plan_cases import CASES, CLASSES, ITERATIONS, PlanCase
 
 _OPERATIONS = {
@@ -111,7 +111,7 @@ def played(case: PlanCase, place: Place) -> dict[str, Any]:
             parameter.add_(0.05)
     players = Players(config, denoiser, None if config.game.mode == "plain" else build_psi(config), place.device)
     ema = EMA(lambda: list(local_masters(players.denoiser)), config.train.ema)
-    vote = Vote(place.device)
+    vote = Vote()
     found: dict[str, Any] = {}
     step = players.denoiser.step
 

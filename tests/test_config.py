@@ -361,7 +361,8 @@ def test_processes_profiles_and_names_have_their_own_fingerprints() -> None:
 def test_how_long_how_often_and_how_parallel_may_change_on_resume() -> None:
     """A longer list needs a thought: a run continued with another value of the field must still be the same run."""
     how_long_and_often = {
-        f"train.{key}" for key in ("steps", "log_every", "sample_every", "checkpoint_every", "keep_last", "keep_every")
+        f"train.{key}"
+        for key in ("steps", "log_every", "sample_every", "checkpoint_every", "keep_last", "keep_every", "patience")
     }
     divided = {"train.micro_batch", "train.grad_accumulation", "deepspeed.zero_optimization", "train.compile"}
     looking = {"sampling", "evaluate", "name", "deepspeed.wall_clock_breakdown"}

@@ -7,7 +7,6 @@ the images.
 
 import io
 import json
-import multiprocessing
 import os
 import tarfile
 import zipfile
@@ -23,6 +22,7 @@ import numpy as np
 from sadm_fast.data.checking import Progress
 from sadm_fast.data.image_folder import EXTENSIONS
 from sadm_fast.data.source import PackedNames, printable
+from sadm_fast.data.workers import worker_context
 from sadm_fast.errors import UserError
 
 _MAX_CLASSES = 1 << 20
@@ -67,10 +67,7 @@ def build_index(paths: Sequence[str], progress: Progress | None = None) -> TarIn
     if processes == 1 or sum(map(_size, paths)) < PARALLEL_FROM_BYTES:
         parts = _collect(map(_index_shard, paths), len(paths), progress)
     else:
-        # Not fork: by now torch and DALI may have threads, and a lock that one of them holds is never freed.
-        multiprocessing.set_forkserver_preload([__name__])
-        context = multiprocessing.get_context("forkserver")
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        with ProcessPoolExecutor(processes, mp_context=worker_context(__name__)) as pool:
             parts = _collect(pool.map(_index_shard, paths), len(paths), progress)
     return TarIndex(
         np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.labels) for part in parts]),

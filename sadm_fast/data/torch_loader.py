@@ -3,9 +3,10 @@
 Same order, same interface, and pixel for pixel the ADM crop.
 """
 
-import multiprocessing
+import atexit
 from collections.abc import Iterator
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from sadm_fast.data.batch import ImageBatch, pixels_to_float, stack_crops
 from sadm_fast.data.broken import BrokenImages, CropSpec, read_or_replace
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource
+from sadm_fast.data.workers import worker_context
 from sadm_fast.errors import UserError
 
 Request = tuple[int, int, bool]  # sample id, image index, whether to mirror
@@ -39,6 +41,16 @@ class Collated(NamedTuple):
     broken: dict[int, str]
 
 
+# Workers are shielded from signals, also from the one by which multiprocessing ends forgotten ones at exit.
+_OPEN: "WeakSet[TorchLoader]" = WeakSet()
+
+
+@atexit.register
+def _close_forgotten() -> None:
+    for loader in list(_OPEN):
+        loader.close()
+
+
 class TorchLoader:
     """An endless iterator of ImageBatch on `device`: the micro-batches of `plan`, read by worker processes.
 
@@ -59,19 +71,18 @@ class TorchLoader:
     ) -> None:
         self._device = torch.device(device)
         self._broken = BrokenImages(source)
-        # Not fork: by now torch and DALI have threads, and a lock that one of them holds is never freed in the child.
-        multiprocessing.set_forkserver_preload([__name__])
         loader: DataLoader[Sample | str] = DataLoader(
             _Crops(source, spec),
             batch_sampler=_Requests(plan),
             num_workers=threads,
-            multiprocessing_context="forkserver" if threads else None,
+            multiprocessing_context=worker_context(__name__) if threads else None,
             prefetch_factor=prefetch if threads else None,
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # otherwise each start would draw from the program's own generator
         )
         self._batches: Iterator[Collated | str] | None = iter(loader)
+        _OPEN.add(self)
 
     @property
     def broken(self) -> dict[str, str]:

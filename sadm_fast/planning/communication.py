@@ -15,7 +15,7 @@ from sadm_fast.planning.players import Player
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
 
-_VOTE = 4 * 4  # trainer.Vote: int32 [4] an iteration
+_VOTE = 4 * 4  # vote.Vote: int32 [4] an iteration
 _LOG = 15 * 8  # training_log.Interval: float64 [15] for each line
 _CHECK = 6 * 8  # structure_loss compares the ranks' arguments: int64 [6] from each
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from itertools import islice
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -242,6 +244,19 @@ def test_a_program_that_forgets_to_close_ends(small_folder: Path, loader: str) -
     )
     assert done.returncode == 0 and "[4, 1, 8, 8]" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_workers_outlive_a_signal_to_the_whole_process_tree(small_folder: Path) -> None:
+    with make_loader(
+        open_images(small_folder), loader="torch", resolution=8, channels=1, flip=True, seed=1, micro_batch=4, threads=2
+    ) as batches:
+        next(batches)
+        workers = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
+        servers = {worker.parent() for worker in workers}  # what they are forked from
+        for process in [*workers, *servers]:
+            process.send_signal(signal.SIGTERM)
+        for _ in range(8):  # more than are prefetched
+            next(batches)
 
 
 def test_a_worker_that_is_killed_is_one_clear_line(small_folder: Path) -> None:
