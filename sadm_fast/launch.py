@@ -92,11 +92,11 @@ def distributed() -> Iterator[Place]:
             error.said = store.add(f"error/{error}", 1) > 1
         raise
     except RuntimeError as error:
-        if world_size > 1 and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_RANK):
-            lost = True
-            reason = " ".join(str(error).split())[:160]
-            raise LostRank(f"rank {rank}: another rank is gone ({reason})") from None
-        raise
+        sign = next((sign for sign in _SIGNS_OF_A_LOST_RANK if sign in str(error)), None)
+        if sign is None or world_size == 1:
+            raise
+        lost = True
+        raise LostRank(f"rank {rank}: another rank is gone ({sign.lower()})") from None
     finally:
         if not lost:  # saying goodbye would wait for it
             dist.destroy_process_group()

@@ -175,6 +175,7 @@ def train_classifier(
                 )
             if progress is not None:
                 progress(step + 1, steps, value)
+    optimizer.zero_grad()  # the next to train these weights would find the last gradient in its own
     _broadcast_state((features, head))
     features.eval()
     return head.eval()

@@ -33,9 +33,9 @@ def start_line(script: Path, *arguments: str, ranks: int = 0) -> list[str]:
 class Program:
     """A started command in a process group of its own, as on a terminal, with somebody reading what it says."""
 
-    def __init__(self, argv: list[str], cwd: Path) -> None:
+    def __init__(self, argv: list[str], cwd: Path, environment: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            argv, cwd=cwd, env=clean_environment(), text=True, start_new_session=True,
+            argv, cwd=cwd, env=clean_environment() | (environment or {}), text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         pool = ThreadPoolExecutor(1)

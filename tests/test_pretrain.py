@@ -78,6 +78,11 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit():
     assert not torch.equal(first[1].weight, other[1].weight)
 
 
+def test_no_gradient_is_left_for_the_next_to_train_the_weights():
+    network, head = train_small(seed=0, steps=2)
+    assert all(p.grad is None for module in (network, head) for p in module.parameters())
+
+
 def test_frozen_parameters_stay():
     network = small_network(0)
     first_layer = network.get_submodule("0").requires_grad_(False)

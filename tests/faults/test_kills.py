@@ -1,0 +1,67 @@
+"""SIGKILL of either rank at every point of a training: the same command ends where an uninterrupted run does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import STEPS, VARIANTS, Training
+from tests.faults.faults import IN_A_SAVE, Fault, chains
+from tests.programs import assert_same_state, lines
+from tests.test_train import TIMES
+
+Make = Callable[[str], tuple[Training, Path]]
+
+KILLED = 247  # what a shell makes of the launcher's exit code -9
+CHAINS = chains(12)
+SHARDED = [variant for variant in VARIANTS if variant != "zero0"]
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    """Weights, optimizer states, averages and counters bit for bit; the log but for its times."""
+    last = f"checkpoints/step-{STEPS:06d}"
+    assert_same_state(run / last, whole / last)
+    logs = [
+        [{key: value for key, value in line.items() if key not in TIMES} for line in lines(folder / "metrics.jsonl")]
+        for folder in (run, whole)
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == STEPS
+    leftovers = [path.name for path in (run / "checkpoints").iterdir() if not (path / "COMPLETE").exists()]
+    assert leftovers == []
+
+
+def killed_and_restarted(training: Training, whole: Path, run: Path, chain: list[Fault]) -> None:
+    """Each start of the same command meets the next kill; the last one meets none."""
+    for fault in chain:
+        out, err = training.start(run, fault).finish(code=None)
+        assert f"return code = {-9}" in out + err, f"{fault}: not reached\n{out}\n{err}"
+    out, err = training.start(run).finish()
+    assert "Traceback" not in out + err
+    assert_same_run(run, whole)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", range(len(CHAINS)))
+def test_kills_cost_nothing_but_time(training: Make, tmp_path: Path, row: Callable[[str], None], number: int):
+    variant = SHARDED[number % len(SHARDED)]
+    one, whole = training(variant)
+    killed_and_restarted(one, whole, tmp_path / "run", CHAINS[number])
+    for fault in CHAINS[number]:
+        row(f"| {variant} | {fault} | {'yes' if fault in IN_A_SAVE else 'no'} | 0 |")
+
+
+@pytest.mark.slow
+def test_a_kill_inside_a_save_and_one_in_a_step_cost_nothing_but_time(training: Make, tmp_path: Path):
+    one, whole = training("zero2-bf16")
+    chain = [
+        Fault("sadm_fast.checkpoint_writer:Path.rename", when="after"),
+        Fault("sadm_fast.engine:discriminator_loss", 2, rank=1, when="after"),
+    ]
+    killed_and_restarted(one, whole, tmp_path / "run", chain)
+
+
+def test_there_are_fifty_kill_points_and_half_of_them_inside_a_save():
+    points = [point for chain in CHAINS for point in chain]
+    assert len(set(points)) == len(points) >= 50
+    assert sum(point in IN_A_SAVE for point in points) >= len(points) / 2
+    assert {point.rank for point in points} == {0, 1}
