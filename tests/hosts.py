@@ -34,11 +34,15 @@ _IN_NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "-
 
 
 class Hosts(NamedTuple):
-    """names: for a hostfile. addresses: where they are reached. prefixes: what starts a command on each."""
+    """names: for a hostfile. addresses: where they are reached. prefixes: what starts a command on each.
+
+    cable: what, with "up" or "down" behind it, plugs and unplugs the cable; nothing where there is none.
+    """
 
     names: tuple[str, str]
     addresses: tuple[str, str]
     prefixes: tuple[list[str], list[str]]
+    cable: list[str]
 
 
 def namespaces_allowed() -> bool:
@@ -63,7 +67,8 @@ def two_namespaces() -> Iterator[Hosts]:
         def prefix(name: str) -> list[str]:
             return [*enter, "ip", "netns", "exec", name, *alone, "sh", "-c", f'hostname {name}; exec "$@"', "sh"]
 
-        yield Hosts(("node0", "node1"), ("10.99.0.10", "10.99.0.11"), (prefix("node0"), prefix("node1")))
+        cable = [*enter, "ip", "-n", "node1", "link", "set", "eth0"]
+        yield Hosts(("node0", "node1"), ("10.99.0.10", "10.99.0.11"), (prefix("node0"), prefix("node1")), cable)
     finally:
         rack.kill()
         rack.wait()
@@ -73,10 +78,10 @@ def two_namespaces() -> Iterator[Hosts]:
 def two_loopback_addresses() -> Iterator[Hosts]:
     """Where namespaces are not to be had: two launchers of one machine."""
     addresses = ("127.0.0.1", "127.0.0.2")
-    yield Hosts(addresses, addresses, ([], []))
+    yield Hosts(addresses, addresses, ([], []), [])
 
 
-def cut_power(program: Program) -> None:
+def kill_all(program: Program) -> None:
     """SIGKILL to the program and everything it has started."""
     os.killpg(program.process.pid, signal.SIGKILL)
 

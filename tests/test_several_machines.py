@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.hosts import Hosts, cut_power, listening, namespaces_allowed, two_loopback_addresses, two_namespaces
+from tests.hosts import Hosts, kill_all, listening, namespaces_allowed, two_loopback_addresses, two_namespaces
 from tests.programs import Program, assert_same_state, free_port, last_checkpoint, lines
 from tests.ranks import ROOT
 from tests.test_train import write_images
@@ -26,8 +26,8 @@ from tests.test_train import write_images
 SCRIPT = ROOT / "sadm_fast" / "train.py"
 SBATCH = ROOT / "configs" / "cluster" / "slurm.sbatch"
 STEPS, SAVED = 60, 20
-# A rank finds out by its peer's closed connections; then comes the launcher, which looks once a second.
-ENDED_WITHIN = 60.0
+# A rank finds out by its peer's closed connections, or by its patience; then comes the launcher, once a second.
+PATIENCE, ENDED_WITHIN = 30.0, 60.0
 
 
 def tiny(root: Path) -> Path:
@@ -42,7 +42,7 @@ def tiny(root: Path) -> Path:
             "game": {"mode": "sadm", "scope": "global"},
             "discriminator_optimizer": {"lr": 1e-4},
             "train": {"steps": STEPS, "micro_batch": 4, "log_every": 1, "sample_every": 1000,
-                      "checkpoint_every": SAVED},
+                      "checkpoint_every": SAVED, "patience": PATIENCE},
             "sampling": {"steps": 2, "columns": 3, "rows": 2},
             "deepspeed": {"zero_optimization": {"stage": 2}},
         }  # fmt: skip
@@ -109,8 +109,13 @@ def commands(hosts: Hosts, port: int, root: Path) -> list[list[str]]:
     return [[*hosts.prefixes[i], *deepspeed, "--node_rank", str(i), *meeting, *training] for i in (0, 1)]
 
 
-def kill_and_restart(root: Path, kind: Callable[[], AbstractContextManager[Hosts]], victim: int) -> dict[str, Any]:
-    """Train on two machines, cut one's power after the first checkpoint, start both again with the same commands."""
+def kill_and_restart(
+    root: Path, kind: Callable[[], AbstractContextManager[Hosts]], victim: int, silently: bool
+) -> dict[str, Any]:
+    """Train on two machines, kill one after the first checkpoint, start both again with the same commands.
+
+    silently: the other one is not told, as after a loss of power: the cable is pulled first.
+    """
     run, port = root / "run", free_port()
     with kind() as hosts:
         programs = [Program(command, root) for command in commands(hosts, port, root)]
@@ -118,7 +123,9 @@ def kill_and_restart(root: Path, kind: Callable[[], AbstractContextManager[Hosts
 
         def kill() -> None:
             seen.extend(listening(program) for program in programs)
-            cut_power(programs[victim])
+            if silently:
+                subprocess.run([*hosts.cable, "down"], check=True)
+            kill_all(programs[victim])
 
         programs[1].when(lambda: any(run.glob("checkpoints/step-*/COMPLETE")), kill)
         started = time.monotonic()
@@ -126,6 +133,8 @@ def kill_and_restart(root: Path, kind: Callable[[], AbstractContextManager[Hosts
         ended = {"after": time.monotonic() - started, "code": programs[1 - victim].process.returncode}
         programs[victim].finish(-signal.SIGKILL)
         reached, logged = last_checkpoint(run), len(lines(run / "metrics.jsonl"))
+        if silently:
+            subprocess.run([*hosts.cable, "up"], check=True)
 
         programs = [Program(command, root) for command in commands(hosts, port, root)]
         said = [program.finish()[0] for program in programs]
@@ -158,11 +167,25 @@ KINDS = {"namespaces": two_namespaces, "loopback": two_loopback_addresses}
 BEST = "namespaces" if namespaces_allowed() else "loopback"
 
 
-@pytest.fixture(scope="module", params=[BEST, pytest.param("loopback-rank0", marks=pytest.mark.soak)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        BEST,
+        pytest.param("loopback-rank0", marks=pytest.mark.soak),
+        pytest.param(
+            "namespaces-silently",
+            marks=[pytest.mark.soak, pytest.mark.skipif(BEST == "loopback", reason="needs network namespaces")],
+        ),
+    ],
+)
 def two_machines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One machine is killed and the job started again: the second machine, or the one with rank 0."""
-    kind, _, first = request.param.partition("-")
-    return once(tmp_path_factory, request.param, lambda root: kill_and_restart(root, KINDS[kind], 0 if first else 1))
+    kind, _, how = request.param.partition("-")
+
+    def work(root: Path) -> dict[str, Any]:
+        return kill_and_restart(root, KINDS[kind], victim=0 if how == "rank0" else 1, silently=how == "silently")
+
+    return once(tmp_path_factory, request.param, work)
 
 
 @pytest.mark.slow
