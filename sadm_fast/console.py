@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -19,12 +19,20 @@ from rich.progress import (
 _PLAIN_EVERY_S = 10.0
 
 
+class _Terminal(RichConsole):
+    """Its reader may go (a closed ssh, a pipe into `head`); a training of weeks goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):  # stdout is /dev/null by then
+            super().on_broken_pipe()
+
+
 class Console:
     """Speaks on rank 0 and is silent elsewhere."""
 
     def __init__(self, rank: int = 0) -> None:
         self._speaks = rank == 0
-        self._console = RichConsole(highlight=False, soft_wrap=True)
+        self._console = _Terminal(highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One line; above the bar, if one is shown."""
@@ -33,8 +41,9 @@ class Console:
 
     def complain(self, text: str) -> None:
         """One line on stderr, from any rank: what went wrong here may be known nowhere else."""
-        sys.stderr.write(text + "\n" if self._speaks else f"(another rank) {text}\n")
-        sys.stderr.flush()
+        with suppress(BrokenPipeError):
+            sys.stderr.write(text + "\n" if self._speaks else f"(another rank) {text}\n")
+            sys.stderr.flush()
 
     def bar(self, description: str, total: int, start: int = 0, *, brief: bool = False) -> "Bar":
         """Progress over `total` steps; use as a context manager. brief: in a pipe, say nothing of quick work."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sadm_fast.errors import LostRank, UserError
+from sadm_fast.rendezvous import all_ranks_are_here, check_alone, meet, stay_on_loopback
 
 T = TypeVar("T")
 
@@ -56,7 +57,8 @@ def distributed() -> Iterator[Place]:
     the only rank and no port is opened.
 
     Raises:
-        LostRank: in place of a collective's RuntimeError, where another rank is gone.
+        UserError: the launcher's variables do not tell where the ranks meet.
+        LostRank: another rank has not come, or, in place of a collective's RuntimeError, is gone.
     """
     cuda = choose_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -69,8 +71,11 @@ def distributed() -> Iterator[Place]:
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=_MEETING))
+        if all_ranks_are_here():
+            stay_on_loopback()
+        store, rank, world_size = meet(_MEETING)
     else:
+        check_alone()
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
         store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(
