@@ -139,15 +139,12 @@ def rank_memory(
         return {f"{player.name} gradients": held, f"{player.name} reduction bucket": buckets}
 
     def update(player: Player) -> dict[str, int]:
-        """In the optimizer's step: gradients in fp32 beside those in the weights' dtype, and AdamW's temporary."""
+        """In the optimizer's step: gradients in fp32 beside those in the weights' dtype. Fused AdamW needs no more."""
         if offload != "none":
             return {}
         low = {} if stage == 3 else {f"{player.name} gradients": w * share(player)}
         converted = 0 if w == _FP32 and stage == 0 else _FP32 * share(player)
-        return low | {
-            f"{player.name} gradients for the update": converted,
-            f"{player.name} AdamW temporary": _FP32 * share(player),
-        }
+        return low | {f"{player.name} gradients for the update": converted}
 
     whole = {}
     if stage == 3:
