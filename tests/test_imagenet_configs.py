@@ -20,9 +20,9 @@ IMAGES = 20  # of two classes: a tenth of each is held out from Psi's own traini
 # a minute of C++ for each rank; the compiled game has its place in test_engine.py.
 NARROWER = [
     "denoiser.name=null", "denoiser.patch_size=8", "denoiser.hidden_size=32", "denoiser.depth=1",
-    "denoiser.num_heads=2", "train.micro_batch=2", "structure_encoder.pretrain.steps=1", "structure_encoder.pretrain.batch=4",
-    "game.start_step=0", "train.steps=1", "train.compile=false", "sampling.steps=1", "sampling.columns=1",
-    "sampling.rows=1", "data.threads=1",
+    "denoiser.num_heads=2", "train.micro_batch=2", "structure_encoder.pretrain.steps=1",
+    "structure_encoder.pretrain.batch=4", "game.start_step=0", "train.steps=1", "train.compile=false",
+    "sampling.steps=1", "sampling.columns=1", "sampling.rows=1", "data.threads=1",
 ]  # fmt: skip
 
 
@@ -63,9 +63,13 @@ def test_one_iteration_on_two_ranks_from_cached_latents(tmp_path: Path, monkeypa
     name = "imagenet512"  # ZeRO-2 and accumulation; 256 has stage 1, which this trainer steps in the same way
     monkeypatch.setenv("SADM_CACHE", str(tmp_path / "cache"))
     some_images(tmp_path / "images")
-    small = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2}
-    types = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    autoencoder = save_autoencoder(tmp_path / "autoencoder", **small, **types)
+    autoencoder = save_autoencoder(
+        tmp_path / "autoencoder",
+        block_out_channels=(4, 4, 4, 4),
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
     overrides = [
         *NARROWER, f"data.path={tmp_path / 'latents'}", f"latents.autoencoder={autoencoder}",
         f"latents.images={tmp_path / 'images'}", "latents.batch=4",

@@ -78,19 +78,20 @@ def rank_memory(
     *,
     stage: int | None = None,
     offload: Offload | None = None,
-    checkpointing: bool = False,
+    checkpointing: bool | None = None,
 ) -> Memory:
-    """The plan of one rank.
+    """The plan of rank 0; without evaluation the other ranks hold no copies for pictures.
 
     Args:
         players: both of them, as players.players describes them.
         stage: of ZeRO, 0 to 3; None: the configuration's.
         offload: None: the configuration's. Only from stage 1 on, and of parameters at stage 3.
-        checkpointing: activation checkpointing of the denoiser's blocks, for which the trainer has no switch yet.
+        checkpointing: activation checkpointing of the denoiser's blocks; None: the configuration's.
     """
     zero, w = config.deepspeed.zero_optimization, width(config)
     stage = zero.stage if stage is None else stage
     offload = offload_of(config) if offload is None else offload
+    checkpointing = config.train.activation_checkpointing if checkpointing is None else checkpointing
     device: dict[str, int] = {}
     host: dict[str, int] = {}
     optimizer_at = device if offload == "none" else host
