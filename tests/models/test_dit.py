@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ DEPTH_WIDTH = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)
 
 
 def tiny(**sizes: int) -> DiT:
-    arguments = {
+    arguments: dict[str, Any] = {
         "input_size": 8,
         "patch_size": 2,
         "in_channels": 3,
