@@ -71,7 +71,7 @@ class CheckpointWriter:
                 kind, place = there.split("/", 1)
                 for each in (kind, *(MOMENTS if kind == MASTER else ())):
                     self._copies[name][f"{each}/{place}"] = self._room(value)
-        self._copies[_EMA] = {key(_EMA, f.start, f.name): self._room(f.value) for f in average()}
+        self._copies[_EMA] = {there: self._room(value) for there, value in self._own_average().items()}
 
     @staticmethod
     def _room(like: Tensor) -> Tensor:
@@ -89,8 +89,7 @@ class CheckpointWriter:
         parts = {}
         for name, engine in self._engines.items():
             parts[f"{name}/rank-{self._rank}.safetensors"] = self._copy(name, pieces(engine))
-        average = {key(_EMA, f.start, f.name): f.value for f in self._average()}
-        if self._rank == 0 or not self._all_own_everything():
+        if average := self._own_average():
             parts[f"{_EMA}-{self._rank}.safetensors"] = self._copy(_EMA, average)
         self._manifest = {
             "format": FORMAT,
@@ -145,8 +144,11 @@ class CheckpointWriter:
         if self._world_size > 1:
             dist.barrier()
 
-    def _all_own_everything(self) -> bool:
-        return all(engine.zero_optimization_stage() == 0 for engine in self._engines.values())
+    def _own_average(self) -> dict[str, Tensor]:
+        """This rank's pieces of the average, by key; without ZeRO every rank owns everything, and rank 0 saves it."""
+        if self._rank != 0 and all(engine.zero_optimization_stage() == 0 for engine in self._engines.values()):
+            return {}
+        return {key(_EMA, f.start, f.name): f.value for f in self._average()}
 
     def _copy(self, player: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in this rank's own memory, which stays as it is until the next save."""

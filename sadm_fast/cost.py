@@ -8,14 +8,12 @@ mean MACs.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from sadm_fast.config import Config
@@ -92,12 +90,13 @@ def activations(config: Config, denoiser: DiT, psi: nn.Module | None) -> Activat
         x, labels = torch.empty(samples, *shape), torch.zeros(samples, dtype=torch.long)
         level = torch.empty(samples, dtype=torch.float64)
         batch = Batch(x, labels, labels, torch.empty_like(x), process.sample_t(level), level)
-        whole = _kept(denoiser, lambda denoise: predict(process, denoise, batch))
+        with _checkpointing(denoiser, False):
+            whole = _kept(denoiser, lambda denoise: predict(process, denoise, batch))
         tokens = torch.empty(samples, *denoiser.pos_embed.shape[1:], dtype=dtype, requires_grad=True)
         condition = torch.empty(samples, tokens.shape[-1], dtype=dtype, requires_grad=True)
         inputs = tokens.untyped_storage().nbytes() + condition.untyped_storage().nbytes()
         block = _kept(denoiser.blocks[0], lambda block: block(tokens, condition)) - inputs
-        with _checkpointed(denoiser):
+        with _checkpointing(denoiser, True):
             checkpointed = _kept(denoiser, lambda denoise: predict(process, denoise, batch)) + block
         structure = discriminator = 0
         if psi is not None:
@@ -110,16 +109,14 @@ def activations(config: Config, denoiser: DiT, psi: nn.Module | None) -> Activat
 
 
 @contextmanager
-def _checkpointed(denoiser: DiT) -> Iterator[None]:
-    """Activation checkpointing of each block."""
-    for block in denoiser.blocks:
-        wrapped = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        vars(block)["forward"] = wrapped  # of this instance, before its class's
+def _checkpointing(denoiser: DiT, on: bool) -> Iterator[None]:
+    """Activation checkpointing on or off, whatever the configuration says."""
+    before = denoiser.activation_checkpointing
+    denoiser.activation_checkpointing = on
     try:
         yield
     finally:
-        for block in denoiser.blocks:
-            del vars(block)["forward"]
+        denoiser.activation_checkpointing = before
 
 
 def _kept(module: nn.Module, use: Callable[[Callable[..., Tensor]], object]) -> int:

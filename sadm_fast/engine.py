@@ -81,8 +81,8 @@ def build_optimizer(config: OptimizerConfig, module: nn.Module, guarded: bool) -
     if config.type == "apex_fused_adam":
         return _fused_adam("type=apex_fused_adam")(parameters, adam_w_mode=True, **arguments)
     if guarded:
-        return GuardedAdamW(parameters, max_norm=config.gradient_clipping, **arguments)
-    return torch.optim.AdamW(parameters, **arguments)
+        return GuardedAdamW(parameters, max_norm=config.gradient_clipping, fused=True, **arguments)
+    return torch.optim.AdamW(parameters, fused=True, **arguments)  # one pass over the memory, no temporaries
 
 
 @dataclass

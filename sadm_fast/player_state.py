@@ -123,7 +123,7 @@ class _Owners:
             return
         for owner in self._tensors:
             self._inner.state[owner] = {
-                "step": torch.tensor(float(steps)),
+                "step": torch.tensor(float(steps), device=owner.device),  # where the fused AdamW wants it
                 **{name: torch.zeros_like(owner, memory_format=torch.preserve_format) for name in MOMENTS},
             }
         for group in self._inner.param_groups:

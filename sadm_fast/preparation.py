@@ -37,6 +37,7 @@ def build_denoiser(config: Config, num_classes: int) -> DiT:
         "in_channels": channels,
         "out_channels": config.process.output_channels(channels),
         "num_classes": num_classes,
+        "activation_checkpointing": config.train.activation_checkpointing,
     }
     if denoiser.name is not None:
         return DiT.from_name(denoiser.name, **common)
@@ -92,10 +93,17 @@ def resolve_classes(config: Config, images: Source) -> int:
     return there if asked is None else asked
 
 
-def check_psi(config: Config) -> None:
-    """UserError if the weights that Psi is to start from cannot be read or do not fit."""
-    if config.game.mode != "plain" and config.structure_encoder.weights is not None:
+def check_psi(config: Config, images: Source) -> None:
+    """UserError if Psi cannot be what it has to be: its weights do not fit, or there is nothing to train it on."""
+    if config.game.mode == "plain":
+        return
+    if config.structure_encoder.weights is not None:
         _load_psi(build_psi(config), Path(config.structure_encoder.weights))
+    elif len(images.classes) < 2:
+        raise UserError(
+            f"structure_encoder.weights=null: Psi is trained to tell classes apart, and data.path={images.where} has"
+            " only one; give the weights of an encoder trained elsewhere (docs/data.md), or use game.mode=plain"
+        )
 
 
 def prepare_psi(

@@ -104,7 +104,7 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
                 config.latents.autoencoder, device=place.device, scale=config.latents.scale
             )  # fmt: skip
             autoencoder.require_space(source.encoding.space, f"data.path={source.where}")
-        check_psi(config)
+        check_psi(config, source)
         check_optimizers(config)
         barrier()  # nobody claims the folder while another rank still checks it
         if place.rank == 0:

@@ -1,8 +1,10 @@
 """The loop: counters, averages, logs, pictures, checkpoints, signals. A step itself is in game.py and engine.py."""
 
+import copy
 import math
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,12 +23,11 @@ from sadm_fast.errors import UserError
 from sadm_fast.feed import make_feed
 from sadm_fast.files import append_json, write_json
 from sadm_fast.game import draw
-from sadm_fast.masters import gather, local_masters, trainable_shapes
+from sadm_fast.masters import Fragment, gather, local_masters, trainable_shapes
 from sadm_fast.metrics.evaluation import Evaluator
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.preparation import (
     build_denoiser,
-    build_psi,
     prepare_judge,
     prepare_psi,
     resolve_classes,
@@ -49,6 +50,8 @@ from sadm_fast.stopping import StopRequest
 from sadm_fast.training_log import Interval, TrainingLog, peak_memory
 from sadm_fast.vote import NotFinite, Vote
 from sadm_fast.watchdog import Watchdog
+
+M = TypeVar("M", bound=nn.Module)
 
 # So many skipped iterations in a row are not bad luck.
 _SKIPS_IN_A_ROW = 10
@@ -88,12 +91,15 @@ class Trainer:
         denoiser = build_denoiser(config, self.num_classes)
         if self._found is None:
             start_from_weights(config, denoiser)
-        self.viewer = build_denoiser(config, self.num_classes).to(device).eval().requires_grad_(False)
-        self.psi_viewer = None if psi is None else build_psi(config).to(device).eval().requires_grad_(False)
-        if psi is not None and self.psi_viewer is not None:
-            self.psi_viewer.load_state_dict(psi.state_dict())
+        # fp32 copies to look through, only where somebody looks: rank 0 draws, all ranks evaluate.
+        self.viewer = _frozen_copy(denoiser, device) if self.rank == 0 or self.evaluator is not None else None
+        self.psi_viewer: nn.Module | None = None
+        self.relation_view: RelationView | None = None
+        if psi is not None:
+            if self.rank == 0:
+                self.psi_viewer = _frozen_copy(psi, device)
+                self.relation_view = RelationView(config, source, device)
             psi.train()
-        self.relation_view = None if psi is None else RelationView(config, source, device)
         self.shapes = {"denoiser": trainable_shapes(denoiser)}
         if psi is not None:
             self.shapes["discriminator"] = trainable_shapes(psi)
@@ -233,7 +239,7 @@ class Trainer:
                 batch.labels,
                 batch.sample_ids,
                 seed=config.seed,
-                null_class=self.viewer.null_class,
+                null_class=self.num_classes,
                 label_dropout=config.denoiser.label_dropout,
             )
             for batch in micro
@@ -298,18 +304,16 @@ class Trainer:
             return False
         name = f"step-{self.step:06d}"
         if picture_due:
-            load_weights(self.viewer, gather(list(local_masters(self.players.denoiser)), self.shapes["denoiser"]))
+            self._show(list(local_masters(self.players.denoiser)), "denoiser", self.viewer)
             self._save_grid(log, name, "samples/raw")
-        load_weights(self.viewer, gather(self.ema.average, self.shapes["denoiser"]))
+        self._show(self.ema.average, "denoiser", self.viewer)
         if picture_due:
             self._save_grid(log, f"{name}-ema", "samples/ema")
-            if self.relation_view is not None and self.psi_viewer is not None:
-                if self.players.discriminator is not None:
-                    masters = list(local_masters(self.players.discriminator))
-                    load_weights(self.psi_viewer, gather(masters, self.shapes["discriminator"]))
-                if self.rank == 0:
-                    self.relation_view.save(self.folder.relations / f"{name}.npz", self.viewer, self.psi_viewer)
-        if evaluation_due and self.evaluator is not None:
+            if self.players.discriminator is not None:
+                self._show(list(local_masters(self.players.discriminator)), "discriminator", self.psi_viewer)
+            if self.relation_view is not None and self.viewer is not None and self.psi_viewer is not None:
+                self.relation_view.save(self.folder.relations / f"{name}.npz", self.viewer, self.psi_viewer)
+        if evaluation_due and self.evaluator is not None and self.viewer is not None:
             started = time.perf_counter()
             scores = self.evaluator.score(evaluation_images(config, self.viewer, self.num_classes, self.device))
             sampler = {
@@ -328,8 +332,14 @@ class Trainer:
                 write_report(self.folder.path)
         return True
 
+    def _show(self, fragments: Sequence[Fragment], player: str, viewer: nn.Module | None) -> None:
+        """Put weights that all ranks own together into a viewer; a rank without one takes part. Collective."""
+        whole = gather(fragments, self.shapes[player])
+        if viewer is not None:
+            load_weights(viewer, whole)
+
     def _save_grid(self, log: TrainingLog, name: str, tag: str) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and self.viewer is not None:
             picture = sample_grid(self.config, self.viewer, self.num_classes, self.device, self.autoencoder)
             save_picture(picture, self.folder.samples / f"{name}.png")
             log.image(tag, picture, self.step)
@@ -346,6 +356,10 @@ class Trainer:
         }
         self.writer.save(self.step, state)
         self._saved_step = self.step
+
+
+def _frozen_copy(module: M, device: torch.device) -> M:
+    return copy.deepcopy(module).to(device).eval().requires_grad_(False)
 
 
 def _note(line: dict[str, Any]) -> str:

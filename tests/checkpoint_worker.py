@@ -63,7 +63,8 @@ def trained(case: Case, folder: Path, place: Place) -> dict[str, Any]:
     run.train(BEFORE, AFTER)  # the copy must not follow
     writer.finish()
     writer.close()
-    return {"at_save": at_save, "at_end": run.state()}
+    room = sum(value.nbytes for copies in writer._copies.values() for value in copies.values())
+    return {"at_save": at_save, "at_end": run.state(), "room": room}
 
 
 def resumed(case: Case, folder: Path, place: Place) -> dict[str, Any]:

@@ -20,7 +20,7 @@ CLIP = 0.05
 
 @dataclass(frozen=True)
 class Case:
-    """One way to set up the players; `game` and `train` are changes to the tiny configuration."""
+    """One way to set up the players; `game` and `zero` are changes to the tiny configuration."""
 
     name: str
     mode: str
@@ -31,6 +31,8 @@ class Case:
     clipping: float = 0.0
     compiled: bool = False
     game: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False  # of activations
 
     @property
     def config(self) -> Config:
@@ -61,8 +63,9 @@ class Case:
                     "grad_accumulation": self.accumulation,
                     "precision": self.precision,
                     "compile": self.compiled,
+                    "activation_checkpointing": self.checkpointing,
                 },
-                "deepspeed": {"zero_optimization": {"stage": self.stage}},
+                "deepspeed": {"zero_optimization": {"stage": self.stage, **self.zero}},
             }
         )
 
@@ -96,6 +99,12 @@ def cases() -> list[Case]:
         Case("ramp-accumulation2", "structure", 0, 2, game={"start_step": 1, "ramp_steps": 4}),
         Case("gate-same-class", "sadm", 0, game={"gate_log_snr": 0.5, "gate_slope": 2.0, "same_class": True}),
         Case("bf16-structure", "structure", 0, precision="bf16"),
+        Case("checkpointing-zero2-accumulation2", "sadm", 2, 2, checkpointing=True),
+        Case("checkpointing-zero3", "sadm", 3, zero={"stage3_param_persistence_threshold": 0}, checkpointing=True),
+        Case("checkpointing-compiled", "sadm", 1, compiled=True, checkpointing=True),
+        # As configs/imagenet*.json have it; buckets that several gradients fill, and one alone overflows.
+        Case("overlap-zero1", "sadm", 1, zero={"overlap_comm": True, "reduce_bucket_size": 1000}),
+        Case("overlap-zero2-accumulation2", "sadm", 2, 2, zero={"overlap_comm": True, "reduce_bucket_size": 1000}),
         *(Case(f"compiled-{mode}-zero1", mode, 1, compiled=True) for mode in ("plain", "structure")),
         *(Case(f"compiled-zero{stage}", "sadm", stage, 1, compiled=True) for stage in (0, 1, 2)),
         Case("compiled-zero2-accumulation2", "sadm", 2, 2, compiled=True),

@@ -310,6 +310,15 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does_bit_for_bit(ranks: l
 
 
 @pytest.mark.slow
+def test_a_rank_keeps_room_for_what_it_saves_only(ranks: list[dict[str, Any]]):
+    for case in CASES:
+        room = [found[case.name]["room"] for found in ranks]
+        assert room[0] > 0
+        # Without ZeRO rank 0 saves for all; with it the ranks share, and rank 0 has the buffers besides.
+        assert all(other == 0 if case.stage == 0 else other > 0.4 * room[0] for other in room[1:]), case.name
+
+
+@pytest.mark.slow
 def test_another_number_of_ranks_at_another_stage_goes_on_from_it(tmp_path_factory: pytest.TempPathFactory):
     (one,) = launched(tmp_path_factory, 1)
     folder = folder_of_run(tmp_path_factory, "tests.checkpoint_worker", 1)

@@ -365,6 +365,7 @@ def test_how_long_how_often_and_how_parallel_may_change_on_resume() -> None:
         for key in ("steps", "log_every", "sample_every", "checkpoint_every", "keep_last", "keep_every", "patience")
     }
     divided = {"train.micro_batch", "train.grad_accumulation", "deepspeed.zero_optimization", "train.compile"}
+    divided |= {"train.activation_checkpointing"}
     looking = {"sampling", "evaluate", "name", "deepspeed.wall_clock_breakdown"}
     how = {f"data.{key}" for key in ("path", "threads", "prefetch", "loader", "decode", "broken")}
     making = {f"latents.{key}" for key in ("autoencoder", "images", "images_source", "batch", "shard_size")}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -335,6 +336,12 @@ def other_weights(config: Path, run: Path) -> list[str]:
     return [f"structure_encoder.weights={path}"]
 
 
+def one_class(config: Path, run: Path) -> list[str]:
+    for name in CLASSES[1:]:
+        shutil.rmtree(config.parent / "images" / name)
+    return []
+
+
 def checkpoint_of(manifest: dict[str, Any]) -> Spoil:
     def spoil(config: Path, run: Path) -> list[str]:
         run_folder.RunFolder(run).claim(load_config(config))
@@ -371,6 +378,7 @@ BAD: dict[str, tuple[Spoil, list[str]]] = {
         ["step-000003", "configuration", "other", "--run-dir"],
     ),
     "Psi weights that do not fit": (other_weights, ["structure_encoder.weights", "psi.safetensors", "does not fit"]),
+    "one class and no Psi weights": (one_class, ["structure_encoder.weights=null", "only one", "game.mode=plain"]),
     "missing Psi weights": (
         lambda *_: ["structure_encoder.weights=nowhere.safetensors"],
         ["structure_encoder.weights", "nowhere.safetensors"],

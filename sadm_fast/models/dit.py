@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # depth, hidden size, heads
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -133,6 +134,7 @@ class DiT(nn.Module):
         input_size: height and width; a multiple of `patch_size`.
         in_channels, out_channels: of the images; out is 2 x in with a learned variance (the default, as released).
         num_classes: labels 0 .. num_classes-1; `null_class` is the label for "no class".
+        activation_checkpointing: keep only each block's inputs for the backward pass, which computes the rest anew.
     Raises:
         ValueError: sizes that do not divide.
     """
@@ -148,6 +150,7 @@ class DiT(nn.Module):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if input_size % patch_size:
@@ -157,6 +160,7 @@ class DiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = 2 * in_channels if out_channels is None else out_channels
         self.num_classes = num_classes
+        self.activation_checkpointing = activation_checkpointing
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
@@ -175,6 +179,7 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         in_channels: int = 4,
         out_channels: int | None = None,
+        activation_checkpointing: bool = False,
     ) -> "DiT":
         """A published size: "DiT-{S,B,L,XL}/{2,4,8}"."""
         depth, hidden_size, num_heads, patch_size = parse_name(name)
@@ -187,6 +192,7 @@ class DiT(nn.Module):
             depth=depth,
             num_heads=num_heads,
             num_classes=num_classes,
+            activation_checkpointing=activation_checkpointing,
         )
 
     @property
@@ -212,7 +218,10 @@ class DiT(nn.Module):
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # [B, T, D]
         c = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
         for block in self.blocks:
-            x = block(x, c)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # a block draws no numbers
+            else:
+                x = block(x, c)
         return self.unpatchify(self.final_layer(x, c))
 
     def unpatchify(self, x: Tensor) -> Tensor:

@@ -78,19 +78,20 @@ def rank_memory(
     *,
     stage: int | None = None,
     offload: Offload | None = None,
-    checkpointing: bool = False,
+    checkpointing: bool | None = None,
 ) -> Memory:
-    """The plan of one rank.
+    """The plan of rank 0; without evaluation the other ranks hold no copies for pictures.
 
     Args:
         players: both of them, as players.players describes them.
         stage: of ZeRO, 0 to 3; None: the configuration's.
         offload: None: the configuration's. Only from stage 1 on, and of parameters at stage 3.
-        checkpointing: activation checkpointing of the denoiser's blocks, for which the trainer has no switch yet.
+        checkpointing: activation checkpointing of the denoiser's blocks; None: the configuration's.
     """
     zero, w = config.deepspeed.zero_optimization, width(config)
     stage = zero.stage if stage is None else stage
     offload = offload_of(config) if offload is None else offload
+    checkpointing = config.train.activation_checkpointing if checkpointing is None else checkpointing
     device: dict[str, int] = {}
     host: dict[str, int] = {}
     optimizer_at = device if offload == "none" else host
@@ -120,6 +121,13 @@ def rank_memory(
                     host[f"{name} accumulated gradients"] = w * share(player)
                 for at in (device, host):
                     at[f"{name} buffer of one gradient"] = w * max(player.parameters)
+    for player in engines[1:]:  # the discriminator as it was, to take its step back
+        kept = weights_at if stage == 3 else device
+        kept[f"copy of {player.name}'s weights"] = w * (
+            zero3.partitioned(player, world_size) if stage == 3 else player.trained
+        )
+        separate = 0 if w == _FP32 and stage == 0 else 1
+        optimizer_at[f"copy of {player.name}'s masters and moments"] = (2 + separate) * _FP32 * share(player)
     optimizer_at["EMA"] = _FP32 * share(players[0])
     for player in players:
         if not player.has_engine:
@@ -139,15 +147,12 @@ def rank_memory(
         return {f"{player.name} gradients": held, f"{player.name} reduction bucket": buckets}
 
     def update(player: Player) -> dict[str, int]:
-        """In the optimizer's step: gradients in fp32 beside those in the weights' dtype, and AdamW's temporary."""
+        """In the optimizer's step: gradients in fp32 beside those in the weights' dtype. Fused AdamW needs no more."""
         if offload != "none":
             return {}
         low = {} if stage == 3 else {f"{player.name} gradients": w * share(player)}
         converted = 0 if w == _FP32 and stage == 0 else _FP32 * share(player)
-        return low | {
-            f"{player.name} gradients for the update": converted,
-            f"{player.name} AdamW temporary": _FP32 * share(player),
-        }
+        return low | {f"{player.name} gradients for the update": converted}
 
     whole = {}
     if stage == 3:

@@ -34,7 +34,7 @@ def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumpti
     train = config.train
     samples = train.micro_batch * train.grad_accumulation
 
-    def memory(n: int, stage: int, offload: Offload, checkpointing: bool = False) -> Memory:
+    def memory(n: int, stage: int, offload: Offload, checkpointing: bool | None = None) -> Memory:
         return rank_memory(config, both, kept, n, stage=stage, offload=offload, checkpointing=checkpointing)
 
     def scaled(n: int) -> dict[str, Any]:
@@ -79,6 +79,7 @@ def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumpti
         "num_classes": num_classes,
         "parameters": {player.name: {"all": player.everything, "trained": player.trained} for player in both},
         "flops": flops,
+        "activation_checkpointing": train.activation_checkpointing,
         "flops_added_by_checkpointing": flops["denoiser forward"],
         "memory": [
             {

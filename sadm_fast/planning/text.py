@@ -46,7 +46,10 @@ def _flops(plan: dict[str, Any]) -> Iterator[str]:
     for what, flops in [*plan["flops"].items(), ("all", total)]:
         yield f"  {what:<46} {flops / 1e9:>14,.1f} GFLOP {flops / 2e9:>14,.1f} GMAC {flops / total:>7.1%}"
     again = plan["flops_added_by_checkpointing"]
-    yield f"  activation checkpointing would add {again / 1e9:,.1f} GFLOP ({again / total:.1%})"
+    if plan["activation_checkpointing"]:
+        yield "  with activation checkpointing: the backward computes the blocks of the denoiser anew"
+    else:
+        yield f"  activation checkpointing would add {again / 1e9:,.1f} GFLOP ({again / total:.1%})"
 
 
 def _memory(plan: dict[str, Any]) -> Iterator[str]:
@@ -69,7 +72,7 @@ def _memory(plan: dict[str, Any]) -> Iterator[str]:
             f"{row['peak_with_checkpointing'] / _GIB:>8.2f}{sum(row['host'].values()) / _GIB:>8.2f}"
         )
     yield f"  ! does not fit into {limit / 1e9:.0f} GB. ckpt: the peak with activation checkpointing of the denoiser's"
-    yield "  blocks, for which the trainer has no switch yet. pictures: fp32 copies of the models, to draw samples."
+    yield "  blocks (train.activation_checkpointing). pictures: fp32 copies of the models, to draw samples, on rank 0."
     yield "  Not counted: CUDA and NCCL, workspaces, fragmentation, the batch, the autoencoder on rank 0 (latents)."
 
 

@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ DEPTH_WIDTH = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)
 
 
 def tiny(**sizes: int) -> DiT:
-    arguments = {
+    arguments: dict[str, Any] = {
         "input_size": 8,
         "patch_size": 2,
         "in_channels": 3,
@@ -310,6 +311,24 @@ def test_gradient_reaches_every_trainable_parameter() -> None:
             assert q.all() and v.all(), name
         else:
             assert parameter.grad is not None and parameter.grad.all(), name
+
+
+def test_activation_checkpointing_changes_no_bit_and_keeps_less() -> None:
+    model = tiny()
+    perturb(model)
+    kept: list[int] = []
+    results: list[list[Tensor]] = []
+    for model.activation_checkpointing in (False, True):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.nbytes), t)[1], lambda t: t):  # type: ignore[misc]
+            out = model(*inputs(model))
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        kept.append(sum(sizes))
+        model.zero_grad()
+    assert len(results[0]) == len(results[1]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < 0.5 * kept[0]
 
 
 def test_at_first_only_the_last_layer_learns() -> None:

@@ -1,0 +1,65 @@
+"""The game that the speed targets are about: DiT-S/4 on 32x32x4 latents, ResNet-18 as Psi, made-up batches."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Call
+from sadm_fast.config import Config, check_config
+from sadm_fast.game import Batch, draw
+
+CLASSES = 1000
+
+
+def game_config(mode: str = "sadm", *, micro_batch: int = 32, implementation: str = "fast", **blocks: Any) -> Config:
+    """The configuration; `blocks` are changes to the blocks train, structure_encoder, zero_optimization."""
+    return check_config(
+        {
+            "name": "benchmark",
+            "implementation": implementation,
+            "data": {"source": "latents", "path": "made-up", "resolution": 256, "channels": 3},
+            "latents": {"autoencoder": "made-up"},
+            "diffusion": {"process": "vp", "learn_sigma": True},
+            "denoiser": {"name": "DiT-S/4", "num_classes": CLASSES},
+            "structure_encoder": {"architecture": "resnet18", **blocks.get("structure_encoder", {})},
+            "game": {"mode": mode},
+            "train": {"micro_batch": micro_batch, **blocks.get("train", {})},
+            "deepspeed": {"zero_optimization": blocks.get("zero_optimization", {})},
+        }
+    )
+
+
+def made_up(config: Config, first: int) -> Batch:
+    """One micro-batch of normal latents, from sample number `first` on."""
+    ids = torch.arange(first, first + config.train.micro_batch)
+    x0 = torch.randn(len(ids), *config.sample_shape, generator=torch.Generator().manual_seed(first))
+    return draw(
+        config.process, x0, ids % CLASSES, ids, seed=0, null_class=CLASSES, label_dropout=config.denoiser.label_dropout
+    )
+
+
+def made_up_players(config: Config, device: torch.device) -> Any:
+    """engine.Players; the denoiser moved off its start, where most of its gradients are exactly 0."""
+    from sadm_fast.engine import Players  # imports DeepSpeed, which wants to be told about the accelerator before
+    from sadm_fast.preparation import build_denoiser, build_psi
+
+    denoiser = build_denoiser(config, CLASSES)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    return Players(config, denoiser, None if config.game.mode == "plain" else build_psi(config), device)
+
+
+def iteration(config: Config, device: torch.device, rank: int = 0) -> Call:
+    """One iteration of the game on a fixed batch: what is timed."""
+    batch = made_up(config, rank * config.train.micro_batch)
+    return partial(made_up_players(config, device).iteration, [batch], 0, agree_finite=_finite)
+
+
+def _finite(loss: Tensor) -> None:
+    if not torch.isfinite(loss).all():
+        raise ArithmeticError("the loss is not finite: what would be timed is not training")
