@@ -23,6 +23,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.feed import make_feed
 from sadm_fast.files import append_json, write_json
 from sadm_fast.game import draw
+from sadm_fast.launch import barrier
 from sadm_fast.masters import Fragment, gather, local_masters, trainable_shapes
 from sadm_fast.metrics.evaluation import Evaluator
 from sadm_fast.models.autoencoder import Autoencoder
@@ -222,6 +223,7 @@ class Trainer:
             log.close()
         if self.rank == 0:
             write_report(self.folder.path)
+        barrier()  # the launcher ends the others as soon as one has ended with 75
         return self.step >= config.train.steps
 
     def _due(self, every: int) -> bool:

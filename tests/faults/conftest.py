@@ -1,8 +1,11 @@
 """Trainings to spoil, and the table of what was tried."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,7 @@ VARIANTS = {
     "zero2-bf16": ["deepspeed.zero_optimization.stage=2", "train.precision=bf16", "game.scope=global"],
     "zero3": ["deepspeed.zero_optimization.stage=3"],
 }
-TABLE = pytest.StashKey[list[str]]()
+TABLES = pytest.StashKey[dict[str, list[str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,22 +32,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[TABLE] = []
+    config.stash[TABLES] = {}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash[TABLE]
-    if rows:
-        terminalreporter.section("faults")
-        terminalreporter.write_line("\n".join(rows))
-        if path := config.getoption("--faults-table"):
-            path.write_text("\n".join(rows) + "\n")
+    tables = config.stash[TABLES]
+    path = config.getoption("--faults-table")
+    if not tables:
+        return
+    text = "\n\n".join("\n".join(rows) for rows in tables.values())
+    terminalreporter.section("faults")
+    terminalreporter.write_line(text)
+    if path:
+        counts = {name: len(terminalreporter.stats.get(name, ())) for name in ("passed", "failed", "error")}
+        path.write_text(f"# What `make test-faults` did last\n\n{_where()}; tests: {counts}\n\n{text}\n")
+
+
+def _where() -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    versions = [f"{name} {version(name)}" for name in ("torch", "deepspeed")]
+    return f"Commit {commit.strip()}, {', '.join(versions)}, {os.cpu_count()} cores, two ranks of one thread, gloo"
+
+
+Row = Callable[..., None]
 
 
 @pytest.fixture
-def row(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """row(text): a line of the table."""
-    return request.config.stash[TABLE].append
+def row(request: pytest.FixtureRequest) -> Row:
+    """row(header, *cells): a line of the table with that header."""
+
+    def write(header: str, *cells: object) -> None:
+        columns = header.count("|") + 1
+        head = [f"| {header} |", "|" + " --- |" * columns]
+        request.config.stash[TABLES].setdefault(header, head).append(f"| {' | '.join(map(str, cells))} |")
+
+    return write
 
 
 class Training:

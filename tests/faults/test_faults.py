@@ -11,13 +11,13 @@ import psutil
 import pytest
 
 from sadm_fast.train import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
-from tests.faults.conftest import CHECKPOINT_EVERY, STEPS, Training
+from tests.faults.conftest import CHECKPOINT_EVERY, STEPS, Row, Training
 from tests.faults.faults import ENGINE, TRAINER, WRITER, Fault
 from tests.faults.test_kills import assert_same_run
 from tests.programs import Program, last_checkpoint, lines
 
 Make = Callable[[str], tuple[Training, Path]]
-Row = Callable[[str], None]
+FAULTS = "fault | what became of it"
 
 pytestmark = pytest.mark.soak
 
@@ -68,7 +68,7 @@ def test_sigterm_saves_one_checkpoint_and_ends_every_process(training: Make, tmp
         assert f"return code = {EXIT_STOPPED}" in out + err
     one.launch(run, overrides=never).finish()
     assert_same_run(run, whole)
-    row(f"| SIGTERM to {whom} | one checkpoint, all processes gone, exit code {code}, resumed bit for bit |")
+    row(FAULTS, f"SIGTERM to {whom}", f"one checkpoint, all processes gone, exit code {code}, resumed bit for bit")
 
 
 def poisoned(one: Training, run: Path, *faults: Fault) -> list[int]:
@@ -96,7 +96,7 @@ def test_a_nan_on_one_rank_is_skipped_by_both_players_on_all_ranks(
 ):
     one, _ = training(variant)
     assert poisoned(one, tmp_path / "run", Fault(target, 5, rank=1, when="after", action="nan")) == [5]
-    row(f"| NaN in {what} of rank 1, {variant} | both players skip the step on all ranks, counted |")
+    row(FAULTS, f"NaN in {what} of rank 1, {variant}", "both players skip the step on all ranks, counted")
 
 
 def test_nans_that_do_not_end_end_the_run_and_name_the_last_good_checkpoint(training: Make, tmp_path: Path, row: Row):
@@ -109,7 +109,9 @@ def test_nans_that_do_not_end_end_the_run_and_name_the_last_good_checkpoint(trai
     assert "10 steps in a row, up to step 15," in line and "lower the learning rate" in line
     named = run / "checkpoints" / f"step-{last_checkpoint(run):06d}"
     assert str(named) in line
-    row("| NaN in every step from the 6th on | ends after 10 in a row, exit code 2, the last checkpoint is named |")
+    row(
+        FAULTS, "NaN in every step from the 6th on", "ends after 10 in a row, exit code 2, names the last checkpoint"
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -122,7 +124,7 @@ def test_a_rank_that_hangs_ends_the_job(training: Make, tmp_path: Path, row: Row
     assert "in hang" in err  # where it was
     one.run_well(run)
     assert_same_run(run, whole)
-    row(f"| rank {rank} hangs | the job ends itself after train.patience, exit code 1, resumed bit for bit |")
+    row(FAULTS, f"rank {rank} hangs", "the job ends itself after train.patience, exit code 1, resumed bit for bit")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -137,7 +139,7 @@ def test_a_rank_that_is_frozen_by_the_system_ends_the_job(training: Make, tmp_pa
     assert f"error: rank {1 - rank}: no progress for 8 s" in err
     one.run_well(run)
     assert_same_run(run, whole)
-    row(f"| rank {rank} is frozen (SIGSTOP) | the other rank ends the job after train.patience, exit code 1 |")
+    row(FAULTS, f"rank {rank} is frozen (SIGSTOP)", "the other rank ends the job after train.patience, exit code 1")
 
 
 def test_a_rank_that_dies_is_one_line_from_the_others(training: Make, tmp_path: Path, row: Row):
@@ -147,14 +149,14 @@ def test_a_rank_that_dies_is_one_line_from_the_others(training: Make, tmp_path: 
     assert program.process.returncode not in (0, EXIT_STOPPED, EXIT_USER_ERROR)
     assert "error: rank 0: another rank is gone (" in err and "the same command continues" in err
     assert "Traceback" not in out + err
-    row("| a rank dies | the other one says so in one line and ends, at once |")
+    row(FAULTS, "a rank dies", "the other one says so in one line and ends, at once")
 
 
 def test_an_error_that_one_rank_alone_meets_is_said(training: Make, tmp_path: Path, row: Row):
     one, _ = training("zero2-bf16")
     _, err = one.launch(tmp_path / "run", Fault(f"{TRAINER}:draw", 3, rank=1, action="complain")).finish(code=None)
     assert "error: only here" in err
-    row("| an error on one rank alone | that rank says it |")
+    row(FAULTS, "an error on one rank alone", "that rank says it")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -166,7 +168,7 @@ def test_a_full_disk_costs_one_checkpoint_and_no_step(training: Make, tmp_path: 
     assert f"checkpoint of step {CHECKPOINT_EVERY}: not saved (" in err and "No space left on device" in err
     assert last > 2
     assert_same_run(run, whole)
-    row(f"| disk full in a save of rank {rank} | one line, the checkpoint before stays, training goes on |")
+    row(FAULTS, f"disk full in a save of rank {rank}", "one line, the checkpoint before stays, training goes on")
 
 
 def test_jumping_clocks_and_a_slow_rank_do_not_matter(training: Make, tmp_path: Path, row: Row):
@@ -178,5 +180,5 @@ def test_jumping_clocks_and_a_slow_rank_do_not_matter(training: Make, tmp_path: 
     ):
         program.finish()
         assert_same_run(tmp_path / name, whole)
-    row("| the clock jumps by up to a year, either way | nothing |")
-    row("| a rank is several times slower | nothing but time |")
+    row(FAULTS, "the clock jumps by up to a year, either way", "nothing")
+    row(FAULTS, "a rank is several times slower", "nothing but time")

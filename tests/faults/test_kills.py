@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sadm_fast.train import EXIT_LOST
-from tests.faults.conftest import STEPS, VARIANTS, Training
+from tests.faults.conftest import STEPS, VARIANTS, Row, Training
 from tests.faults.faults import IN_A_SAVE, Fault, chains
 from tests.programs import assert_same_state, lines
 from tests.test_train import TIMES
@@ -15,6 +15,7 @@ from tests.test_train import TIMES
 Make = Callable[[str], tuple[Training, Path]]
 
 CHAINS = chains(12)
+KILLS = "SIGKILL | inside a save | of | steps lost | bits that differ in the end"
 SHARDED = [variant for variant in VARIANTS if variant != "zero0"]
 
 
@@ -46,12 +47,12 @@ def killed_and_restarted(training: Training, whole: Path, run: Path, chain: list
 
 @pytest.mark.soak
 @pytest.mark.parametrize("number", range(len(CHAINS)))
-def test_kills_cost_nothing_but_time(training: Make, tmp_path: Path, row: Callable[[str], None], number: int):
+def test_kills_cost_nothing_but_time(training: Make, tmp_path: Path, row: Row, number: int):
     variant = SHARDED[number % len(SHARDED)]
     one, whole = training(variant)
     killed_and_restarted(one, whole, tmp_path / "run", CHAINS[number])
     for fault in CHAINS[number]:
-        row(f"| {variant} | {fault} | {'yes' if fault in IN_A_SAVE else 'no'} | 0 |")
+        row(KILLS, fault, "yes" if fault in IN_A_SAVE else "no", f"run {number}, {variant}", 0, "none")
 
 
 @pytest.mark.slow
