@@ -22,11 +22,9 @@ raise SystemExit(7)
 def test_a_reader_who_goes_does_not_end_the_training(closed: str):
     reading, writing = os.pipe()
     os.close(reading)
-    other = "stderr" if closed == "stdout" else "stdout"
+    out, err = (writing, subprocess.PIPE) if closed == "stdout" else (subprocess.PIPE, writing)
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", SPEAK], **{closed: writing, other: subprocess.PIPE}, text=True, timeout=60
-        )
+        done = subprocess.run([sys.executable, "-c", SPEAK], stdout=out, stderr=err, text=True, timeout=60)
     finally:
         os.close(writing)
     assert done.returncode == 7

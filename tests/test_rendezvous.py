@@ -24,8 +24,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def launched(environment: pytest.MonkeyPatch, address: str, port: int, world_size: int = 2, **more: str) -> None:
-    values = {"RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": address, "MASTER_PORT": str(port), **more}
+def launched(environment: pytest.MonkeyPatch, address: str, port: int, **more: str) -> None:
+    values = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port), **more}
     for name, value in values.items():
         environment.setenv(name, value)
 
@@ -99,7 +99,7 @@ def test_two_ranks_meet(environment: pytest.MonkeyPatch):
 
 def test_torchrun_keeps_the_store(environment: pytest.MonkeyPatch):
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    launched(environment, "127.0.0.1", agent.port, world_size=1, TORCHELASTIC_USE_AGENT_STORE="True")
+    launched(environment, "127.0.0.1", agent.port, WORLD_SIZE="1", TORCHELASTIC_USE_AGENT_STORE="True")
     store, rank, world_size = rendezvous.meet(SOON)
     assert (rank, world_size) == (0, 1)
     store.set("key", "value")
