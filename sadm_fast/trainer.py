@@ -265,6 +265,7 @@ class Trainer:
         self._skipped_in_a_row += 1
         self.console.say(f"step {step}: a loss or gradient is not finite; both players skip it")
         if self._skipped_in_a_row >= _SKIPS_IN_A_ROW:
+            self.writer.finish()
             whole = checkpoint.completed(self.folder.checkpoints)
             last = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
             raise UserError(
