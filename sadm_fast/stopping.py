@@ -41,13 +41,15 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Requests inside are for the caller to notice, Ctrl-C too; a second Ctrl-C ends the process as usual."""
+        """Requests inside are for the caller to notice, Ctrl-C too; a second Ctrl-C ends the process as usual.
+
+        After it, what is left is the end of the process; the launcher's signals must not cut that short.
+        """
         before = signal.signal(signal.SIGINT, self._hear)
         self._deferred = True
         try:
             yield
         finally:
-            self._deferred = False
             signal.signal(signal.SIGINT, before)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
