@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sadm_fast.errors import UserError
+from sadm_fast.errors import UserError, sign_of_a_lost_rank
 from sadm_fast.player_state import SavedPieces, restore
 
 MANIFEST = "COMPLETE"
@@ -107,6 +107,8 @@ def load(folder: Path, engines: Mapping[str, Any]) -> tuple[dict[str, Tensor], d
                 restore(engine, saved, int(manifest["optimizer_steps"][name]))
         return load_file(folder / "ema.safetensors"), dict(manifest["state"])
     except Exception as error:  # whichever library notices first that a file is not what it should be
+        if sign_of_a_lost_rank(error) is not None:
+            raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"checkpoint {folder}: cannot be loaded ({type(error).__name__}: {reason});"

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from sadm_fast.errors import LostRank, UserError
+from sadm_fast.errors import LostRank, UserError, sign_of_a_lost_rank
 from sadm_fast.rendezvous import all_ranks_are_here, check_alone, meet, stay_on_loopback
 
 T = TypeVar("T")
@@ -21,17 +21,6 @@ T = TypeVar("T")
 _PATIENCE = datetime.timedelta(hours=2)
 # All ranks must be there by then; other machines may have a slow disk to import from.
 _MEETING = datetime.timedelta(minutes=15)
-
-# How gloo, NCCL and the store say that the other end of a connection is no longer there.
-_SIGNS_OF_A_LOST_RANK = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Application timeout caused pair closure",
-    "Timed out waiting",
-    "remote process exited",
-    "failed to recv",
-)
 
 
 class Place(NamedTuple):
@@ -92,7 +81,7 @@ def distributed() -> Iterator[Place]:
             error.said = store.add(f"error/{error}", 1) > 1
         raise
     except RuntimeError as error:
-        sign = next((sign for sign in _SIGNS_OF_A_LOST_RANK if sign in str(error)), None)
+        sign = sign_of_a_lost_rank(error)
         if sign is None or world_size == 1:
             raise
         lost = True

@@ -274,6 +274,15 @@ def test_a_checkpoint_of_another_network_is_an_error_of_one_line(tmp_path: Path)
         checkpoint.load(folder, {"denoiser": Untrained()})
 
 
+def test_a_rank_that_goes_during_loading_is_no_fault_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def gone(*_: Any) -> None:
+        raise RuntimeError("Read error [127.0.0.1]:45280: Connection reset by peer")
+
+    monkeypatch.setattr(checkpoint, "restore", gone)
+    with pytest.raises(RuntimeError, match="reset by peer"):
+        checkpoint.load(save(tmp_path, 5), {"psi": Untrained()})
+
+
 @pytest.fixture(scope="session", params=[1, 2], ids=["one rank", "two ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank of checkpoint_worker.py found, by case; it saves in one launch and loads in another."""
