@@ -104,20 +104,21 @@ class Trainer:
         self.shapes = {"denoiser": trainable_shapes(denoiser)}
         if psi is not None:
             self.shapes["discriminator"] = trainable_shapes(psi)
-        self.players = Players(config, denoiser, psi, device)
-        if self.players.not_compiled is not None:
-            console.say(f"train.compile: running eagerly, {self.players.not_compiled}")
-        self.ema = EMA(lambda: list(local_masters(self.players.denoiser)), config.train.ema)
-        self.writer = CheckpointWriter(
-            folder.checkpoints,
-            self.players.engines,
-            lambda: self.ema.average,
-            self.shapes["denoiser"],
-            identity=self.identity,
-            keep_last=config.train.keep_last,
-            keep_every=config.train.keep_every,
-            say=console.complain,
-        )
+        with self._watched("starting the engines"):
+            self.players = Players(config, denoiser, psi, device)
+            if self.players.not_compiled is not None:
+                console.say(f"train.compile: running eagerly, {self.players.not_compiled}")
+            self.ema = EMA(lambda: list(local_masters(self.players.denoiser)), config.train.ema)
+            self.writer = CheckpointWriter(
+                folder.checkpoints,
+                self.players.engines,
+                lambda: self.ema.average,
+                self.shapes["denoiser"],
+                identity=self.identity,
+                keep_last=config.train.keep_last,
+                keep_every=config.train.keep_every,
+                say=console.complain,
+            )
         self.step = 0
         self.samples_seen = 0  # global: the position in the data, whatever the number of ranks
         self.skipped_steps = 0
@@ -147,10 +148,15 @@ class Trainer:
             return None
         return micro_batch * (self.world_size if game.scope == "global" else 1)
 
+    def _watched(self, doing: str) -> Watchdog:
+        """A context that ends this rank if what it does takes longer than the run's patience."""
+        return Watchdog(self.config.train.patience, self.rank, doing)
+
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, if there is one. Collective."""
         if self._found is not None:
-            averages, state = checkpoint.load(self._found, self.players.engines)
+            with self._watched(f"loading {self._found}"):
+                averages, state = checkpoint.load(self._found, self.players.engines)
             self.ema.load(averages, state["ema_updates"])
             self.step, self.samples_seen = state["step"], state["samples_seen"]
             self.skipped_steps = state["skipped_steps"]
@@ -193,7 +199,7 @@ class Trainer:
         try:
             with (
                 request.deferred(),
-                Watchdog(config.train.patience, self.rank) as watchdog,
+                self._watched("starting to train") as watchdog,
                 self.console.bar("training", config.train.steps, self.step) as bar,
             ):
                 while self.step < config.train.steps and not vote.stop:
@@ -221,9 +227,10 @@ class Trainer:
             self.writer.close()
             loader.close()
             log.close()
-        if self.rank == 0:
-            write_report(self.folder.path)
-        barrier()  # the launcher ends the others as soon as one has ended with 75
+        with self._watched("writing the report"):
+            if self.rank == 0:
+                write_report(self.folder.path)
+            barrier()  # the launcher ends the others as soon as one has ended with 75
         return self.step >= config.train.steps
 
     def _due(self, every: int) -> bool:

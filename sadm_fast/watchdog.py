@@ -18,13 +18,14 @@ class Watchdog:
 
     Args:
         patience: seconds; must be longer than the longest step, evaluation or compilation.
+        doing: what comes first, for the message.
         code: the exit code.
     """
 
-    def __init__(self, patience: float, rank: int, code: int = 1) -> None:
+    def __init__(self, patience: float, rank: int, doing: str, code: int = 1) -> None:
         self._patience, self._rank, self._code = patience, rank, code
         self._over = threading.Event()
-        self._doing, self._since = "starting", time.monotonic()
+        self._doing, self._since = doing, time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:

@@ -7,7 +7,7 @@ PROGRAM = """
 import threading
 from sadm_fast.watchdog import Watchdog
 
-with Watchdog({patience}, rank=3, code=5) as watchdog:
+with Watchdog({patience}, rank=3, doing="starting", code=5) as watchdog:
     for step in range({steps}):
         watchdog.alive(f"in step {{step}}")
         threading.Event().wait({pause})

@@ -82,7 +82,7 @@ class Training:
             "game": {"mode": "sadm"},
             "discriminator_optimizer": {"lr": 1e-4, "gradient_clipping": 1.0},
             "train": {
-                "steps": STEPS, "micro_batch": 4, "log_every": 1, "sample_every": 10, "patience": 120,
+                "steps": STEPS, "micro_batch": 4, "log_every": 1, "sample_every": 10, "patience": 40,
                 "checkpoint_every": CHECKPOINT_EVERY, "ema": {"profile": "exponential", "decay": 0.9},
             },
             "sampling": {"steps": 1, "columns": 3, "rows": 1},
