@@ -189,17 +189,16 @@ def share(
     runs while the features travel: a forward of the encoder, say.
 
     Args:
-        real, weight, labels, queue: as in `structure_loss`, none of them in need of a gradient.
+        real, weight, labels, queue: as in `structure_loss`.
         check: False leaves out the small collective by which ranks that disagree are found (and, on a GPU, the wait
             for it), for callers whose ranks cannot disagree.
 
     Raises:
-        ValueError: as `structure_loss`; or `real` or `weight` requires a gradient.
+        ValueError: as `structure_loss`; or `weight` requires a gradient, which would be lost.
     """
     _check_features(real, real)
-    for name, x in (("real", real), ("weight", weight)):
-        if x is not None and x.requires_grad:
-            raise ValueError(f"{name}.requires_grad=True: share() sends values alone; give it to structure_loss")
+    if weight is not None and weight.requires_grad:
+        raise ValueError("weight.requires_grad=True: share() sends values alone; give it to structure_loss")
     some_weight = _check_batch(real, weight, labels, alone=False)
     queue = _check_queue(queue, real, labels)
     if check:

@@ -192,12 +192,12 @@ def structure_loss(
 
 
 def _of_all_ranks(own: Columns, group: dist.ProcessGroup, shared: Shared | None) -> Columns:
-    """The batch of all ranks; what is in `shared` has no gradient and need not travel again."""
+    """The batch of all ranks; what is in `shared` need not travel again, unless a gradient has to travel back."""
     if shared is None:
         real, weight = _Gather.apply(own.real, group), _Gather.apply(own.weight, group)
         labels = None if own.labels is None else _Gather.apply(own.labels, group)
     else:
         real, weight, labels = shared.wait()
-        real = real.to(own.real.dtype)
+        real = _Gather.apply(own.real, group) if own.real.requires_grad else real.to(own.real.dtype)
         weight = torch.ones_like(real[:, 0]) if weight is None else weight
     return Columns(real, _Gather.apply(own.fake, group), weight, labels)

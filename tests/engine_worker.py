@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from sadm_fast.engine import NonFiniteLoss, Outcome, Players, gradient_norm
-from sadm_fast.game import Batch, structure_distance
+from sadm_fast.game import Batch, Structure, structure_distance
 from sadm_fast.launch import Place, distributed
 from sadm_fast.masters import gather, local_masters, trainable_shapes
 from sadm_fast.preparation import build_denoiser, build_psi
@@ -165,9 +165,10 @@ def infinite_gradient(case: Case, place: Place) -> dict[str, Any]:
     game = Game(case, place)
     before = game.weights()
 
-    def bad(*arguments: Any) -> Tensor:
-        distance = structure_distance(*arguments)
-        return distance * torch.nan if place.rank == place.world_size - 1 else distance
+    def bad(*arguments: Any) -> Structure:
+        structure = structure_distance(*arguments)
+        last = place.rank == place.world_size - 1
+        return structure._replace(distance=structure.distance * torch.nan) if last else structure
 
     with mock.patch("sadm_fast.engine.structure_distance", bad):
         game.play(0)
