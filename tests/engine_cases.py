@@ -94,6 +94,10 @@ def cases() -> list[Case]:
         Case("ramp", "sadm", 1, game={"start_step": 1, "ramp_steps": 4}),
         Case("ramp-accumulation2", "structure", 0, 2, game={"start_step": 1, "ramp_steps": 4}),
         Case("gate-same-class", "sadm", 0, game={"gate_log_snr": 0.5, "gate_slope": 2.0, "same_class": True}),
+        # Three steps of 8 samples on one rank, 16 on two; 4 and 8 with one micro-batch.
+        Case("queue", "sadm", 0, 2, game={"queue": 20}),
+        Case("queue-global", "sadm", 2, game={"queue": 10, "scope": "global", "gate_log_snr": 0.5, "same_class": True}),
+        Case("queue-reference", "structure", 2, implementation="reference", game={"queue": 8, "scope": "global"}),
         Case("bf16-structure", "structure", 0, precision="bf16"),
         *(Case(f"compiled-{mode}-zero1", mode, 1, compiled=True) for mode in ("plain", "structure")),
         *(Case(f"compiled-zero{stage}", "sadm", stage, 1, compiled=True) for stage in (0, 1, 2)),
@@ -114,7 +118,7 @@ def poisoned_cases() -> list[Case]:
     ]
     for mode in MODES:
         found.append(Case(f"{mode}-reference", mode, 0, implementation="reference"))
-    return found
+    return [*found, Case("queue", "sadm", 1, 2, game={"queue": 20})]
 
 
 @torch.no_grad()

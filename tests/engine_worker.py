@@ -53,6 +53,12 @@ class Game:
             for name, engine in self.players.engines.items()
         }
 
+    @property
+    def queued(self) -> int:
+        """Samples in the feature queue."""
+        columns = None if self.players.queue is None else self.players.queue.columns
+        return 0 if columns is None else len(columns.real)
+
     def norms(self) -> dict[str, float | None]:
         return {name: gradient_norm(engine) for name, engine in self.players.engines.items()}
 
@@ -173,8 +179,10 @@ def infinite_gradient(case: Case, place: Place) -> dict[str, Any]:
     with mock.patch("sadm_fast.engine.structure_distance", bad):
         game.play(0)
     after, applied = game.weights(), game.players.denoiser.was_step_applied()
+    queued = game.queued
     game.play(1)
     return {
+        "queued": (queued, game.queued),
         "applied": applied,
         "before": before["denoiser"],
         "after": after["denoiser"],
@@ -190,7 +198,7 @@ def main(folder: Path) -> None:
         (isolated, by_stage),
         (interrupted, by_stage[::2]),
         (poisoned, poisoned_cases()),
-        (infinite_gradient, by_stage[::2]),
+        (infinite_gradient, [*by_stage[::2], Case("queue", "sadm", 2, game={"queue": 8})]),
     ]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.parent / "inductor")  # one for all world sizes
     with distributed() as place:

@@ -6,6 +6,7 @@ engine_worker.py plays the cases of engine_cases.py under DeepSpeed; autograd_re
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -185,6 +186,10 @@ def test_the_cases_could_tell_a_mistake():
     for case in others:
         moved = difference(reference(case, 2).denoiser, base[case.accumulation].denoiser)
         assert moved > 100 * FP32_WEIGHTS, case.name
+        if case.game.get("queue"):
+            without = replace(case, game={name: value for name, value in case.game.items() if name != "queue"})
+            moved = difference(reference(case, 2).denoiser, reference(without, 2).denoiser)
+            assert moved > 100 * FP32_WEIGHTS, f"{case.name}, without it"
 
 
 @pytest.mark.slow
@@ -230,6 +235,7 @@ def test_a_gradient_that_is_nan_on_one_rank_is_not_applied_on_any(results: Resul
             assert not outcome["applied"], name
             assert difference(outcome["before"], outcome["after"]) == 0.0, name
             assert outcome["next_applied"], name
+            assert outcome["queued"] == (0, 4 * world_size if name == "queue" else 0), name
             assert difference(outcome["after"], outcome["next"]) > 1e-3, name
 
 
