@@ -79,6 +79,7 @@ def rank_memory(
     stage: int | None = None,
     offload: Offload | None = None,
     checkpointing: bool = False,
+    feature_dim: int = 0,
 ) -> Memory:
     """The plan of one rank.
 
@@ -87,6 +88,7 @@ def rank_memory(
         stage: of ZeRO, 0 to 3; None: the configuration's.
         offload: None: the configuration's. Only from stage 1 on, and of parameters at stage 3.
         checkpointing: activation checkpointing of the denoiser's blocks, for which the trainer has no switch yet.
+        feature_dim: of Psi, for game.queue.
     """
     zero, w = config.deepspeed.zero_optimization, width(config)
     stage = zero.stage if stage is None else stage
@@ -120,6 +122,8 @@ def rank_memory(
                     host[f"{name} accumulated gradients"] = w * share(player)
                 for at in (device, host):
                     at[f"{name} buffer of one gradient"] = w * max(player.parameters)
+    if config.game.queue:
+        device["feature queue"] = config.game.queue * (2 * feature_dim * _FP32 + _FP32 + 8)  # and weights, labels
     optimizer_at["EMA"] = _FP32 * share(players[0])
     for player in players:
         if not player.has_engine:
