@@ -4,6 +4,10 @@ The gradients come with the loss, in one sequence of passes; backward only scale
 repeated. It is not differentiable again: that is refused, never left out. Compiled code calls the operator; plain
 eager code the function, which saves the operator's Python layers (a few times the kernel's own time at small
 batches), and so does a process group, whose collectives must not be reordered.
+
+A backend takes its rows against all columns. A queue's pairs count twice, once each way, but have one way among them:
+the sums of all columns are doubled, and those of the batch's columns, where both ways are, taken off once. That is one
+more pass over the batch, without gradients, and only where there is a queue.
 """
 
 from collections.abc import Callable
@@ -15,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sadm_kernels import native, triton
+from sadm_kernels.columns import Columns, Gathering, Queue, Shared, append, compute_dtype, send
 from sadm_kernels.problem import Problem
-from sadm_kernels.reference import compute_dtype, gather_rows
 
 _BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton}
 _TINY = torch.finfo(torch.float64).tiny
@@ -26,24 +30,31 @@ def _add_nothing(sums: Tensor) -> Tensor:
     return sums
 
 
+def _both_ways(sums: Callable[[Problem], Tensor], p: Problem) -> Tensor:
+    """The sums of a pass over every pair with a row in it, a queue's pairs both ways."""
+    return sums(p) if not p.queued else 2.0 * sums(p) - sums(p.without_queue)
+
+
 def _evaluate(
     backend: str, p: Problem, normalize: str, need: tuple[bool, bool], add_ranks: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """S (0-d), 1 / sum(omega) (0-d), and the gradients of S * sum(omega): [b, d], or None where not needed."""
     dtype, device = compute_dtype(p.real), p.real.device
-    if len(p.all_real) < 2 or p.all_real.shape[1] == 0:
+    if len(p.all_real) < 2 or p.real.numel() == 0:
         nothing = (p.all_real.sum() + p.all_fake.sum()).to(dtype) * 0.0  # no pair; NaN for NaN
         no_real, no_fake = (torch.zeros(p.real.shape, dtype=dtype, device=device) if n else None for n in need)
         return nothing, torch.ones_like(nothing), no_real, no_fake
     module, moments = _BACKENDS[backend], None
     if normalize == "mean" and p.relation != "cosine":
-        sums = add_ranks(module.distance_sums(p))
+        sums = add_ranks(_both_ways(module.distance_sums, p))
         mean = sums[:2] / sums[2].clamp_min(_TINY)
         moments = torch.cat([1.0 / torch.where(mean == 0, 1.0, mean), torch.zeros_like(mean)])
         if any(need):
-            slopes = add_ranks(module.slope_sums(p, moments))
+            slopes = add_ranks(_both_ways(lambda part: module.slope_sums(part, moments), p))
             moments[2:] = slopes[:2] / slopes[2].clamp_min(_TINY)
     sums, grad_real, grad_fake = module.loss_and_gradients(p, moments, *need)
+    if p.queued:
+        sums = 2.0 * sums - module.loss_and_gradients(p.without_queue, moments, False, False)[0]
     sums = add_ranks(sums)
     total = sums[1].clamp_min(_TINY)  # no pair counts: 0 / tiny
     return (sums[0] / total).to(dtype), total.reciprocal().to(dtype), grad_real, grad_fake
@@ -55,6 +66,10 @@ def _structure_loss(
     fake: Tensor,
     weight: Tensor | None,
     labels: Tensor | None,
+    queue_real: Tensor | None,
+    queue_fake: Tensor | None,
+    queue_weight: Tensor | None,
+    queue_labels: Tensor | None,
     relation: str,
     penalty: str,
     normalize: str,
@@ -64,7 +79,10 @@ def _structure_loss(
     need_real: bool,
     need_fake: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = _problem(real, fake, weight, labels, relation, penalty, normalize, tau, delta, None)
+    queue = None
+    if queue_real is not None and queue_fake is not None:
+        queue = Queue(queue_real, queue_fake, queue_weight, queue_labels)
+    p = _problem(real, fake, weight, labels, queue, relation, penalty, normalize, tau, delta)
     loss, inverse_total, *grads = _evaluate(backend, p, normalize, (need_real, need_fake), _add_nothing)
     grad_real, grad_fake = (loss.new_empty(0) if grad is None else grad for grad in grads)
     return loss, inverse_total, grad_real, grad_fake
@@ -76,6 +94,10 @@ def _(
     fake: Tensor,
     weight: Tensor | None,
     labels: Tensor | None,
+    queue_real: Tensor | None,
+    queue_fake: Tensor | None,
+    queue_weight: Tensor | None,
+    queue_labels: Tensor | None,
     relation: str,
     penalty: str,
     normalize: str,
@@ -116,14 +138,14 @@ def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return (*_scaled(ctx, grad), *([None] * 10))
+    return (*_scaled(ctx, grad), *([None] * 14))
 
 
 _structure_loss.register_autograd(_backward, setup_context=_save)
 
 
 class _Eager(torch.autograd.Function):
-    """The operator's eager twin; with `group` own rows against the columns of all ranks."""
+    """The operator's eager twin; with `shared` own rows against the columns of all ranks."""
 
     @staticmethod
     def forward(
@@ -132,26 +154,27 @@ class _Eager(torch.autograd.Function):
         fake: Tensor,
         weight: Tensor | None,
         labels: Tensor | None,
+        queue: Queue | None,
         options: dict[str, Any],
         backend: str,
-        group: dist.ProcessGroup | None,
+        shared: Shared | None,
         needed: tuple[bool, bool],
     ) -> Tensor:
         def add_ranks(sums: Tensor) -> Tensor:
             sums = sums.contiguous()
-            dist.all_reduce(sums, group=group)
+            dist.all_reduce(sums, group=None if shared is None else shared.group)
             return sums
 
-        p = _problem(real, fake, weight, labels, **options, group=group)
+        p = _problem(real, fake, weight, labels, queue, **options, shared=shared)
         ctx.needed, ctx.dtype = needed, real.dtype  # not needs_input_grad, which is set without autograd as well
-        reduce = _add_nothing if group is None else add_ranks
+        reduce = _add_nothing if shared is None else add_ranks
         loss, *saved = _evaluate(backend, p, options["normalize"], needed, reduce)
         ctx.save_for_backward(*saved)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_scaled(ctx, grad), *([None] * 6))
+        return (*_scaled(ctx, grad), *([None] * 7))
 
 
 def _problem(
@@ -159,37 +182,42 @@ def _problem(
     fake: Tensor,
     weight: Tensor | None,
     labels: Tensor | None,
+    queue: Queue | None,
     relation: str,
     penalty: str,
     normalize: str,
     tau: float,
     delta: float,
-    group: dist.ProcessGroup | None,
+    shared: Shared | None = None,
 ) -> Problem:
     real, fake = real.contiguous(), fake.contiguous()
     if weight is not None:
         weight = weight.to(compute_dtype(real)).contiguous()
     if labels is not None:
         labels = labels.long().contiguous()
-
-    def columns(x: Tensor | None) -> Any:
-        return x if x is None or group is None else gather_rows(x, group)
-
+    columns = Columns(real, fake, weight, labels)
+    if shared is not None:
+        all_fake = Gathering(fake, shared.group)  # on its way before the others are waited for
+        all_real, all_weight, all_labels = shared.wait()
+        columns = Columns(all_real, all_fake.wait(), all_weight, all_labels)
+    if queue is not None:
+        columns = append(columns, queue)
     return Problem(
         real=real,
         fake=fake,
-        all_real=columns(real),
-        all_fake=columns(fake),
-        first=0 if group is None else dist.get_rank(group) * len(real),
+        all_real=columns.real,
+        all_fake=columns.fake,
+        first=0 if shared is None else dist.get_rank(shared.group) * len(real),
         weight=weight,
-        all_weight=columns(weight),
+        all_weight=columns.weight,
         labels=labels,
-        all_labels=columns(labels),
+        all_labels=columns.labels,
         relation=relation,
         penalty=penalty,
         unit=normalize == "unit" or relation == "cosine",
         tau=tau,
         delta=delta,
+        queued=columns.queued,
     )
 
 
@@ -200,17 +228,22 @@ def structure_loss(
     *,
     weight: Tensor | None,
     labels: Tensor | None,
+    queue: Queue | None,
     group: dist.ProcessGroup | None,
+    shared: Shared | None,
     **options: Any,
 ) -> Tensor:
     """S by the fused `backend`; arguments as in sadm_kernels.structure_loss, which has checked them."""
     grad = torch.is_grad_enabled()
     need = (grad and real.requires_grad, grad and fake.requires_grad)
-    if group is not None or not (torch.compiler.is_compiling() or _traced(real) or _traced(fake)):
-        loss: Tensor = _Eager.apply(real, fake, weight, labels, options, backend, group, need)
+    if shared is None and group is not None:
+        shared = send(real, weight, labels, queue, group)
+    if shared is not None or not (torch.compiler.is_compiling() or _traced(real) or _traced(fake)):
+        loss: Tensor = _Eager.apply(real, fake, weight, labels, queue, options, backend, shared, need)
         return loss
+    past = (None,) * 4 if queue is None else queue
     return _structure_loss(
-        real, fake, weight, labels, **options, backend=backend, need_real=need[0], need_fake=need[1]
+        real, fake, weight, labels, *past, **options, backend=backend, need_real=need[0], need_fake=need[1]
     )[0]
 
 

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from sadm_kernels.columns import Columns, Gathering, Queue, Shared, append, compute_dtype
+
 RELATIONS = ("euclidean", "cosine", "gaussian")
 PENALTIES = ("squared", "absolute", "huber")
 NORMALIZATIONS = ("unit", "mean", "none")
@@ -29,20 +31,13 @@ def _refuse_second_derivative() -> None:
         raise RuntimeError("structure_loss with group=: no second derivative (create_graph=True); use group=None")
 
 
-def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' rows below each other, without a gradient; every rank must bring as many."""
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, rows.contiguous(), group=group)
-    return torch.cat(parts)
-
-
 class _Gather(torch.autograd.Function):
-    """gather_rows; the gradient of a row is the sum of what all ranks ask of it."""
+    """Rows of all ranks; the gradient of a row is the sum of what all ranks ask of it."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return gather_rows(rows, group)
+        return Gathering(rows, group).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -134,11 +129,6 @@ def _no_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype sums are kept in: float64 for float64 input, float32 for everything narrower."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def relation_matrix(
     features: Tensor, *, relation: str = "euclidean", normalize: str = "unit", tau: float = 1.0
 ) -> Tensor:
@@ -159,36 +149,55 @@ def structure_loss(
     labels: Tensor | None = None,
     tau: float = 1.0,
     delta: float = 1.0,
+    queue: Queue | None = None,
     group: dist.ProcessGroup | None = None,
+    shared: Shared | None = None,
 ) -> Tensor:
     """S of real and fake features [B, d] (0-d float32, float64 for float64 input); see sadm_kernels.structure_loss.
 
     With `group`, B is this rank's share: local rows are compared with the columns of all ranks, every rank returns
     the S of the whole batch, and the gradient of its rows is the gradient one process with the whole batch would get.
+    `shared`: what has been sent already, and need not be again.
     """
     dtype = compute_dtype(real)
     with _no_autocast(real.device.type):
         f, g = real.to(dtype), fake.to(dtype)
         batch = len(f)
         w = torch.ones(batch, dtype=dtype, device=f.device) if weight is None else weight.to(dtype)
-        all_f, all_g, all_w, all_labels, first = f, g, w, labels, 0
+        labels = None if labels is None else labels.long()
+        columns, first = Columns(f, g, w, labels), 0
         if group is not None:
-            all_f, all_g = _Gather.apply(f, group), _Gather.apply(g, group)
-            all_w = _Gather.apply(w, group)
-            all_labels = None if labels is None else _Gather.apply(labels, group)
-            first = dist.get_rank(group) * batch
+            columns, first = _of_all_ranks(columns, group, shared), dist.get_rank(group) * batch
+        if queue is not None:
+            columns = append(columns, queue)
+        assert columns.weight is not None
+        # A queue's pairs count both ways, (i, k) and (k, i), and only one of them is here.
+        ways = torch.ones_like(columns.weight)
+        ways[len(ways) - columns.queued :] = 2.0
 
-        pair_weight = w[:, None] * all_w[None, :]
-        if labels is not None and all_labels is not None:
-            pair_weight = pair_weight * (labels[:, None] == all_labels[None, :])
+        pair_weight = w[:, None] * (ways * columns.weight)[None, :]
+        if labels is not None and columns.labels is not None:
+            pair_weight = pair_weight * (labels[:, None] == columns.labels[None, :])
         own = torch.arange(batch, device=f.device)
         pair_weight = pair_weight.index_put((own, own + first), pair_weight.new_zeros(()))
 
         def matrix(rows: Tensor, columns: Tensor) -> Tensor:
             return _relation(rows, columns, pair_weight, relation=relation, normalize=normalize, tau=tau, group=group)
 
-        difference = matrix(g, all_g) - matrix(f, all_f)
+        difference = matrix(g, columns.fake) - matrix(f, columns.real)
         sums = torch.stack([(pair_weight * _penalty(difference, penalty, delta)).sum(), pair_weight.sum()])
         if group is not None:
             sums = _SumRanks.apply(sums, group, False)
         return sums[0] / torch.where(sums[1] == 0, 1.0, sums[1])
+
+
+def _of_all_ranks(own: Columns, group: dist.ProcessGroup, shared: Shared | None) -> Columns:
+    """The batch of all ranks; what is in `shared` need not travel again, unless a gradient has to travel back."""
+    if shared is None:
+        real, weight = _Gather.apply(own.real, group), _Gather.apply(own.weight, group)
+        labels = None if own.labels is None else _Gather.apply(own.labels, group)
+    else:
+        real, weight, labels = shared.wait()
+        real = _Gather.apply(own.real, group) if own.real.requires_grad else real.to(own.real.dtype)
+        weight = torch.ones_like(real[:, 0]) if weight is None else weight
+    return Columns(real, _Gather.apply(own.fake, group), weight, labels)

@@ -3,6 +3,7 @@
     checkpoints/step-000500/denoiser/rank-0.safetensors ...        what each player has learned (player_state.py)
     checkpoints/step-000500/discriminator/rank-0.safetensors ...
     checkpoints/step-000500/ema.safetensors                        the averaged denoiser, whole
+    checkpoints/step-000500/queue.safetensors                      the feature queue, whole, where there is one
     checkpoints/step-000500/COMPLETE                               JSON: counters, identity, the hash of every file
 
 A folder without COMPLETE does not exist for the loader; one whose hashes do not match is named and passed over for the
@@ -21,9 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sadm_fast.errors import UserError, sign_of_a_lost_rank
+from sadm_fast.feature_queue import FeatureQueue
 from sadm_fast.player_state import SavedPieces, restore
 
 MANIFEST = "COMPLETE"
+QUEUE = "queue"
 FORMAT = 2
 
 _READERS = 4  # a checkpoint is hashed by so many threads: one reads less than disks deliver
@@ -94,8 +97,10 @@ def find(checkpoints: Path, identity: Mapping[str, Any], say: Callable[[str], No
     return None
 
 
-def load(folder: Path, engines: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Put a checkpoint's state into the engines; returns the whole EMA by name, and the counters. Collective.
+def load(
+    folder: Path, engines: Mapping[str, Any], queue: FeatureQueue | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Put a checkpoint's state into engines and queue; returns the whole EMA by name, and the counters. Collective.
 
     Raises:
         UserError: a file does not hold what this code writes for such a model.
@@ -105,6 +110,8 @@ def load(folder: Path, engines: Mapping[str, Any]) -> tuple[dict[str, Tensor], d
         for name, engine in engines.items():
             with SavedPieces(sorted((folder / name).glob("rank-*.safetensors"))) as saved:
                 restore(engine, saved, int(manifest["optimizer_steps"][name]))
+        if queue is not None:
+            queue.load(load_file(folder / f"{QUEUE}.safetensors"))
         return load_file(folder / "ema.safetensors"), dict(manifest["state"])
     except Exception as error:  # whichever library notices first that a file is not what it should be
         if sign_of_a_lost_rank(error) is not None:

@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sadm_fast.checkpoint import FORMAT, MANIFEST, completed, folder_of, sha256, step_of
+from sadm_fast.checkpoint import FORMAT, MANIFEST, QUEUE, completed, folder_of, sha256, step_of
+from sadm_fast.feature_queue import FeatureQueue
 from sadm_fast.files import write_json
 from sadm_fast.masters import Fragment
 from sadm_fast.player_state import MASTER, MOMENTS, SavedPieces, key, pieces, steps_taken
@@ -40,6 +41,7 @@ class CheckpointWriter:
         average: this rank's fragments of the EMA, asked at each save.
         shapes: full shapes of the averaged parameters.
         identity: what a loader must find equal (checkpoint.find).
+        queue: of features, if there is one; rank 0 writes it.
         keep_last, keep_every: checkpoints that stay: the newest ones, and those at multiples of keep_every steps.
         say: told on any rank, in one line, why a save failed.
     """
@@ -52,12 +54,13 @@ class CheckpointWriter:
         shapes: Mapping[str, tuple[int, ...]],
         *,
         identity: Mapping[str, Any],
+        queue: FeatureQueue | None = None,
         keep_last: int,
         keep_every: int | None = None,
         say: Callable[[str], None],
     ) -> None:
         self._checkpoints, self._engines, self._average = checkpoints, engines, average
-        self._shapes, self._identity = shapes, dict(identity)
+        self._shapes, self._identity, self._queue = shapes, dict(identity), queue
         self._keep_last, self._keep_every, self._say = keep_last, keep_every, say
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._pool = ThreadPoolExecutor(1, "checkpoint")
@@ -71,6 +74,8 @@ class CheckpointWriter:
                 kind, place = there.split("/", 1)
                 for each in (kind, *(MOMENTS if kind == MASTER else ())):
                     self._copies[name][f"{each}/{place}"] = self._room(value)
+        if queue is not None:
+            self._copies[QUEUE] = {name: self._room(value) for name, value in queue.state().items()}
         self._copies[_EMA] = {there: self._room(value) for there, value in self._own_average().items()}
 
     @staticmethod
@@ -89,6 +94,8 @@ class CheckpointWriter:
         parts = {}
         for name, engine in self._engines.items():
             parts[f"{name}/rank-{self._rank}.safetensors"] = self._copy(name, pieces(engine))
+        if self._queue is not None and self._rank == 0:  # the same on every rank
+            parts[f"{QUEUE}.safetensors"] = self._copy(QUEUE, self._queue.state())
         if average := self._own_average():
             parts[f"{_EMA}-{self._rank}.safetensors"] = self._copy(_EMA, average)
         self._manifest = {

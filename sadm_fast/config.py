@@ -148,6 +148,7 @@ class GameConfig(Block):
     ramp_steps: int = Field(0, ge=0, description="lambda_s grows linearly over so many steps")
     discriminator_steps: int = Field(1, ge=1, description="discriminator steps a denoiser step")
     scope: Literal["rank", "global"] = Field("rank", description="pairs inside a rank's micro-batch, or over all ranks")
+    queue: int = Field(0, ge=0, description="past samples of all ranks that S compares a batch with as well; 0: none")
     relation: Literal["euclidean", "cosine", "gaussian"] = "euclidean"
     penalty: Literal["squared", "absolute", "huber"] = "squared"
     normalize: Literal["unit", "mean", "none"] = "unit"
@@ -294,10 +295,16 @@ class Config(Block):
                 "evaluate.every: the judges compare pixels; with data.source=latents it must be null"
                 " (sample.py --folder writes images for other evaluators)"
             )
-        if self.game.mode != "plain" and self.train.micro_batch < 2:
+        if self.game.mode != "plain" and self.train.micro_batch < 2 and not self.game.queue:
             raise ValueError(
-                "train.micro_batch=1: the game compares pairs, so it needs at least 2 (or game.mode=plain)"
+                "train.micro_batch=1: the game compares pairs, so it needs at least 2"
+                " (or a game.queue, or game.mode=plain)"
             )
+        samples = self.train.micro_batch * self.train.grad_accumulation
+        if self.game.queue and self.game.mode == "plain":
+            raise ValueError(f"game.queue={self.game.queue}: game.mode=plain compares nothing; it must be 0")
+        if 0 < self.game.queue < samples:  # with several ranks engine.Players asks for more
+            raise ValueError(f"game.queue={self.game.queue}: must be 0, or at least the {samples} samples of a step")
         if self.train.compile and self.implementation == "reference":
             raise ValueError("train.compile=true: implementation=reference is eager; use fast, or train.compile=false")
         zero = self.deepspeed.zero_optimization

@@ -162,7 +162,13 @@ def describe(config: Config, num_classes: int, world_size: int) -> str:
     lines.append(f"  {'all':<46} {total / 1e9:>12,.2f} GFLOP {total / 2e9:>12,.2f} GMAC")
     forward = flops["denoiser forward"] / batch
     lines.append(f"  {'denoiser forward, one sample':<46} {forward / 1e9:>12,.3f} GFLOP {forward / 2e9:>12,.3f} GMAC")
-    memory = rank_memory(config, players(config, denoiser, psi), activations(config, denoiser, psi), world_size)
+    memory = rank_memory(
+        config,
+        players(config, denoiser, psi),
+        activations(config, denoiser, psi),
+        world_size,
+        feature_dim=0 if psi is None else psi.feature_dim,
+    )
     plan = memory.device | memory.moments[memory.fullest]
     stage = config.deepspeed.zero_optimization.stage
     lines += [

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from sadm_fast.compilation import compile_in_place, why_not
 from sadm_fast.config import Config, OptimizerConfig
 from sadm_fast.errors import UserError
+from sadm_fast.feature_queue import FeatureQueue
 from sadm_fast.game import Batch, Rules, discriminator_loss, frozen, predict, structure_distance
 from sadm_fast.guarded_adamw import GuardedAdamW
 from sadm_fast.masters import undo_trial_step
 from sadm_fast.player_state import Snapshot
 from sadm_fast.vote import NotFinite
+from sadm_kernels import Queue
 
 
 def is_guarded(config: Config) -> bool:
@@ -141,6 +143,12 @@ class Players:
             impl="reference" if config.implementation == "reference" else "auto",
             group=dist.group.WORLD if game.scope == "global" and self.world_size > 1 else None,
         )
+        self.queue: FeatureQueue | None = None
+        if game.queue:
+            step = config.train.micro_batch * config.train.grad_accumulation * self.world_size
+            if game.queue < step:
+                raise UserError(f"game.queue={game.queue}: must be 0, or at least the {step} samples of a step")
+            self.queue = FeatureQueue(game.queue, self.psi.feature_dim, device)
 
     def _initialize(self, module: nn.Module, optimizer: OptimizerConfig) -> Any:
         engine, *_ = deepspeed.initialize(
@@ -218,7 +226,7 @@ class Players:
                     raise NotFinite
 
         asked = shared is not None or discriminated is not None
-        losses, distances = [], []
+        losses, distances, samples = [], [], []
         for batch in batches:
             prediction = shared if shared is not None else predict(self.process, self.denoiser, batch)
             losses.append(prediction.loss.detach())
@@ -232,21 +240,31 @@ class Players:
                     loss = loss * torch.nan
             if playing:
                 with frozen(self.psi):
-                    distance = structure_distance(self.rules, self.process, self.psi, batch, prediction.xhat0)
-                    self._backward(self.denoiser, loss + lambda_s * distance)
-                distances.append(distance.detach())
+                    structure = structure_distance(
+                        self.rules, self.process, self.psi, batch, prediction.xhat0, self._past
+                    )
+                    self._backward(self.denoiser, loss + lambda_s * structure.distance)
+                distances.append(structure.distance.detach())
+                samples.append(structure.samples)
             else:
                 self._backward(self.denoiser, loss)
         if not self.denoiser.was_step_applied():
             if discriminated is not None:
                 self._before.restore()
             raise NotFinite
+        if self.queue is not None and samples:
+            self.queue.push(samples)
         return Outcome(
             torch.cat(losses),
             torch.cat([batch.level for batch in batches]),
             torch.stack(distances).mean() if distances else None,
             discriminated,
         )
+
+    @property
+    def _past(self) -> Queue | None:
+        """The queue before this iteration: it changes at its end only, for all micro-batches and both players."""
+        return None if self.queue is None else self.queue.columns
 
     @torch.no_grad()
     def _restore(self, batches: Sequence[Batch], agree_finite: Any) -> list[Tensor]:
@@ -258,7 +276,7 @@ class Players:
     def _discriminator_step(self, batches: Sequence[Batch], restored: Sequence[Tensor]) -> Tensor:
         total = torch.zeros((), device=batches[0].x0.device)
         for batch, xhat0 in zip(batches, restored, strict=True):
-            loss = discriminator_loss(self.rules, self.process, self.discriminator, batch, xhat0)
+            loss = discriminator_loss(self.rules, self.process, self.discriminator, batch, xhat0, self._past)
             self._backward(self.discriminator, loss)
             total = total + loss.detach()
         return total / len(batches)

@@ -6,14 +6,16 @@
     min_theta max_Psi   L_den(theta) + lambda_s S(theta, Psi)
 
 The denoiser descends L_den + lambda_s S with f detached and Psi frozen; the discriminator ascends S with xhat0
-detached, through both f and g. There is no real/fake logit: the discriminator only compares relations. Relation,
+detached, through both f and g. There is no real/fake logit: the discriminator only compares relations. A queue of past
+features (feature_queue.py) adds the pairs of a sample of the batch and one of the past to both sums of S. Relation,
 penalty, normalisation, gate and ramp are this project's choices; each is a field of the configuration.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from sadm_fast.counters import Stream, normal, uniform
 from sadm_fast.diffusion import Process
-from sadm_kernels import structure_loss
+from sadm_kernels import Queue, share, structure_loss
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -43,6 +45,7 @@ class Rules:
     same_class: bool = False
     impl: str = "auto"
     group: dist.ProcessGroup | None = None
+    _agreed: set[Any] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def weight(self, log_snr: Tensor) -> Tensor | None:
         """w_i [B]: a soft gate, near 1 above `gate_log_snr` (less noise) and near 0 below; None without a gate."""
@@ -50,25 +53,39 @@ class Rules:
             return None
         return torch.sigmoid(self.gate_slope * (log_snr - self.gate_log_snr)).clamp(min=_SMALLEST_WEIGHT)
 
-    def distance(self, f: Tensor, g: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
-        """S of real features f and generated features g, [B, d] each: 0-d float32."""
-        distance = structure_loss(
-            f,
-            g,
-            relation=self.relation,
-            penalty=self.penalty,
-            normalize=self.normalize,
-            weight=self.weight(log_snr),
-            labels=labels if self.same_class else None,
-            tau=self.tau,
-            delta=self.delta,
-            impl=self.impl,
-            group=self.group,
-        )
+    def distance_from(
+        self, f: Tensor, log_snr: Tensor, labels: Tensor, queue: Queue | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """S of real features f [B, d], as a function of the generated g [B, d]: 0-d float32.
+
+        With a group (scope=global) f is on its way to the other ranks when this returns, and travels while g is made.
+        g itself, and the two sums of S, are waited for.
+        """
+        options = ("relation", "penalty", "normalize", "tau", "delta", "impl")
+        compare = partial(structure_loss, **{name: getattr(self, name) for name in options})
+        weight = self.weight(log_snr)
+        if queue is not None:  # it has everything; what these rules do not ask for stays out
+            queue = queue._replace(
+                weight=None if weight is None else queue.weight, labels=queue.labels if self.same_class else None
+            )
+        given: dict[str, Any] = {"weight": weight, "labels": labels if self.same_class else None, "queue": queue}
         if self.group is None:
-            return distance
-        # Data parallelism averages gradients over ranks, but each rank's rows already carry their whole gradient.
-        return distance + (dist.get_world_size(self.group) - 1) * (distance - distance.detach())
+            return partial(compare, f, **given)
+        if self.impl == "reference":
+            compare = partial(compare, f, **given, group=self.group)
+        else:
+            # All ranks run one configuration on micro-batches of one size: what they agreed on once holds.
+            size = (f.shape, f.dtype)
+            compare = partial(compare, share(f, **given, group=self.group, check=size not in self._agreed))
+            self._agreed.add(size)
+        others = dist.get_world_size(self.group) - 1
+
+        def distance(g: Tensor) -> Tensor:
+            found = compare(g)
+            # Data parallelism averages gradients over ranks, but each rank's rows already carry their whole gradient.
+            return found + others * (found - found.detach())
+
+        return distance
 
 
 class Batch(NamedTuple):
@@ -80,6 +97,13 @@ class Batch(NamedTuple):
     noise: Tensor  # eps, float32 [B, C, H, W]
     t: Tensor  # noise levels of the process [B]
     level: Tensor  # share of training noise levels below t, float64 [B] in (0, 1)
+
+
+class Structure(NamedTuple):
+    """S in the denoiser's step, and what it was taken from."""
+
+    distance: Tensor  # 0-d float32, with graph
+    samples: Queue  # features f and g [B, d], weights [B] and labels of the micro-batch, without graph
 
 
 class Prediction(NamedTuple):
@@ -116,17 +140,26 @@ def predict(process: Process, denoiser: Callable[..., Tensor], batch: Batch) -> 
     return Prediction(xhat0, loss if variance is None else loss + variance)
 
 
-def discriminator_loss(rules: Rules, process: Process, psi: Encode, batch: Batch, xhat0: Tensor) -> Tensor:
+def discriminator_loss(
+    rules: Rules, process: Process, psi: Encode, batch: Batch, xhat0: Tensor, queue: Queue | None = None
+) -> Tensor:
     """-S, with xhat0 detached; one forward of Psi over real and generated samples together."""
     f, g = psi(torch.cat([batch.x0, xhat0.detach()])).chunk(2)
-    return -rules.distance(f, g, process.log_snr(batch.t), batch.labels)
+    return -rules.distance_from(f, process.log_snr(batch.t), batch.labels, queue)(g)
 
 
-def structure_distance(rules: Rules, process: Process, psi: nn.Module, batch: Batch, xhat0: Tensor) -> Tensor:
+def structure_distance(
+    rules: Rules, process: Process, psi: nn.Module, batch: Batch, xhat0: Tensor, queue: Queue | None = None
+) -> Structure:
     """S for the denoiser: f without graph, g with; the caller keeps Psi frozen."""
+    log_snr = process.log_snr(batch.t)
     with torch.no_grad():
         f = psi(batch.x0)
-    return rules.distance(f, psi(xhat0), process.log_snr(batch.t), batch.labels)
+    distance = rules.distance_from(f, log_snr, batch.labels, queue)
+    g = psi(xhat0)
+    weight = rules.weight(log_snr)
+    weight = f.new_ones(len(f)) if weight is None else weight
+    return Structure(distance(g), Queue(f, g.detach(), weight, batch.labels))
 
 
 @contextmanager

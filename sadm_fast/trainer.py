@@ -115,6 +115,7 @@ class Trainer:
                 lambda: self.ema.average,
                 self.shapes["denoiser"],
                 identity=self.identity,
+                queue=self.players.queue,
                 keep_last=config.train.keep_last,
                 keep_every=config.train.keep_every,
                 say=console.complain,
@@ -156,7 +157,7 @@ class Trainer:
         """Continue from the newest whole checkpoint, if there is one. Collective."""
         if self._found is not None:
             with self._watched(f"loading {self._found}"):
-                averages, state = checkpoint.load(self._found, self.players.engines)
+                averages, state = checkpoint.load(self._found, self.players.engines, self.players.queue)
             self.ema.load(averages, state["ema_updates"])
             self.step, self.samples_seen = state["step"], state["samples_seen"]
             self.skipped_steps = state["skipped_steps"]

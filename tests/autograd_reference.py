@@ -37,18 +37,41 @@ def _estimate(denoiser: nn.Module, batch: Batch, sigma_data: float) -> tuple[Ten
     return xhat0, (weight * (x0 - xhat0) ** 2).mean(dim=(1, 2, 3))
 
 
-def _structure(config: Config, f: Tensor, g: Tensor, batch: Batch) -> Tensor:
-    """S over the pairs of the batch: Euclidean distances of unit rows, squared difference."""
-    first, second = torch.combinations(torch.arange(len(f))).T
-    f, g = f / f.norm(dim=1, keepdim=True), g / g.norm(dim=1, keepdim=True)
-    difference = (g[first] - g[second]).norm(dim=1) - (f[first] - f[second]).norm(dim=1)
+@dataclass
+class Seen:
+    """Features, weights and labels of samples."""
+
+    f: Tensor
+    g: Tensor
+    weight: Tensor
+    labels: Tensor
+
+
+def _seen(config: Config, f: Tensor, g: Tensor, batch: Batch) -> Seen:
     weight = torch.ones(len(f), dtype=torch.float64)
     if config.game.gate_log_snr is not None:
         log_snr = -2.0 * batch.t.double().log()
         weight = 1.0 / (1.0 + torch.exp(-config.game.gate_slope * (log_snr - config.game.gate_log_snr)))
+    return Seen(f, g, weight, batch.labels)
+
+
+def _structure(config: Config, batch: Seen, queue: list[Seen]) -> Tensor:
+    """S over the pairs with a sample of the batch: Euclidean distances of unit rows, squared difference.
+
+    queue: the last game.queue samples before this step, oldest first, one a piece.
+    """
+    size = len(batch.f)
+    everything = [batch, *queue]
+    f, g, weight, labels = (
+        torch.cat([getattr(samples, name) for samples in everything]) for name in ("f", "g", "weight", "labels")
+    )
+    first, second = torch.combinations(torch.arange(len(f))).T
+    first, second = first[first < size], second[first < size]
+    f, g = f / f.norm(dim=1, keepdim=True), g / g.norm(dim=1, keepdim=True)
+    difference = (g[first] - g[second]).norm(dim=1) - (f[first] - f[second]).norm(dim=1)
     pair = weight[first] * weight[second]
     if config.game.same_class:
-        pair = pair * (batch.labels[first] == batch.labels[second])
+        pair = pair * (labels[first] == labels[second])
     return (pair * difference**2).sum() / pair.sum() if pair.sum() > 0 else 0.0 * g.sum()
 
 
@@ -79,6 +102,7 @@ def play(config: Config, denoiser: nn.Module, psi: nn.Module, iterations: list[l
     denoiser, psi = denoiser.double(), psi.double()
     optimizers = _optimizer(denoiser, config.denoiser_optimizer), _optimizer(psi, config.discriminator_optimizer)
     game, trace = config.game, Trace({}, {})
+    queue: list[Seen] = []
     for step, micro_steps in enumerate(iterations):
         ranks = [batch for micro_step in micro_steps for batch in micro_step]
         # Pairs are made inside these: each rank's micro-batch, or all ranks' micro-batches of a micro step.
@@ -92,7 +116,7 @@ def play(config: Config, denoiser: nn.Module, psi: nn.Module, iterations: list[l
                 terms = []
                 for batch in groups:
                     xhat0 = _estimate(denoiser, batch, 0.5)[0].detach()
-                    terms.append(-_structure(config, psi(batch.x0.double()), psi(xhat0), batch))
+                    terms.append(-_structure(config, _seen(config, psi(batch.x0.double()), psi(xhat0), batch), queue))
                 norm = _step(psi, optimizers[1], torch.stack(terms).mean(), config.discriminator_optimizer)
         trace.psi_norms.append(norm)
         loss = torch.cat([_estimate(denoiser, batch, 0.5)[1] for batch in ranks]).mean()
@@ -100,10 +124,14 @@ def play(config: Config, denoiser: nn.Module, psi: nn.Module, iterations: list[l
         distance = None
         if playing:
             ramp = min(1.0, (step - game.start_step + 1) / game.ramp_steps) if game.ramp_steps else 1.0
-            terms = []
+            terms, new = [], []
             for batch in groups:
                 f = psi(batch.x0.double()).detach()
-                terms.append(_structure(config, f, psi(_estimate(denoiser, batch, 0.5)[0]), batch))
+                seen = _seen(config, f, psi(_estimate(denoiser, batch, 0.5)[0]), batch)
+                terms.append(_structure(config, seen, queue))
+                columns = seen.f, seen.g.detach(), seen.weight, seen.labels
+                new += [Seen(*one) for one in zip(*(column.split(1) for column in columns), strict=True)]
+            queue = (queue + new)[-game.queue :] if game.queue else []
             distance = torch.stack(terms).mean()
             loss = loss + game.lambda_s * ramp * distance
         trace.distances.append(None if distance is None else distance.item())

@@ -31,6 +31,8 @@ CASES = [
         Case(f"zero{stage}-bf16", "sadm", stage, precision="bf16"),
     )
 ]
+# It holds no whole number of steps: 8 samples on one rank, 16 on two.
+CASES.append(Case("queue", "sadm", 2, 2, game={"queue": 20, "gate_log_snr": 0.5, "same_class": True}))
 
 
 class Run:
@@ -46,7 +48,10 @@ class Run:
             self.ema.update()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        return {**self.game.weights(), "ema": gather(self.ema.average, self.game.shapes["denoiser"])}
+        found = {**self.game.weights(), "ema": gather(self.ema.average, self.game.shapes["denoiser"])}
+        if self.game.players.queue is not None:
+            found["queue"] = {name: value.clone() for name, value in self.game.players.queue.state().items()}
+        return found
 
 
 def trained(case: Case, folder: Path, place: Place) -> dict[str, Any]:
@@ -57,7 +62,7 @@ def trained(case: Case, folder: Path, place: Place) -> dict[str, Any]:
     state = {"ema_updates": run.ema.updates}
     writer = CheckpointWriter(
         folder / case.name, run.game.players.engines, lambda: run.ema.average, run.game.shapes["denoiser"],
-        identity={}, keep_last=1, say=print,
+        identity={}, queue=run.game.players.queue, keep_last=1, say=print,
     )  # fmt: skip
     writer.save(BEFORE, state)
     run.train(BEFORE, AFTER)  # the copy must not follow
@@ -72,7 +77,7 @@ def resumed(case: Case, folder: Path, place: Place) -> dict[str, Any]:
     run = Run(case, place, (3, 4))
     found = checkpoint.find(folder / case.name, {}, print)
     assert found is not None
-    averages, state = checkpoint.load(found, run.game.players.engines)
+    averages, state = checkpoint.load(found, run.game.players.engines, run.game.players.queue)
     run.ema.load(averages, state["ema_updates"])
     loaded = run.state()
     run.train(BEFORE, AFTER)
@@ -109,7 +114,7 @@ def trapped(case: Case, folder: Path, place: Place) -> dict[str, str]:
         (found / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "files": forged}))
         assert checkpoint.damage(found) is None
         try:
-            checkpoint.load(found, run.game.players.engines)
+            checkpoint.load(found, run.game.players.engines, run.game.players.queue)
             outcomes[name] = "loaded"
         except Exception as error:
             outcomes[name] = f"{type(error).__name__}: {error}"

@@ -98,6 +98,10 @@ def cases() -> list[Case]:
         Case("ramp", "sadm", 1, game={"start_step": 1, "ramp_steps": 4}),
         Case("ramp-accumulation2", "structure", 0, 2, game={"start_step": 1, "ramp_steps": 4}),
         Case("gate-same-class", "sadm", 0, game={"gate_log_snr": 0.5, "gate_slope": 2.0, "same_class": True}),
+        # Three steps of 8 samples on one rank, 16 on two; 4 and 8 with one micro-batch.
+        Case("queue", "sadm", 0, 2, game={"queue": 20}),
+        Case("queue-global", "sadm", 2, game={"queue": 10, "scope": "global", "gate_log_snr": 0.5, "same_class": True}),
+        Case("queue-reference", "structure", 2, implementation="reference", game={"queue": 8, "scope": "global"}),
         Case("bf16-structure", "structure", 0, precision="bf16"),
         Case("checkpointing-zero2-accumulation2", "sadm", 2, 2, checkpointing=True),
         Case("checkpointing-zero3", "sadm", 3, zero={"stage3_param_persistence_threshold": 0}, checkpointing=True),
@@ -135,7 +139,7 @@ def poisoned_cases() -> list[Case]:
     ]
     for mode in MODES:
         found.append(Case(f"{mode}-reference", mode, 0, implementation="reference"))
-    return found
+    return [*found, Case("queue", "sadm", 1, 2, game={"queue": 20})]
 
 
 # Whose gradient is NaN in each iteration: the first one finds no moments yet.
@@ -149,6 +153,7 @@ def bad_gradient_cases() -> list[Case]:
         *(Case(f"zero{stage}-accumulation2", "sadm", stage, 2) for stage in (0, 2)),
         *(Case(f"bf16-zero{stage}", "sadm", stage, precision="bf16") for stage in STAGES),
         Case("turns-zero2", "sadm", 2, game={"discriminator_steps": 2}),
+        Case("queue-zero2", "sadm", 2, game={"queue": 8}),
     ]
 
 

@@ -66,6 +66,12 @@ class Game:
             for name, engine in self.players.engines.items()
         }
 
+    @property
+    def queued(self) -> int:
+        """Samples in the feature queue."""
+        columns = None if self.players.queue is None else self.players.queue.columns
+        return 0 if columns is None else len(columns.real)
+
     def norms(self) -> dict[str, float | None]:
         return {name: gradient_norm(engine) for name, engine in self.players.engines.items()}
 
@@ -195,7 +201,12 @@ def bad_gradients(case: Case, place: Place) -> dict[str, Any]:
         after = game.weights()
         same = all(torch.equal(before[p][name], after[p][name]) for p in before for name in before[p])
         outcomes.append({"refused": refused, "same": same})
-    return {"outcomes": outcomes, "weights": game.weights(), "spared": spared.weights()}
+    return {
+        "outcomes": outcomes,
+        "weights": game.weights(),
+        "spared": spared.weights(),
+        "queued": (game.queued, spared.queued),
+    }
 
 
 def poison_of(player: str | None, last_rank: bool) -> Any:
@@ -205,9 +216,11 @@ def poison_of(player: str | None, last_rank: bool) -> Any:
     name = {"denoiser": "structure_distance", "discriminator": "discriminator_loss"}[player]
     real = getattr(engine, name)
 
-    def bad(*arguments: Any) -> Tensor:
-        loss: Tensor = real(*arguments)
-        return loss * torch.nan if last_rank else loss
+    def bad(*arguments: Any) -> Any:
+        value = real(*arguments)
+        if not last_rank:
+            return value
+        return value * torch.nan if isinstance(value, Tensor) else value._replace(distance=value.distance * torch.nan)
 
     return mock.patch(f"sadm_fast.engine.{name}", bad)
 

@@ -305,7 +305,8 @@ def identical(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) 
 def test_loading_brings_back_both_players_and_the_average(ranks: list[dict[str, Any]]):
     for found in ranks:
         for case in CASES:
-            assert set(found[case.name]["at_save"]) == {"denoiser", "discriminator", "ema"}
+            queue = {"queue"} if case.config.game.queue else set()
+            assert set(found[case.name]["at_save"]) == {"denoiser", "discriminator", "ema"} | queue
             assert identical(found[case.name]["resumed"]["loaded"], found[case.name]["at_save"]), case.name
 
 
@@ -336,7 +337,7 @@ def test_another_number_of_ranks_at_another_stage_goes_on_from_it(tmp_path_facto
             run_ranks("tests.checkpoint_worker", 2, str(folder), "elsewhere")
     for rank in range(2):
         moved = torch.load(folder / f"elsewhere-{rank}.pt", weights_only=True)
-        assert len(moved) == 4
+        assert len(moved) == 5
         for name, found in moved.items():
             assert identical(found["loaded"], one[name]["at_save"]), name
             for player, weights in found["at_end"].items():
@@ -348,7 +349,7 @@ def test_another_number_of_ranks_at_another_stage_goes_on_from_it(tmp_path_facto
 @pytest.mark.slow
 def test_no_file_of_a_checkpoint_can_run_code(tmp_path_factory: pytest.TempPathFactory):
     for name, outcomes in launched(tmp_path_factory, 1)[0]["trapped"].items():
-        assert "ema.safetensors" in outcomes
+        assert "ema.safetensors" in outcomes and ("queue.safetensors" in outcomes) == (name == "queue")
         assert any(path.startswith("denoiser/") for path in outcomes)
         for path, outcome in outcomes.items():
             assert outcome.startswith("UserError"), f"{name}: {path}: {outcome}"

@@ -168,6 +168,11 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
             {"data": {"resolution": 36}, "denoiser": {"name": "DiT-S/8"}},
             "data.resolution=36: must be a multiple of the patch size 8",
         ),
+        ({"game": {"queue": 64, "mode": "plain"}}, "game.queue=64: game.mode=plain compares nothing; it must be 0"),
+        (
+            {"game": {"queue": 15}, "train": {"micro_batch": 8, "grad_accumulation": 2}},
+            "game.queue=15: must be 0, or at least the 16 samples of a step",
+        ),
         ({"train": {"micro_batch": 1}}, "train.micro_batch=1: the game compares pairs, so it needs at least 2"),
         (
             {"deepspeed": {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}},
@@ -306,7 +311,7 @@ def other_values(value: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [n for n in (value + 8, 2 * value, 2 * value + 8, value - 1, 3) if n != value]
+        return [n for n in (value + 8, 2 * value, 2 * value + 8, value - 1, 3, 512) if n != value]
     if isinstance(value, float):
         return [value + 0.125, value * 0.5]
     if isinstance(value, list):

@@ -6,6 +6,7 @@ engine_worker.py plays the cases of engine_cases.py under DeepSpeed; autograd_re
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -200,6 +201,10 @@ def test_the_cases_could_tell_a_mistake():
     for case in others:
         moved = difference(reference(case, 2).denoiser, base[case.accumulation].denoiser)
         assert moved > 100 * FP32_WEIGHTS, case.name
+        if case.game.get("queue"):
+            without = replace(case, game={name: value for name, value in case.game.items() if name != "queue"})
+            moved = difference(reference(case, 2).denoiser, reference(without, 2).denoiser)
+            assert moved > 100 * FP32_WEIGHTS, f"{case.name}, without it"
 
 
 @pytest.mark.slow
@@ -247,6 +252,8 @@ def test_a_gradient_that_is_nan_on_one_rank_is_a_step_of_neither_player(results:
                 assert outcome["outcomes"][i] == {"refused": bad, "same": bad}, f"{name}: iteration {i}"
             for player, weights in outcome["weights"].items():
                 assert difference(weights, outcome["spared"][player]) == 0.0, f"{name}: {player}"
+            queued, spared = outcome["queued"]
+            assert queued == spared and (queued > 0) == (name == "queue-zero2"), name
 
 
 @pytest.mark.slow

@@ -225,5 +225,13 @@ def test_global_scope_gathers_the_features_of_all_ranks():
     config = tiny(game={"scope": "global"})
     both = players(config, *meta_models(config, 10))
     found = {t.purpose: t for t in transfers(config, both, 512, 8)}["features of S"]
-    # Two calls (one in each player's step) of real and generated: 8 ranks x 4 rows of 512 in bf16; 48 bytes of checks.
-    assert found.payload == 2 * (2 * 8 * 4 * 512 * 2 + 8 * 48)
+    # Two calls (one in each player's step) of real and generated: 8 ranks x 4 rows of 512 in bf16.
+    assert found.payload == 2 * (2 * 8 * 4 * 512 * 2)
+
+
+def test_a_queue_takes_the_features_of_all_ranks_once():
+    config = tiny(game={"queue": 100})
+    both = players(config, *meta_models(config, 10))
+    found = {t.purpose: t for t in transfers(config, both, 512, 8)}["feature queue"]
+    # 8 ranks x 4 samples: real, generated, weight and label in float32.
+    assert found.operation == "all-gather" and found.payload == 8 * 4 * (512 + 512 + 2) * 4

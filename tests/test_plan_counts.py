@@ -30,7 +30,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def planned(config: Config) -> Memory:
     models = meta_models(config, CLASSES)
-    return rank_memory(config, players(config, *models), activations(config, *models), WORLD_SIZE)
+    return rank_memory(
+        config,
+        players(config, *models),
+        activations(config, *models),
+        WORLD_SIZE,
+        feature_dim=0 if models[1] is None else models[1].feature_dim,
+    )
 
 
 @pytest.mark.slow

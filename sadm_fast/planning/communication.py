@@ -17,7 +17,7 @@ Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
 
 _VOTE = 4 * 4  # vote.Vote: int32 [4] an iteration
 _LOG = 15 * 8  # training_log.Interval: float64 [15] for each line
-_CHECK = 6 * 8  # structure_loss compares the ranks' arguments: int64 [6] from each
+_CHECK = 7 * 8  # structure_loss compares the ranks' arguments: int64 [7] from each
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ def transfers(
             found.append(Transfer(f"{player.name} weights", "all-gather", w * zero3.gathered(player, zero).in_all))
     if config.game.scope == "global" and config.game.mode != "plain":
         found += _global_structure(config, players[1], feature_dim, world_size)
+    if config.game.queue:
+        samples = world_size * config.train.micro_batch * config.train.grad_accumulation
+        found.append(Transfer("feature queue", "all-gather", samples * (2 * feature_dim + 2) * 4))
     found.append(Transfer("votes, norms, logging", "all-reduce", _small(config, players, stage)))
     return found
 
@@ -79,7 +82,9 @@ def _global_structure(config: Config, psi: Player, feature_dim: int, n: int) -> 
     calls = discriminating + denoising
     reference = config.implementation == "reference"
     element = 4 if reference else width(config)  # the reference widens its features before they travel
-    one = 2 * rows * feature_dim * element + n * _CHECK
+    one = 2 * rows * feature_dim * element
+    if reference:  # at each call; the fast path does so at its first one
+        one += n * _CHECK
     if reference or game.gate_log_snr is not None:
         one += rows * 4
     if game.same_class:

@@ -79,6 +79,7 @@ def rank_memory(
     stage: int | None = None,
     offload: Offload | None = None,
     checkpointing: bool | None = None,
+    feature_dim: int = 0,
 ) -> Memory:
     """The plan of rank 0; without evaluation the other ranks hold no copies for pictures.
 
@@ -87,6 +88,7 @@ def rank_memory(
         stage: of ZeRO, 0 to 3; None: the configuration's.
         offload: None: the configuration's. Only from stage 1 on, and of parameters at stage 3.
         checkpointing: activation checkpointing of the denoiser's blocks; None: the configuration's.
+        feature_dim: of Psi, for game.queue.
     """
     zero, w = config.deepspeed.zero_optimization, width(config)
     stage = zero.stage if stage is None else stage
@@ -128,6 +130,8 @@ def rank_memory(
         )
         separate = 0 if w == _FP32 and stage == 0 else 1
         optimizer_at[f"copy of {player.name}'s masters and moments"] = (2 + separate) * _FP32 * share(player)
+    if config.game.queue:
+        device["feature queue"] = config.game.queue * (2 * feature_dim * _FP32 + _FP32 + 8)  # and weights, labels
     optimizer_at["EMA"] = _FP32 * share(players[0])
     for player in players:
         if not player.has_engine:

@@ -35,7 +35,9 @@ def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumpti
     samples = train.micro_batch * train.grad_accumulation
 
     def memory(n: int, stage: int, offload: Offload, checkpointing: bool | None = None) -> Memory:
-        return rank_memory(config, both, kept, n, stage=stage, offload=offload, checkpointing=checkpointing)
+        return rank_memory(
+            config, both, kept, n, stage=stage, offload=offload, checkpointing=checkpointing, feature_dim=feature_dim
+        )
 
     def scaled(n: int) -> dict[str, Any]:
         moved = transfers(config, both, feature_dim, n)

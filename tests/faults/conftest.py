@@ -21,7 +21,7 @@ SCRIPT = ROOT / "tests" / "faults" / "faulty_train.py"
 VARIANTS = {
     "zero0": ["deepspeed.zero_optimization.stage=0"],
     "zero1": ["deepspeed.zero_optimization.stage=1"],
-    "zero2-bf16": ["deepspeed.zero_optimization.stage=2", "train.precision=bf16", "game.scope=global"],
+    "zero2-bf16": ["deepspeed.zero_optimization.stage=2", "train.precision=bf16", "game.scope=global", "game.queue=16"],
     "zero3": ["deepspeed.zero_optimization.stage=3"],
 }
 TABLES = pytest.StashKey[dict[str, list[str]]]()

@@ -58,7 +58,7 @@ def spoiled(value: Any) -> Any:
     """A tensor as NaN; of a tuple, everything in it that can be."""
     if isinstance(value, torch.Tensor):
         return value * torch.nan if value.is_floating_point() else value
-    return type(value)(*map(spoiled, value))
+    return type(value)(*map(spoiled, value)) if isinstance(value, tuple) else value
 
 
 def torn(path: Path) -> None:

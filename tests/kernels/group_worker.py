@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sadm_kernels import backends, structure_loss
+from sadm_kernels import Queue, backends, share, structure_loss
 from sadm_kernels.reference import _Gather
 
 IMPLEMENTATIONS = [impl for impl in ("reference", "native") if backends()[impl] == "ok"]
@@ -31,7 +31,16 @@ CASES = list(
         (False, True),
     )
 )
+QUEUE_CASES = [  # relation, normalize, weighted
+    ("euclidean", "unit", False),
+    ("euclidean", "mean", True),
+    ("cosine", "unit", True),
+    ("gaussian", "mean", False),
+    ("gaussian", "none", True),
+]
 SHAPES: dict[str, Any] = {"tau": 0.8, "delta": 0.2}
+COLUMNS = {"native": (2048, 4096), "reference": (2048,)}  # of batches shared by two ranks, whose memory is measured
+WIDTH = 32
 
 
 def whole_batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,6 +50,13 @@ def whole_batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tenso
     weight = torch.rand(size, generator=generator, dtype=torch.float64)
     weight[:SHARE] = 0.0  # the first rank's gate is closed
     return real, fake, weight, torch.arange(size) % 2
+
+
+def past(weighted: bool) -> Queue:
+    """The same on every rank."""
+    real, fake, weight, labels = whole_batch(7, seed=1)
+    weight += 0.1
+    return Queue(real, fake, weight if weighted else None, labels)
 
 
 def play(group: Any, ranks: tuple[int, ...], impl: str) -> dict[Any, tuple[Tensor, ...]]:
@@ -66,6 +82,15 @@ def play(group: Any, ranks: tuple[int, ...], impl: str) -> dict[Any, tuple[Tenso
         first = torch.autograd.grad(loss, (f, g), retain_graph=True)
         second = torch.autograd.grad(loss, (f, g))
         results[case] = (loss.detach(), *first, *second)
+    for relation, normalize, weighted in QUEUE_CASES:
+        f, g = real.clone().requires_grad_(True), fake.clone().requires_grad_(True)
+        options: dict[str, Any] = {"relation": relation, "normalize": normalize, "impl": impl, **SHAPES}
+        given = {"weight": weight if weighted else None, "labels": labels, "queue": past(weighted), "group": group}
+        loss = structure_loss(f, g, **given, **options)
+        results["queue", relation, normalize, weighted] = (loss.detach(), *torch.autograd.grad(loss, (f, g)))
+        for check in (True, False):
+            early = structure_loss(share(real, **given, check=check), g, **options)
+            results["early", relation, normalize, weighted, check] = (early.detach(), *torch.autograd.grad(early, g))
     f = real.clone().requires_grad_(True)
     loss = structure_loss(f, fake, normalize="mean", group=group, impl=impl)
     (only_real,) = torch.autograd.grad(loss, f)
@@ -79,6 +104,28 @@ def gather_backward(group: Any, rank: int) -> tuple[Tensor, Tensor]:
     asked = torch.full((WORLD, 2), 10.0**rank)
     (grad,) = torch.autograd.grad(_Gather.apply(row, group), row, grad_outputs=asked)
     return grad, asked
+
+
+def memory(group: Any, impl: str) -> list[int]:
+    """Bytes that loss and gradient of half a batch need at their fullest, for growing sizes of the batch (Linux).
+
+    Counted from before the first: what the C++ kernel keeps for its next call belongs to it.
+    """
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+    structure_loss(torch.randn(4, 4), torch.randn(4, 4, requires_grad=True), group=group, impl=impl).backward()
+    found = []
+    before = status("VmRSS")
+    for columns in COLUMNS[impl]:
+        real, fake = torch.randn(2, columns // 2, WIDTH)
+        fake.requires_grad_(True)
+        Path("/proc/self/clear_refs").write_text("5")
+        torch.autograd.grad(structure_loss(real, fake, group=group, impl=impl), fake)
+        found.append(status("VmHWM") - before)
+    return found
 
 
 def attempt(call: Callable[[], object]) -> str:
@@ -109,6 +156,9 @@ def mistakes(group: Any, rank: int) -> dict[str, str]:
                 *(x.to(torch.float32 if rank else torch.bfloat16) for x in (real, fake)), group=group
             )
         ),
+        "queue": attempt(
+            lambda: structure_loss(real, fake, queue=Queue(real[:rows], fake[:rows]) if rank else None, group=group)
+        ),
         "labels": attempt(lambda: structure_loss(real, fake, labels=labels if rank else None, group=group)),
         "weight": attempt(lambda: structure_loss(real, fake, weight=torch.zeros(SHARE), group=group)),
         **{f"second derivative, {impl}": second_derivative(impl) for impl in IMPLEMENTATIONS},
@@ -127,12 +177,16 @@ def main() -> None:
         timeout=timedelta(seconds=120),  # a hang is a failure, not a wait
     )
     groups = {name: dist.new_group(list(ranks)) for name, ranks in GROUPS.items()}
+    measured = {}
+    if rank in GROUPS["two"] and Path("/proc/self/clear_refs").exists():  # before others leave room behind
+        measured = {impl: memory(groups["two"], impl) for impl in sorted(IMPLEMENTATIONS)}
     results: dict[str, Any] = {
         f"{name}, {impl}": play(groups[name], ranks, impl)
         for name, ranks in GROUPS.items()
         if rank in ranks
         for impl in IMPLEMENTATIONS
     }
+    results["memory"] = measured
     results["gather"] = gather_backward(groups["three"], rank)
     results["mistakes"] = mistakes(groups["three"], rank)
     torch.save(results, folder / f"rank-{rank}.pt")

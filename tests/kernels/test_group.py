@@ -98,6 +98,42 @@ def test_loss_and_gradients_equal_one_process_with_the_whole_batch(group) -> Non
                 assert torch.allclose(found, value, rtol=1e-10, atol=1e-13), (case, rank, found, value)
 
 
+def test_with_a_queue_loss_and_gradients_equal_one_process_with_the_whole_batch(group) -> None:
+    real, fake, weight, labels = worker.whole_batch(worker.SHARE * len(group))
+    real.requires_grad_(True), fake.requires_grad_(True)
+    for relation, normalize, weighted in worker.QUEUE_CASES:
+        options = {"relation": relation, "normalize": normalize, "impl": "reference", **worker.SHAPES}
+        given = {"weight": weight if weighted else None, "labels": labels, "queue": worker.past(weighted)}
+        loss = structure_loss(real, fake, **given, **options)
+        gradients = torch.autograd.grad(loss, (real, fake))
+        for rank, results in enumerate(group):
+            own = slice(rank * worker.SHARE, (rank + 1) * worker.SHARE)
+            expected = [loss.detach(), *(grad[own] for grad in gradients)]
+            for found, value in zip(results["queue", relation, normalize, weighted], expected, strict=True):
+                # float64 sums of at most 144 terms in another order
+                torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-13)
+
+
+def test_features_sent_ahead_change_no_bit(group) -> None:
+    for case in worker.QUEUE_CASES:
+        for results in group:
+            loss, _, grad = results["queue", *case]
+            for check in (True, False):
+                early_loss, early_grad = results["early", *case, check]
+                assert torch.equal(early_loss, loss) and torch.equal(early_grad, grad)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak counter")
+@pytest.mark.skipif(backends()["native"] != "ok", reason=backends()["native"])
+def test_memory_of_a_rank_grows_with_the_batch_and_not_with_its_square(ranks) -> None:
+    for rank in worker.GROUPS["two"]:
+        (small, large), (eager,) = ranks[rank]["memory"]["native"], ranks[rank]["memory"]["reference"]
+        # A rank's share of one float32 matrix of all pairs; the definition needs several of them.
+        matrices = [columns // 2 * columns * 4 for columns in worker.COLUMNS["native"]]
+        assert small < matrices[0] < eager and large < matrices[1] / 2
+        assert large < 3 * small  # it doubles with the columns; their square would be 4 times as large
+
+
 def test_the_gradient_of_one_input_alone_is_complete(group) -> None:
     size = worker.SHARE * len(group)
     real, fake, *_ = worker.whole_batch(size)
@@ -124,6 +160,7 @@ def test_a_gathers_gradient_sums_what_all_ranks_ask_and_leaves_their_tensors_alo
             "ValueError: real.dtype on the ranks of group: torch.bfloat16, torch.float32, torch.float32;"
             " must be the same on all",
         ),
+        ("queue", "ValueError: rows of queue on the ranks of group: 0, 2, 3; must be the same on all"),
         ("labels", "ValueError: labels given on the ranks of group: False, True, True; must be the same on all"),
         ("weight", "ValueError: weight: all are zero on every rank of group, at least one must be positive"),
         ("nothing", ""),

@@ -19,6 +19,7 @@ def features(size: int = 20, d: int = 8, dtype: torch.dtype = torch.float32) -> 
     return real.clone(), fake.clone()
 
 
+NO_QUEUE = (None,) * 4
 WEIGHT, LABELS = torch.linspace(0, 1, 20), torch.arange(20) % 3
 
 
@@ -29,6 +30,7 @@ def test_the_operator_passes_opcheck(dtype: torch.dtype, need_real: bool, need_f
     options: list[Any] = [None, None, "euclidean", "squared", "unit", 1.0, 1.0]
     if need_real:
         options = [WEIGHT, LABELS, "gaussian", "huber", "mean", 0.8, 0.2]
+    options[2:2] = NO_QUEUE
     arguments = (real.requires_grad_(need_real), fake.requires_grad_(need_fake), *options)
     result = torch.library.opcheck(_structure_loss, (*arguments, "native", need_real, need_fake))
     assert set(result.values()) == {"SUCCESS"}
@@ -97,7 +99,7 @@ def test_a_second_derivative_is_refused_and_never_left_out(compiled: bool) -> No
     fake.requires_grad_(True)
     if compiled:  # the operator, which compiled code calls
         options = ("euclidean", "squared", "unit", 1.0, 1.0, "native", False, True)
-        loss = _structure_loss(real, fake, None, None, *options)[0]
+        loss = _structure_loss(real, fake, None, None, *NO_QUEUE, *options)[0]
     else:
         loss = structure_loss(real, fake, impl="native")
     with pytest.raises(RuntimeError, match="no second derivative .*use impl='reference'"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sadm_kernels import ops, reference
+from sadm_kernels import Queue, ops, reference
 from sadm_kernels.problem import Problem
 from sadm_kernels.reference import NORMALIZATIONS, PENALTIES, RELATIONS
 from sadm_kernels.triton import distance_sums, launch, loss_and_gradients, slope_sums
@@ -173,17 +173,41 @@ def test_every_dtype(place, dtype, relation, normalize) -> None:
     assert_as_exact_as_eager(real, fake, fused(real, fake, **options), **options)
 
 
+def through_ops(real: Tensor, fake: Tensor, queue: Queue | None = None, **options: Any) -> Tensor:
+    """What the public function calls on a GPU."""
+    settings = {"weight": None, "labels": None, "penalty": "squared", **options}
+    return ops.structure_loss(
+        "triton", real, fake, queue=queue, group=None, shared=None, tau=TAU, delta=DELTA, **settings
+    )
+
+
+@pytest.mark.parametrize("strips", [False, True])
+@pytest.mark.parametrize(("relation", "normalize"), [("euclidean", "unit"), ("cosine", "none"), ("gaussian", "mean")])
+def test_with_a_queue(place, monkeypatch, relation, normalize, strips) -> None:
+    """Rows of the batch against its own columns and those of the past, in one matrix."""
+    monkeypatch.setattr(launch, "STRIPS_FROM", 0 if strips else 10**9)
+    real, fake = (x.requires_grad_(True) for x in features(place.size, place.d, BF16, place.device))
+    past = features(2 * place.size + 1, place.d, BF16, place.device)
+    rows = len(past[0])
+    queue = Queue(*past, some_weight(rows, place.device), some_labels(rows, place.device))
+    options = {"relation": relation, "normalize": normalize, "labels": some_labels(place.size, place.device)}
+    loss = through_ops(real, fake, queue, **options)
+    grad_real, grad_fake = torch.autograd.grad(loss, (real, fake))
+    assert_as_exact_as_eager(real, fake, (loss.detach(), grad_real, grad_fake), **options, queue=queue)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_through_the_operator(place, relation, compiled) -> None:
     real, fake = (x.requires_grad_(True) for x in features(place.size, place.d, BF16, place.device))
     options = {"relation": relation, "penalty": "huber", "normalize": "mean"}
-    rest = {"weight": some_weight(place.size, place.device), "labels": None}
+    rest: dict[str, Any] = {"weight": some_weight(place.size, place.device), "labels": None}
     if compiled:
-        arguments = (*rest.values(), *options.values(), TAU, DELTA, "triton", True, True)
+        no_queue = (None,) * 4
+        arguments = (*rest.values(), *no_queue, *options.values(), TAU, DELTA, "triton", True, True)
         loss = torch.ops.sadm_kernels.structure_loss(real, fake, *arguments)[0]
     else:
-        loss = ops.structure_loss("triton", real, fake, **rest, **options, tau=TAU, delta=DELTA, group=None)
+        loss = through_ops(real, fake, **rest, **options)
     grad_real, grad_fake = torch.autograd.grad(loss, (real, fake))
     assert loss.dtype == FP32 and grad_real.dtype == grad_fake.dtype == BF16
     assert_as_exact_as_eager(real, fake, (loss.detach(), grad_real, grad_fake), **options, weight=rest["weight"])
