@@ -14,7 +14,9 @@ CLASSES = 1000
 
 
 def game_config(mode: str = "sadm", *, micro_batch: int = 32, implementation: str = "fast", **blocks: Any) -> Config:
-    """The configuration; `blocks` are changes to the blocks train, structure_encoder, zero_optimization."""
+    """The configuration; `blocks`: denoiser in place of DiT-S/4, and additions to train, structure_encoder and
+    zero_optimization.
+    """
     return check_config(
         {
             "name": "benchmark",
@@ -22,7 +24,7 @@ def game_config(mode: str = "sadm", *, micro_batch: int = 32, implementation: st
             "data": {"source": "latents", "path": "made-up", "resolution": 256, "channels": 3},
             "latents": {"autoencoder": "made-up"},
             "diffusion": {"process": "vp", "learn_sigma": True},
-            "denoiser": {"name": "DiT-S/4", "num_classes": CLASSES},
+            "denoiser": blocks.get("denoiser", {"name": "DiT-S/4", "num_classes": CLASSES}),
             "structure_encoder": {"architecture": "resnet18", **blocks.get("structure_encoder", {})},
             "game": {"mode": mode},
             "train": {"micro_batch": micro_batch, **blocks.get("train", {})},

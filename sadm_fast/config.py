@@ -237,7 +237,9 @@ class ZeroConfig(Block):
     stage: Literal[0, 1, 2, 3] = 0
     overlap_comm: bool | None = None
     contiguous_gradients: bool = True
-    reduce_bucket_size: int = Field(500_000_000, ge=1)
+    reduce_bucket_size: int = Field(
+        50_000_000, ge=1, description="elements of a buffer for gradients that is there however small the model is"
+    )
     allgather_bucket_size: int = Field(500_000_000, ge=1)
     offload_optimizer: OffloadConfig | None = None
     offload_param: OffloadConfig | None = None

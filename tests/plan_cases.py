@@ -66,6 +66,8 @@ CASES = {
         PlanCase("zero2-offload", 2, zero={"offload_optimizer": {"device": "cpu"}}),
         PlanCase("zero2-offload-accumulation", 2, zero={"offload_optimizer": {"device": "cpu"}}, train=_TWICE),
         PlanCase("zero3-offload", 3, zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
+        PlanCase("zero2-checkpointing", 2, train={"activation_checkpointing": True}),
+        PlanCase("zero3-checkpointing", 3, zero=_NONE, train={"activation_checkpointing": True}),
         PlanCase("global", 1, game={"scope": "global", "same_class": True, "gate_log_snr": 0.0}),
         PlanCase("queue", 2, game={"queue": 4096}),  # as large as the networks
         PlanCase("global-reference", 0, game={"scope": "global"}, implementation="reference"),

@@ -54,6 +54,20 @@ def test_a_steps_cost_is_that_of_its_samples():
     assert more == {what: 6 * flops for what, flops in one.items()}
 
 
+def test_activation_checkpointing_is_counted_where_it_is_on():
+    costs, peaks = [], []
+    for on in (False, True):
+        asked = published("DiT-S/4", micro_batch=64, activation_checkpointing=on)
+        models = meta_models(asked, 10)
+        costs.append(step_flops(asked, *models))
+        peaks.append(rank_memory(asked, players(asked, *models), activations(asked, *models), 1).peak)
+        whole = rank_memory(asked, players(asked, *models), activations(asked, *models), 1, checkpointing=False).peak
+    assert costs[0]["denoiser forward"] == costs[1]["denoiser forward"]
+    again = costs[1]["denoiser backward"] - costs[0]["denoiser backward"]
+    assert again == pytest.approx(costs[0]["denoiser forward"], rel=0.01)  # but for the first and the last layer
+    assert peaks[1] < 0.6 * peaks[0] and whole == peaks[0]
+
+
 def test_the_game_costs_what_its_passes_do():
     game = {"mode": "sadm"}
     structure, sadm = config(game={"mode": "structure"}), config(game=game)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sadm_fast.config import Config
+from sadm_fast.models import DiT
 
 # "train": forward and backward. "forward": without a graph.
 Pass = Literal["train", "forward"]
@@ -18,6 +19,7 @@ class Node(NamedTuple):
 
     own: tuple[int, ...]
     children: "tuple[Node, ...]"
+    recomputed: bool = False  # its forward runs again before its backward: activation checkpointing
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def players(config: Config, denoiser: nn.Module, psi: nn.Module | None) -> list[
 def _call_tree(module: nn.Module, *inputs: Tensor) -> Node:
     """The modules that module(*inputs) calls, in the order of the calls; inputs as the module's parameters, on meta."""
     index = {parameter: i for i, parameter in enumerate(module.parameters())}
+    checkpointed = set(module.blocks) if isinstance(module, DiT) and module.activation_checkpointing else set()
     open_calls: list[list[Node]] = [[]]  # for each call that has begun and not ended: the calls inside it
 
     def enter(called: nn.Module, inputs: object) -> None:
@@ -85,7 +88,8 @@ def _call_tree(module: nn.Module, *inputs: Tensor) -> Node:
 
     def leave(called: nn.Module, inputs: object, output: object) -> None:
         inside = tuple(open_calls.pop())
-        open_calls[-1].append(Node(tuple(index[p] for p in called.parameters(recurse=False)), inside))
+        own = tuple(index[p] for p in called.parameters(recurse=False))
+        open_calls[-1].append(Node(own, inside, recomputed=called in checkpointed))
 
     hooks: list[RemovableHandle] = []
     for part in module.modules():

@@ -72,7 +72,7 @@ def _memory(plan: dict[str, Any]) -> Iterator[str]:
             f"{row['peak_with_checkpointing'] / _GIB:>8.2f}{sum(row['host'].values()) / _GIB:>8.2f}"
         )
     yield f"  ! does not fit into {limit / 1e9:.0f} GB. ckpt: the peak with activation checkpointing of the denoiser's"
-    yield "  blocks (train.activation_checkpointing). pictures: fp32 copies of the models, to draw samples, on rank 0."
+    yield "  blocks (train.activation_checkpointing). pictures: fp32 copies of the models on rank 0, to draw samples."
     yield "  Not counted: CUDA and NCCL, workspaces, fragmentation, the batch, the autoencoder on rank 0 (latents)."
 
 

@@ -76,6 +76,9 @@ class _Coordinator:
 
     def backward(self, node: Node) -> None:
         self._fetch(node.own)
+        if node.recomputed:
+            for child in node.children:
+                self.forward(child)
         for child in reversed(node.children):
             self.backward(child)
         self._release(node.own, forget=False)
@@ -129,4 +132,5 @@ def _forward_order(node: Node) -> list[tuple[int, ...]]:
 
 
 def _backward_order(node: Node) -> list[tuple[int, ...]]:
-    return [node.own, *(own for child in reversed(node.children) for own in _backward_order(child))]
+    again = [own for child in node.children for own in _forward_order(child)] if node.recomputed else []
+    return [node.own, *again, *(own for child in reversed(node.children) for own in _backward_order(child))]
