@@ -41,16 +41,17 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Requests inside are for the caller to notice, Ctrl-C too; a second Ctrl-C ends the process as usual.
-
-        After it, what is left is the end of the process; the launcher's signals must not cut that short.
-        """
+        """Requests inside and after are for the caller to notice, Ctrl-C inside too; a second Ctrl-C ends the process."""
         before = signal.signal(signal.SIGINT, self._hear)
-        self._deferred = True
+        self.defer()
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def defer(self) -> None:
+        """From now on a request is only noted: what is left must not be cut short by a launcher that ends all ranks."""
+        self._deferred = True
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

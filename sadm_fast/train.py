@@ -54,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     request = StopRequest()
     try:
-        return _train(arguments, request)
+        try:
+            return _train(arguments, request)
+        finally:
+            request.defer()
     except UserError as error:
         print_error(error)
         return EXIT_USER_ERROR

@@ -46,5 +46,11 @@ def test_the_launchers_signal_does_not_cut_the_end_short(request_: StopRequest):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_nor_what_is_said_after_an_error(request_: StopRequest):
+    request_.defer()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert request_.asked
+
+
 def test_no_launcher_is_watched_where_there_is_none(request_: StopRequest):
     assert not request_.asked
