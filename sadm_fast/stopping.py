@@ -41,7 +41,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Requests inside and after are for the caller to notice, Ctrl-C inside too; a second Ctrl-C ends the process."""
+        """Requests inside and after are only noted, Ctrl-C inside too; a second Ctrl-C ends the process."""
         before = signal.signal(signal.SIGINT, self._hear)
         self.defer()
         try:
