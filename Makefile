@@ -47,10 +47,10 @@ test: lint ## every check: ruff, mypy, pytest
 test-fast: install ## pytest without the tests that start training processes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(TEST_PROCESSES) -m 'not slow and not soak'
 
-test-faults: install ## kill, stop and poison trainings at every point (about half an hour); writes docs/faults.md
+test-faults: install ## kill, stop and poison trainings at every point (about an hour); writes docs/faults.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark tests/faults tests -m soak --faults-table docs/faults.md
 
-benchmark: install ## the structure loss against its peers: table, CSV and picture (about half an hour)
+benchmark: install ## the structure loss against its peers: table, CSV and picture (about an hour)
 	@$(BIN)/python benchmarks/structure_loss.py
 
 lint: install build/typing/sadm_kernels ## ruff and mypy, nothing is changed

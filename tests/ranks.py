@@ -81,7 +81,7 @@ def folder_of_run(factory: pytest.TempPathFactory, module: str, world_size: int)
 
 
 def run_once(
-    factory: pytest.TempPathFactory, module: str, world_size: int, phases: tuple[str, ...] = ()
+    factory: pytest.TempPathFactory, module: str, world_size: int, phases: tuple[str, ...] = (), timeout: float = 900.0
 ) -> list[dict[str, Any]]:
     """What every rank of `python -m module FOLDER` left in FOLDER/rank-N.pt; one launch for all pytest processes.
 
@@ -92,6 +92,6 @@ def run_once(
         if not folder.exists():
             folder.mkdir()
             for phase in [[phase] for phase in phases] or [[]]:
-                run_ranks(module, world_size, str(folder), *phase)
+                run_ranks(module, world_size, str(folder), *phase, timeout=timeout)
     # After a launch that failed, the files are not there, and every test that wants them says so.
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(world_size)]
