@@ -61,7 +61,8 @@ def check_queue(config: Config, world_size: int) -> None:
     samples = config.train.micro_batch * config.train.grad_accumulation * world_size
     if 0 < config.game.queue < samples:
         raise UserError(
-            f"game.queue={config.game.queue}: must be 0, or at least the {samples} samples of a step on {world_size} ranks"
+            f"game.queue={config.game.queue}: must be 0, or at least the {samples} samples of a step on"
+            f" {world_size} ranks"
         )
 
 
