@@ -58,6 +58,16 @@ def check_optimizers(config: Config) -> None:
             _fused_adam(f"{player}.type=apex_fused_adam")
 
 
+def check_queue(config: Config, world_size: int) -> None:
+    """UserError if the feature queue could not hold what all ranks push in one step."""
+    samples = config.train.micro_batch * config.train.grad_accumulation * world_size
+    if 0 < config.game.queue < samples:
+        raise UserError(
+            f"game.queue={config.game.queue}: must be 0, or at least the {samples} samples of a step on"
+            f" {world_size} ranks"
+        )
+
+
 def _fused_adam(asked: str) -> Any:
     try:
         from apex.optimizers import FusedAdam
@@ -145,9 +155,7 @@ class Players:
         )
         self.queue: FeatureQueue | None = None
         if game.queue:
-            step = config.train.micro_batch * config.train.grad_accumulation * self.world_size
-            if game.queue < step:
-                raise UserError(f"game.queue={game.queue}: must be 0, or at least the {step} samples of a step")
+            check_queue(config, self.world_size)
             self.queue = FeatureQueue(game.queue, self.psi.feature_dim, device)
 
     def _initialize(self, module: nn.Module, optimizer: OptimizerConfig) -> Any:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from sadm_fast.engine import deepspeed_dict, learning_rate
+from sadm_fast.engine import check_queue, deepspeed_dict, learning_rate
+from sadm_fast.errors import UserError
 from sadm_fast.preparation import build_denoiser, build_psi
 from tests.autograd_reference import Trace, play
 from tests.engine_cases import (
@@ -279,6 +280,13 @@ def test_the_learning_rate_warms_up_stays_and_cools_down():
     assert [learning_rate(optimizer, step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     cooling = optimizer.model_copy(update={"warmup_steps": 0, "decay_steps": 4})
     assert [learning_rate(cooling, step, 6) for step in range(6)] == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_queue_has_room_for_a_step_of_all_ranks():
+    config = Case("", "sadm", 0, 2, game={"queue": 16}).config
+    check_queue(config, world_size=2)
+    with pytest.raises(UserError, match=r"^game.queue=16: must be 0, or at least the 24 samples of a step on 3 ranks$"):
+        check_queue(config, world_size=3)
 
 
 @pytest.mark.parametrize("stage", STAGES)
