@@ -127,7 +127,13 @@ def kill_and_restart(
                 subprocess.run([*hosts.cable, "down"], check=True)
             kill_all(programs[victim])
 
-        programs[1].when(lambda: any(run.glob("checkpoints/step-*/COMPLETE")), kill)
+        def saved() -> bool:
+            for program in programs:
+                if program.process.poll() is not None:
+                    pytest.fail(f"ended too early: {program.finish(None)}")
+            return any(run.glob("checkpoints/step-*/COMPLETE"))
+
+        programs[1].when(saved, kill)
         started = time.monotonic()
         out, err = programs[1 - victim].finish(None)
         ended = {"after": time.monotonic() - started, "code": programs[1 - victim].process.returncode}
