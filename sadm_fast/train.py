@@ -92,7 +92,7 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
 
     with distributed() as place:
         from sadm_fast.data.latents import LatentSource
-        from sadm_fast.engine import check_optimizers
+        from sadm_fast.engine import check_optimizers, check_queue
         from sadm_fast.feed import open_data
         from sadm_fast.models.autoencoder import Autoencoder
         from sadm_fast.preparation import check_psi, resolve_classes
@@ -109,6 +109,7 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
             autoencoder.require_space(source.encoding.space, f"data.path={source.where}")
         check_psi(config, source)
         check_optimizers(config)
+        check_queue(config, place.world_size)
         barrier()  # nobody claims the folder while another rank still checks it
         if place.rank == 0:
             folder.claim(config)
