@@ -67,9 +67,21 @@ def distributed() -> Iterator[Place]:
         check_alone()
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
         store, rank, world_size = dist.HashStore(), 0, 1
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=_PATIENCE, device_id=device if cuda else None
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=_PATIENCE,
+            device_id=device if cuda else None,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-160:]
+        raise LostRank(
+            f"rank {rank} of {world_size} cannot connect to the others ({reason}); where machines have several"
+            " network interfaces, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the one to use (docs/scale.md)"
+        ) from None
     with _silence():
         _start_deepspeed(backend)
     lost = False

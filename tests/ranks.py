@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def clean_environment() -> dict[str, str]:
     """The environment for a child that is to be a rank or a launcher, whatever this process was started by."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
     return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 

@@ -6,10 +6,12 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from sadm_fast import rendezvous
 from sadm_fast.errors import LostRank, UserError
+from sadm_fast.launch import distributed
 from tests.programs import free_port
 
 SOON = datetime.timedelta(seconds=1)
@@ -70,7 +72,8 @@ def test_one_of_several_tasks_does_not_take_itself_for_the_only_one(environment:
 
 
 def test_loopback_is_used_unless_another_interface_was_chosen(environment: pytest.MonkeyPatch):
-    environment.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    environment.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set below does not outlive this test
+    environment.delenv("GLOO_SOCKET_IFNAME")
     environment.setenv("NCCL_SOCKET_IFNAME", "eth7")
     rendezvous.stay_on_loopback()
     assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0") and os.environ["NCCL_SOCKET_IFNAME"] == "eth7"
@@ -120,3 +123,11 @@ def test_a_rank_that_nobody_meets_says_so(environment: pytest.MonkeyPatch, rank:
     launched(environment, "127.0.0.1", port, RANK=rank)
     with pytest.raises(LostRank, match=f"rank {rank} of 2: not all ranks met at .* MASTER_PORT={port}"):
         rendezvous.meet(SOON)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo is for CPUs")
+def test_an_interface_that_is_not_there_is_named_in_one_line(environment: pytest.MonkeyPatch):
+    launched(environment, "127.0.0.1", free_port(), WORLD_SIZE="1")
+    environment.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    with pytest.raises(LostRank, match=r"rank 0 of 1 cannot connect.*nowhere0.*GLOO_SOCKET_IFNAME"), distributed():
+        pass
