@@ -24,6 +24,18 @@ def clean_environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
+def meeting(store: TCPStore, rank: int, world_size: int) -> dict[str, str]:
+    """What tells a rank on this machine where to meet the others: at a store that somebody else keeps."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(world_size),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
+
+
 def run_ranks(module: str, world_size: int, *arguments: str, timeout: float = 900.0) -> None:
     """`python -m module arguments...` as ranks 0 .. world_size-1; AssertionError with their output if one fails.
 
@@ -35,15 +47,7 @@ def run_ranks(module: str, world_size: int, *arguments: str, timeout: float = 90
     if world_size > 1:
         # This process holds the store the ranks meet at, so that nobody can take its port in between.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        meeting = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "WORLD_SIZE": str(world_size),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        environments = [
-            {**clean_environment(), **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)
-        ]
+        environments = [{**clean_environment(), **meeting(store, rank, world_size)} for rank in range(world_size)]
     with ExitStack() as stack:
         # Files, not pipes: a rank whose pipe is full would stop, and all the others with it.
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in environments]

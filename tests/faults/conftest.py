@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from tests.faults.faults import Fault, environment
 from tests.programs import Program, start_line
-from tests.ranks import ROOT
+from tests.ranks import ROOT, meeting
 from tests.test_train import write_images
 
 RANKS, STEPS, CHECKPOINT_EVERY = 2, 40, 3
@@ -103,15 +103,8 @@ class Training:
         """Two ranks without a launcher, as srun starts them, to their end: exit code and output of each."""
         argv = [sys.executable, str(SCRIPT), *self.arguments(run)]
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # nobody can take its port in between
-        meeting = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "WORLD_SIZE": str(RANKS),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
         ranks = [
-            Program(argv, self.folder, meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment(*faults))
-            for rank in range(RANKS)
+            Program(argv, self.folder, meeting(store, rank, RANKS) | environment(*faults)) for rank in range(RANKS)
         ]
         said = [rank.finish(code=None) for rank in ranks]
         return [(rank.process.returncode, out + err) for rank, (out, err) in zip(ranks, said, strict=True)]
