@@ -67,20 +67,18 @@ class CheckpointWriter:
         self._part: Future[str | None] | None = None  # this rank's part of the save under way: what went wrong
         self._commit: Future[str | None] | None = None  # rank 0's last act
         self._manifest: dict[str, Any] = {}
-        self._copies: dict[str, dict[str, Tensor]] = {}
-        for name, engine in engines.items():  # memory is cleared page by page when first used: not during a save
-            self._copies[name] = {}
+        # Memory is cleared page by page when it is first used: by the thread, before the first save.
+        rooms: dict[str, dict[str, Tensor]] = {}
+        for name, engine in engines.items():
+            rooms[name] = {}
             for there, value in pieces(engine).items():
                 kind, place = there.split("/", 1)
                 for each in (kind, *(MOMENTS if kind == MASTER else ())):
-                    self._copies[name][f"{each}/{place}"] = self._room(value)
+                    rooms[name][f"{each}/{place}"] = value
         if queue is not None:
-            self._copies[QUEUE] = {name: self._room(value) for name, value in queue.state().items()}
-        self._copies[_EMA] = {there: self._room(value) for there, value in self._own_average().items()}
-
-    @staticmethod
-    def _room(like: Tensor) -> Tensor:
-        return torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+            rooms[QUEUE] = queue.state()
+        rooms[_EMA] = self._own_average()
+        self._copies = self._pool.submit(_empty_copies, rooms)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Begin the checkpoint of `step` with its counters (JSON values). Collective; waits for the save before it."""
@@ -159,9 +157,10 @@ class CheckpointWriter:
 
     def _copy(self, player: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in this rank's own memory, which stays as it is until the next save."""
+        copies = self._copies.result()[player]
         for there, value in tensors.items():
-            self._copies[player][there].copy_(value, non_blocking=True)
-        return {there: self._copies[player][there] for there in tensors}
+            copies[there].copy_(value, non_blocking=True)
+        return {there: copies[there] for there in tensors}
 
     def _write(self, temporary: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> str | None:
         """This rank's files and their hashes, on the disk; what went wrong."""
@@ -219,6 +218,18 @@ class CheckpointWriter:
             if self._keep_every is None or step_of(old) % self._keep_every:
                 (old / MANIFEST).unlink()  # first, so that a half-deleted folder is none
                 shutil.rmtree(old)
+
+
+def _empty_copies(like: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Zeros in the host's memory, where a GPU can write to them directly."""
+
+    def zeros(value: Tensor) -> Tensor:
+        if value.device.type != "cuda":
+            return torch.zeros(value.shape, dtype=value.dtype)
+        with torch.cuda.device(value.device):  # a new thread stands at the first one
+            return torch.zeros(value.shape, dtype=value.dtype, pin_memory=True)
+
+    return {player: {there: zeros(value) for there, value in tensors.items()} for player, tensors in like.items()}
 
 
 def _sync(path: Path) -> None:

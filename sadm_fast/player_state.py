@@ -199,6 +199,8 @@ class SavedPieces:
                 continue
             piece = file.get_slice(stored)
             piece = piece[low - first : high - first] if len(piece.get_shape()) == 1 else piece[:].flatten()
+            if len(piece) == count:
+                return piece
             if result is None:
                 result = torch.empty(count, dtype=piece.dtype)
             result[low - start : high - start] = piece

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sadm_fast.config import ClassifierTraining, Config, StructureEncoderConfig
 from sadm_fast.console import Console
@@ -25,6 +26,18 @@ from sadm_fast.pretrain import accuracy, load_or_train, train_classifier
 _HELD_OUT = 0.1  # share of the images that tells the accuracy of Psi and of the judge
 _HELD_OUT_AT_MOST = 5000
 _JUDGE_SEED = 7919  # added to the run's seed: the judge is not Psi's twin
+
+
+_DRAWS = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
+
+
+class Undrawn(TorchFunctionMode):
+    """Modules that are built inside do not draw their weights, because somebody loads all of them at once."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def build_denoiser(config: Config, num_classes: int) -> DiT:
@@ -103,6 +116,15 @@ def check_psi(config: Config, images: Source) -> None:
         raise UserError(
             f"structure_encoder.weights=null: Psi is trained to tell classes apart, and data.path={images.where} has"
             " only one; give the weights of an encoder trained elsewhere (docs/data.md), or use game.mode=plain"
+        )
+
+
+def check_judge(config: Config, images: Source) -> None:
+    """UserError if there is nothing to train the evaluations' judge on."""
+    if config.evaluate.every is not None and len(images.classes) < 2:
+        raise UserError(
+            f"evaluate.every={config.evaluate.every}: its judge is trained to tell classes apart, and"
+            f" data.path={images.where} has only one; use evaluate.every=null and score the samples afterwards"
         )
 
 

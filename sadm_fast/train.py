@@ -95,7 +95,7 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
         from sadm_fast.engine import check_optimizers, check_queue
         from sadm_fast.feed import open_data
         from sadm_fast.models.autoencoder import Autoencoder
-        from sadm_fast.preparation import check_psi, resolve_classes
+        from sadm_fast.preparation import check_judge, check_psi, resolve_classes
         from sadm_fast.trainer import Trainer
 
         console = Console(place.rank)
@@ -108,6 +108,7 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
             )  # fmt: skip
             autoencoder.require_space(source.encoding.space, f"data.path={source.where}")
         check_psi(config, source)
+        check_judge(config, source)
         check_optimizers(config)
         check_queue(config, place.world_size)
         barrier()  # nobody claims the folder while another rank still checks it

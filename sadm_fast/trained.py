@@ -12,7 +12,7 @@ from sadm_fast.config import Config, check_config
 from sadm_fast.errors import UserError
 from sadm_fast.models import DiT
 from sadm_fast.models.autoencoder import Autoencoder
-from sadm_fast.preparation import build_denoiser
+from sadm_fast.preparation import Undrawn, build_denoiser
 from sadm_fast.run_folder import RunFolder
 from sadm_fast.snapshots import load_weights
 
@@ -59,7 +59,9 @@ def load_trained(run: Path, device: torch.device) -> Trained:
             break
     else:
         raise UserError(f"{run}: has no whole checkpoint yet; train first")
-    model = build_denoiser(config, config.denoiser.num_classes or len(classes)).to(device).eval().requires_grad_(False)
+    with Undrawn():
+        model = build_denoiser(config, config.denoiser.num_classes or len(classes))
+    model = model.to(device).eval().requires_grad_(False)
     space = json.loads((found / checkpoint.MANIFEST).read_text()).get("latent_space")
     try:
         load_weights(model, load_file(found / "ema.safetensors"))

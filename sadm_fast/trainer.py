@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from sadm_fast.masters import Fragment, gather, local_masters, trainable_shapes
 from sadm_fast.metrics.evaluation import Evaluator
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.preparation import (
+    Undrawn,
     build_denoiser,
     prepare_judge,
     prepare_psi,
@@ -89,7 +91,8 @@ class Trainer:
             judge, self.judge_facts = prepare_judge(config, source, folder.pretrained, device, console)
             self.evaluator = build_evaluator(config, source, judge, device)
 
-        denoiser = build_denoiser(config, self.num_classes)
+        with nullcontext() if self._found is None else Undrawn():
+            denoiser = build_denoiser(config, self.num_classes)
         if self._found is None:
             start_from_weights(config, denoiser)
         # fp32 copies to look through, only where somebody looks: rank 0 draws, all ranks evaluate.

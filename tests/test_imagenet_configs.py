@@ -16,12 +16,11 @@ SCRIPT = ROOT / "sadm_fast" / "train.py"
 NAMES = ("imagenet256", "imagenet512")
 IMAGES = 20  # of two classes: a tenth of each is held out from Psi's own training
 
-# What makes it seconds instead of days: narrower, shorter, fewer; the game from the start. No compilation, which takes
-# a minute of C++ for each rank; the compiled game has its place in test_engine.py.
+# What makes it seconds instead of days: narrower, shorter, fewer; the game from the start.
 NARROWER = [
     "denoiser.name=null", "denoiser.patch_size=8", "denoiser.hidden_size=32", "denoiser.depth=1",
     "denoiser.num_heads=2", "train.micro_batch=2", "structure_encoder.pretrain.steps=1",
-    "structure_encoder.pretrain.batch=4", "game.start_step=0", "train.steps=1", "train.compile=false",
+    "structure_encoder.pretrain.batch=4", "game.start_step=0", "train.steps=1",
     "sampling.steps=1", "sampling.columns=1", "sampling.rows=1", "data.threads=1",
 ]  # fmt: skip
 
@@ -58,8 +57,12 @@ def some_images(root: Path) -> None:
             image.convert("RGB").save(root / name / f"{name}_{i}.JPEG")
 
 
+# As it stands it compiles, which takes each rank a minute of C++.
+@pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.soak)])
 @pytest.mark.slow
-def test_one_iteration_on_two_ranks_from_cached_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_iteration_on_two_ranks_from_cached_latents(
+    compiled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "imagenet512"  # ZeRO-2 and accumulation; 256 has stage 1, which this trainer steps in the same way
     monkeypatch.setenv("SADM_CACHE", str(tmp_path / "cache"))
     some_images(tmp_path / "images")
@@ -72,7 +75,7 @@ def test_one_iteration_on_two_ranks_from_cached_latents(tmp_path: Path, monkeypa
     )
     overrides = [
         *NARROWER, f"data.path={tmp_path / 'latents'}", f"latents.autoencoder={autoencoder}",
-        f"latents.images={tmp_path / 'images'}", "latents.batch=4",
+        f"latents.images={tmp_path / 'images'}", "latents.batch=4", f"train.compile={compiled}",
     ]  # fmt: skip
     arguments = ["--config", config_file(name), *(part for override in overrides for part in ("--set", override))]
     assert encode.main(arguments) == 0

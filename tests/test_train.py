@@ -342,6 +342,10 @@ def one_class(config: Path, run: Path) -> list[str]:
     return []
 
 
+def one_class_to_judge(config: Path, run: Path) -> list[str]:
+    return [*one_class(config, run), "game.mode=plain", "evaluate.every=1"]
+
+
 def checkpoint_of(manifest: dict[str, Any]) -> Spoil:
     def spoil(config: Path, run: Path) -> list[str]:
         run_folder.RunFolder(run).claim(load_config(config))
@@ -379,6 +383,7 @@ BAD: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "Psi weights that do not fit": (other_weights, ["structure_encoder.weights", "psi.safetensors", "does not fit"]),
     "one class and no Psi weights": (one_class, ["structure_encoder.weights=null", "only one", "game.mode=plain"]),
+    "one class and a judge": (one_class_to_judge, ["evaluate.every=1", "only one", "evaluate.every=null"]),
     "missing Psi weights": (
         lambda *_: ["structure_encoder.weights=nowhere.safetensors"],
         ["structure_encoder.weights", "nowhere.safetensors"],
