@@ -67,18 +67,7 @@ class CheckpointWriter:
         self._part: Future[str | None] | None = None  # this rank's part of the save under way: what went wrong
         self._commit: Future[str | None] | None = None  # rank 0's last act
         self._manifest: dict[str, Any] = {}
-        # Memory is cleared page by page when it is first used: by the thread, before the first save.
-        rooms: dict[str, dict[str, Tensor]] = {}
-        for name, engine in engines.items():
-            rooms[name] = {}
-            for there, value in pieces(engine).items():
-                kind, place = there.split("/", 1)
-                for each in (kind, *(MOMENTS if kind == MASTER else ())):
-                    rooms[name][f"{each}/{place}"] = value
-        if queue is not None:
-            rooms[QUEUE] = queue.state()
-        rooms[_EMA] = self._own_average()
-        self._copies = self._pool.submit(_empty_copies, rooms)
+        self._copies: Future[dict[str, dict[str, Tensor]]] | None = None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Begin the checkpoint of `step` with its counters (JSON values). Collective; waits for the save before it."""
@@ -117,6 +106,7 @@ class CheckpointWriter:
 
     def decide(self, writing: bool, failed: bool) -> None:
         """After a vote: whether any rank is still writing, whether any has failed. Not collective."""
+        self._make_room()
         if self._part is None or writing:
             return
         problem, self._part = self._part.result(), None
@@ -155,9 +145,24 @@ class CheckpointWriter:
             return {}
         return {key(_EMA, f.start, f.name): f.value for f in self._average()}
 
+    def _make_room(self) -> "Future[dict[str, dict[str, Tensor]]]":
+        """Memory for all copies: cleared once, page by page, by the thread, beside the first steps."""
+        if self._copies is None:
+            like: dict[str, dict[str, Tensor]] = {_EMA: self._own_average()}
+            for name, engine in self._engines.items():
+                like[name] = {}
+                for there, value in pieces(engine).items():
+                    kind, place = there.split("/", 1)
+                    for each in (kind, *(MOMENTS if kind == MASTER else ())):  # which are not there before a step
+                        like[name][f"{each}/{place}"] = value
+            if self._queue is not None:
+                like[QUEUE] = self._queue.state()
+            self._copies = self._pool.submit(_empty_copies, like)
+        return self._copies
+
     def _copy(self, player: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in this rank's own memory, which stays as it is until the next save."""
-        copies = self._copies.result()[player]
+        copies = self._make_room().result()[player]
         for there, value in tensors.items():
             copies[there].copy_(value, non_blocking=True)
         return {there: copies[there] for there in tensors}

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from sadm_fast.game import draw
 from sadm_fast.launch import barrier
 from sadm_fast.masters import Fragment, gather, local_masters, trainable_shapes
 from sadm_fast.metrics.evaluation import Evaluator
+from sadm_fast.models import DiT
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.preparation import (
     Undrawn,
@@ -53,8 +54,6 @@ from sadm_fast.stopping import StopRequest
 from sadm_fast.training_log import Interval, TrainingLog, peak_memory
 from sadm_fast.vote import NotFinite, Vote
 from sadm_fast.watchdog import Watchdog
-
-M = TypeVar("M", bound=nn.Module)
 
 # So many skipped iterations in a row are not bad luck.
 _SKIPS_IN_A_ROW = 10
@@ -95,13 +94,16 @@ class Trainer:
             denoiser = build_denoiser(config, self.num_classes)
         if self._found is None:
             start_from_weights(config, denoiser)
-        # fp32 copies to look through, only where somebody looks: rank 0 draws, all ranks evaluate.
-        self.viewer = _frozen_copy(denoiser, device) if self.rank == 0 or self.evaluator is not None else None
+        # fp32 models to look through, only where somebody looks: rank 0 draws, all ranks evaluate.
+        self.viewer: DiT | None = None
+        if self.rank == 0 or self.evaluator is not None:
+            with Undrawn():
+                self.viewer = build_denoiser(config, self.num_classes).to(device).eval().requires_grad_(False)
         self.psi_viewer: nn.Module | None = None
         self.relation_view: RelationView | None = None
         if psi is not None:
             if self.rank == 0:
-                self.psi_viewer = _frozen_copy(psi, device)
+                self.psi_viewer = copy.deepcopy(psi).to(device).eval().requires_grad_(False)
                 self.relation_view = RelationView(config, source, device)
             psi.train()
         self.shapes = {"denoiser": trainable_shapes(denoiser)}
@@ -370,10 +372,6 @@ class Trainer:
         }
         self.writer.save(self.step, state)
         self._saved_step = self.step
-
-
-def _frozen_copy(module: M, device: torch.device) -> M:
-    return copy.deepcopy(module).to(device).eval().requires_grad_(False)
 
 
 def _note(line: dict[str, Any]) -> str:

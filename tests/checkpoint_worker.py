@@ -68,7 +68,7 @@ def trained(case: Case, folder: Path, place: Place) -> dict[str, Any]:
     run.train(BEFORE, AFTER)  # the copy must not follow
     writer.finish()
     writer.close()
-    room = sum(value.nbytes for copies in writer._copies.result().values() for value in copies.values())
+    room = sum(value.nbytes for copies in writer._make_room().result().values() for value in copies.values())
     return {"at_save": at_save, "at_end": run.state(), "room": room}
 
 
