@@ -59,16 +59,18 @@ def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) ->
     ema = EMA(lambda: list(local_masters(players.denoiser)), config.train.ema)
     play = partial(players.iteration, [made_up(config, 0)], 0, agree_finite=lambda loss: None)
 
+    writer = CheckpointWriter(
+        folder, players.engines, lambda: ema.average, shapes, identity={}, keep_last=1, say=print
+    )  # fmt: skip
+
     def step() -> float:
         start = time.perf_counter()
         play()
         ema.update()
+        writer.decide(*writer.status())
         return time.perf_counter() - start
 
     step()
-    writer = CheckpointWriter(
-        folder, players.engines, lambda: ema.average, shapes, identity={}, keep_last=1, say=print
-    )  # fmt: skip
     found: dict[str, list[float]] = {"step": [], "blocked": [], "writing": [], "cost": [], "interval": []}
     for number in range(1, saves + 1):
         before = [step() for _ in range(8)]
@@ -79,7 +81,6 @@ def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) ->
         during = []
         while not (folder / f"step-{number:06d}" / "COMPLETE").exists():
             during.append(step())
-            writer.decide(*writer.status())
         cost = blocked + sum(during) - len(during) * usual
         found["step"] += before
         found["blocked"].append(blocked)
