@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -95,6 +97,39 @@ def find(checkpoints: Path, identity: Mapping[str, Any], say: Callable[[str], No
                 )
         return folder
     return None
+
+
+def agreed(found: Path | None, identity: Mapping[str, Any]) -> Path | None:
+    """What this rank has found, if every rank has found the same, for the same run. Collective.
+
+    Raises:
+        UserError: on every rank, if they have not: machines may have other files, or see shared ones too late.
+    """
+    if dist.get_world_size() == 1:
+        return found
+    mine = [-1 if found is None else step_of(found), *map(_number, identity.values())]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    ends = torch.tensor([mine, [-value for value in mine]], device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    differ = (ends[0] != -ends[1]).tolist()
+    for key, differs in zip(identity, differ[1:], strict=True):
+        if differs:
+            raise UserError(
+                f"ranks disagree: {key} is {identity[key]!r} on rank {dist.get_rank()} and something else on another;"
+                " all machines must read the same configuration and data (docs/scale.md)"
+            )
+    if differ[0]:
+        newest, oldest = int(ends[0, 0]), -int(ends[1, 0])
+        raise UserError(
+            f"ranks disagree: the newest whole checkpoint is step {newest} for one and"
+            f" {'none' if oldest < 0 else f'step {oldest}'} for another; all machines must see the same run folder"
+            " (docs/scale.md): give them time, and start again"
+        )
+    return found
+
+
+def _number(value: Any) -> int:
+    return int(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:15], 16)
 
 
 def load(

@@ -79,7 +79,8 @@ class Trainer:
         self.samples_per_step = config.train.micro_batch * config.train.grad_accumulation * self.world_size
 
         # A checkpoint that does not belong here is found before any training.
-        self._found = checkpoint.find(folder.checkpoints, self.identity, console.say)
+        found = checkpoint.find(folder.checkpoints, self.identity, console.say)
+        self._found = checkpoint.agreed(found, self.identity)
         self.psi_facts: dict[str, Any] = {}
         psi: nn.Module | None = None
         if config.game.mode != "plain":

@@ -16,6 +16,7 @@ from sadm_fast import checkpoint
 from sadm_fast.checkpoint_writer import CheckpointWriter
 from sadm_fast.config import PowerEMA
 from sadm_fast.ema import EMA
+from sadm_fast.errors import UserError
 from sadm_fast.launch import Place, distributed
 from sadm_fast.masters import gather, local_masters
 from tests.engine_cases import STAGES, Case
@@ -84,6 +85,19 @@ def resumed(case: Case, folder: Path, place: Place) -> dict[str, Any]:
     return {"loaded": loaded, "at_end": run.state()}
 
 
+def disagreed(place: Place) -> list[str]:
+    """What is said where a rank finds no checkpoint, an older one or other data; nothing where all find the same."""
+    same = Path("step-000007"), {"data": "these", "samples_per_step": 4}
+    said = []
+    for other in (same, (None, same[1]), (Path("step-000005"), same[1]), (same[0], {**same[1], "data": "those"})):
+        found, identity = same if place.rank == 0 else other
+        try:
+            assert checkpoint.agreed(found, identity) == found
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
 def restaged(case: Case, place: Place) -> Case:
     """The same training at another ZeRO stage; on two ranks with half the accumulation of one."""
     return replace(case, stage=(case.stage + 1) % len(STAGES), accumulation=case.accumulation // place.world_size)
@@ -141,6 +155,7 @@ def main(folder: Path, phase: str) -> None:
             found = torch.load(mine, weights_only=True)
             for case in CASES:
                 found[case.name] |= {"resumed": resumed(case, folder, place)}
+            found["disagreed"] = disagreed(place)
             if place.world_size == 1:
                 found["trapped"] = {
                     case.name: trapped(case, folder, place) for case in CASES if case.precision == "fp32"

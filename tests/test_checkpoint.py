@@ -320,6 +320,18 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does_bit_for_bit(ranks: l
 
 
 @pytest.mark.slow
+def test_ranks_that_find_different_checkpoints_or_data_do_not_start(ranks: list[dict[str, Any]]):
+    for rank, found in enumerate(ranks):
+        if len(ranks) == 1:
+            assert found["disagreed"] == []
+        else:
+            none, older, data = found["disagreed"]
+            assert "step 7 for one and none for another" in none and "same run folder" in none
+            assert "step 7 for one and step 5 for another" in older
+            assert f"data is '{('these', 'those')[rank]}' on rank {rank}" in data
+
+
+@pytest.mark.slow
 def test_a_rank_keeps_room_for_what_it_saves_only(ranks: list[dict[str, Any]]):
     for case in CASES:
         room = [found[case.name]["room"] for found in ranks]
