@@ -42,10 +42,10 @@ demo: install ## train on the embedded digits; prints where pictures and report 
 	@$(BIN)/python sadm_fast/train.py --config $(CONFIG) || test $$? -eq 75 # stopped by Ctrl-C; goes on next time
 
 test: lint ## every check: ruff, mypy, pytest
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(TEST_PROCESSES) -m 'not soak'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(TEST_PROCESSES) --dist worksteal -m 'not soak'
 
 test-fast: install ## pytest without the tests that start training processes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(TEST_PROCESSES) -m 'not slow and not soak'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(TEST_PROCESSES) --dist worksteal -m 'not slow and not soak'
 
 test-faults: install ## kill, stop and poison trainings at every point (about an hour); writes docs/faults.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark tests/faults tests -m soak --faults-table docs/faults.md
