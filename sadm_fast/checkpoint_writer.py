@@ -106,7 +106,9 @@ class CheckpointWriter:
 
     def decide(self, writing: bool, failed: bool) -> None:
         """After a vote: whether any rank is still writing, whether any has failed. Not collective."""
-        self._make_room()
+        room = self._make_room()
+        if room.done():
+            room.result()  # no memory is an error now, and not at the first save
         if self._part is None or writing:
             return
         problem, self._part = self._part.result(), None

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ class Trainer:
         self._seconds_before = 0.0
         self._started = time.perf_counter()
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued here."""
         latents = {"latent_space": self.source.encoding.space} if isinstance(self.source, LatentSource) else {}
