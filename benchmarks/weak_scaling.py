@@ -196,7 +196,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--stages", nargs="+", type=int, choices=(0, 1, 2, 3), default=[2], metavar="N", help="of ZeRO")
     add("--stem", choices=("imagenet", "small"), default="imagenet", help="of ResNet-18 (default %(default)s)")
     add("--micro-batch", type=int, default=32, metavar="B", help="of each rank (default %(default)s)")
-    add("--bucket", type=int, default=50_000_000, metavar="N", help="elements that are reduced at once (%(default)s)")
+    add("--bucket", type=int, default=2_000_000, metavar="N", help="elements that travel at once (%(default)s)")
     add("--overlap-comm", action="store_true")
     add("--repeats", type=int, default=7, help="rounds in which each way runs once (default %(default)s)")
     add("--markdown", action="store_true", help="print the table as Markdown")

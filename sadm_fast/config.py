@@ -237,16 +237,29 @@ class ZeroConfig(Block):
     stage: Literal[0, 1, 2, 3] = 0
     overlap_comm: bool | None = None
     contiguous_gradients: bool = True
-    reduce_bucket_size: int = Field(
-        50_000_000, ge=1, description="elements of a buffer for gradients that is there however small the model is"
+    reduce_bucket_size: int | None = Field(
+        None,
+        ge=1,
+        description="elements of a buffer for gradients that is there however small the model is; null: 50 million on"
+        " GPUs, 2 million, which caches hold, on CPUs",
     )
-    allgather_bucket_size: int = Field(500_000_000, ge=1)
+    allgather_bucket_size: int | None = Field(
+        None, ge=1, description="elements that are gathered at once; null: 500 million on GPUs, 2 million on CPUs"
+    )
     offload_optimizer: OffloadConfig | None = None
     offload_param: OffloadConfig | None = None
     stage3_max_live_parameters: int = Field(1_000_000_000, ge=0)
     stage3_max_reuse_distance: int = Field(1_000_000_000, ge=0)
     stage3_prefetch_bucket_size: int = Field(50_000_000, ge=0)
     stage3_param_persistence_threshold: int = Field(100_000, ge=0)
+
+    def buckets(self, device_type: str) -> dict[str, int]:
+        """Both bucket sizes in elements; what null stands for is measured in docs/experiments.md."""
+        reduce, gather = (2_000_000, 2_000_000) if device_type == "cpu" else (50_000_000, 500_000_000)
+        return {
+            "reduce_bucket_size": self.reduce_bucket_size or reduce,
+            "allgather_bucket_size": self.allgather_bucket_size or gather,
+        }
 
 
 class DeepSpeedConfig(Block):

@@ -34,9 +34,9 @@ def is_guarded(config: Config) -> bool:
     return config.train.precision == "fp32" and config.deepspeed.zero_optimization.stage == 0
 
 
-def deepspeed_dict(config: Config, optimizer: OptimizerConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_dict(config: Config, optimizer: OptimizerConfig, world_size: int, device_type: str) -> dict[str, Any]:
     """DeepSpeed's configuration of one player, derived from ours."""
-    train = config.train
+    train, zero = config.train, config.deepspeed.zero_optimization
     guarded = is_guarded(config) and optimizer.type == "adamw"
     return {
         "train_batch_size": train.micro_batch * train.grad_accumulation * world_size,
@@ -44,7 +44,7 @@ def deepspeed_dict(config: Config, optimizer: OptimizerConfig, world_size: int) 
         "gradient_accumulation_steps": train.grad_accumulation,
         "gradient_clipping": 0.0 if guarded else optimizer.gradient_clipping,
         "bf16": {"enabled": train.precision == "bf16"},
-        "zero_optimization": config.deepspeed.zero_optimization.model_dump(exclude_none=True),
+        "zero_optimization": zero.model_dump(exclude_none=True) | zero.buckets(device_type),
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": config.deepspeed.wall_clock_breakdown,
         "steps_per_print": 1 << 62,
@@ -116,6 +116,7 @@ class Players:
 
     def __init__(self, config: Config, denoiser: nn.Module, psi: nn.Module | None, device: torch.device) -> None:
         self.config = config
+        self._device_type = device.type
         self.process = config.process
         self.mode = config.game.mode
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -162,7 +163,7 @@ class Players:
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(optimizer, module, is_guarded(self.config)),
-            config=deepspeed_dict(self.config, optimizer, self.world_size),
+            config=deepspeed_dict(self.config, optimizer, self.world_size, self._device_type),
             dist_init_required=False,
         )
         undo_trial_step(engine)

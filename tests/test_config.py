@@ -392,7 +392,7 @@ def test_deepspeed_accepts_both_players_dictionaries(stage: int, precision: str)
         deepspeed={"zero_optimization": {"stage": stage, "reduce_bucket_size": 1234}},
     )
     for optimizer in (loaded.denoiser_optimizer, loaded.discriminator_optimizer):
-        given = deepspeed_dict(loaded, optimizer, world_size=1)
+        given = deepspeed_dict(loaded, optimizer, world_size=1, device_type="cpu")
         # Left out, DeepSpeed would clip at 1.0; in fp32 at stage 0 our optimizer clips instead.
         assert "gradient_clipping" in given
         own = precision == "fp32" and stage == 0
@@ -406,10 +406,27 @@ def test_deepspeed_accepts_both_players_dictionaries(stage: int, precision: str)
         assert accepted.train_batch_size == 12
 
 
+@pytest.mark.parametrize(
+    ("device_type", "given", "expected"),
+    [
+        ("cpu", {}, (2_000_000, 2_000_000)),
+        ("cuda", {}, (50_000_000, 500_000_000)),
+        ("cpu", {"reduce": 7}, (7, 2_000_000)),
+    ],
+)
+def test_buckets_fit_the_device_unless_given(
+    device_type: str, given: dict[str, int], expected: tuple[int, int]
+) -> None:
+    zero = {f"{name}_bucket_size": size for name, size in given.items()}
+    loaded = config(deepspeed={"zero_optimization": zero})
+    derived = deepspeed_dict(loaded, loaded.denoiser_optimizer, 1, device_type)["zero_optimization"]
+    assert (derived["reduce_bucket_size"], derived["allgather_bucket_size"]) == expected
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_the_global_batch_counts_ranks_and_accumulation(world_size: int) -> None:
     loaded = config(train={"micro_batch": 6, "grad_accumulation": 3})
-    given = deepspeed_dict(loaded, loaded.denoiser_optimizer, world_size)
+    given = deepspeed_dict(loaded, loaded.denoiser_optimizer, world_size, "cpu")
     assert given["train_batch_size"] == 18 * world_size
 
 
@@ -418,7 +435,7 @@ def test_every_key_of_the_zero_block_is_deepspeeds_own() -> None:
     offload = {"device": "cpu", "pin_memory": True, "nvme_path": None}
     zero = {"stage": 3, "overlap_comm": True, "offload_optimizer": offload, "offload_param": offload}
     loaded = config(deepspeed={"zero_optimization": zero})
-    given = deepspeed_dict(loaded, loaded.denoiser_optimizer, world_size=1)["zero_optimization"]
+    given = deepspeed_dict(loaded, loaded.denoiser_optimizer, world_size=1, device_type="cpu")["zero_optimization"]
     accepted = DeepSpeedZeroConfig(**given)
     for key, value in given.items():
         if not isinstance(value, dict):
@@ -435,7 +452,7 @@ def test_every_top_level_key_is_one_that_deepspeed_reads() -> None:
     loaded = config()
     runtime = Path(deepspeed.runtime.config.__file__).parent
     source = "".join(path.read_text() for path in runtime.glob("**/c*.py"))  # config.py, constants.py
-    for key in deepspeed_dict(loaded, loaded.denoiser_optimizer, world_size=1):
+    for key in deepspeed_dict(loaded, loaded.denoiser_optimizer, world_size=1, device_type="cpu"):
         assert re.search(rf"""["']{key}["']""", source), key
 
 

@@ -91,6 +91,7 @@ def rank_memory(
         feature_dim: of Psi, for game.queue.
     """
     zero, w = config.deepspeed.zero_optimization, width(config)
+    reduced_at_once = zero.buckets("cuda")["reduce_bucket_size"]
     stage = zero.stage if stage is None else stage
     offload = offload_of(config) if offload is None else offload
     checkpointing = config.train.activation_checkpointing if checkpointing is None else checkpointing
@@ -110,7 +111,7 @@ def rank_memory(
         else:
             weights_at[f"{name} weights, divided"] = w * zero3.partitioned(player, world_size)
             device[f"{name} weights, always whole"] = w * zero3.persistent(player, zero)
-            device[f"{name} reduction bucket"] = w * zero.reduce_bucket_size
+            device[f"{name} reduction bucket"] = w * reduced_at_once
             optimizer_at[f"{name} gradients"] = w * share(player)
         # In fp32 without ZeRO the weights are their own masters; ZeRO keeps a second, divided copy.
         optimizer_at[f"{name} fp32 masters"] = 0 if w == _FP32 and stage == 0 else _FP32 * share(player)
@@ -147,7 +148,7 @@ def rank_memory(
         held = 0 if offload != "none" else w * share(player)
         if stage == 1 and config.train.grad_accumulation > 1:
             held += w * player.trained  # whole ones, until the last micro-batch's are reduced
-        buckets = (2 if zero.overlap_comm else 1) * w * zero.reduce_bucket_size if zero.contiguous_gradients else 0
+        buckets = (2 if zero.overlap_comm else 1) * w * reduced_at_once if zero.contiguous_gradients else 0
         return {f"{player.name} gradients": held, f"{player.name} reduction bucket": buckets}
 
     def update(player: Player) -> dict[str, int]:
