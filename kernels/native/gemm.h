@@ -29,6 +29,20 @@ struct MultiplyBF16 {
   static ALWAYS_INLINE VFloat weigh(VInt32 words, VFloat first, VFloat second) {
     return (VFloat)(words << 16) * first + (VFloat)(words & (int32_t)0xFFFF0000) * second;
   }
+
+  // [rows][size] as bfloat16: words whose depth goes along the columns.
+  static void narrow_rows(const float* in, long rows, long size, uint16_t* out) {
+    for (long i = 0; i < rows * size; i += kLanes<float>) store_half(out + i, narrow(load<float>(in + i)));
+  }
+  // Those as [rows / 2][size] words, whose depth goes along the rows.
+  static void pair_rows(const uint16_t* in, long rows, long size, Word* out) {
+    for (long i = 0; i < rows; i += 2)
+      for (long j = 0; j < size; j += kLanes<float>, out += kLanes<float>) {
+        VInt32 low = (VInt32)_mm512_cvtepu16_epi32((__m256i)load_half(in + i * size + j));
+        VInt32 high = (VInt32)_mm512_cvtepu16_epi32((__m256i)load_half(in + (i + 1) * size + j));
+        store<float>((float*)out, (VFloat)(low | high << 16));
+      }
+  }
 };
 #endif
 
@@ -44,9 +58,10 @@ template <class Acc>
 constexpr int kPanel = kVectors * kLanes<Acc>;  // columns of a panel; a multiple of kRows, so A can be read from one
 
 // a(m, k) = a[m * stride + k], or a[k * stride + m] where kRowsTouch. The depth may come in `segments` of which each
-// begins `a_segment` words after the last one in A; in B they follow each other.
+// begins `a_segment` words after the last one in A; in B they follow each other. A function of its own: inlined, the
+// compiler keeps strides of its callers' loops in vector registers and moves them back at every k.
 template <class Mul, class Acc, bool kRowsTouch>
-ALWAYS_INLINE void register_tile(const typename Mul::Word* __restrict a, long stride, long segments, long a_segment,
+__attribute__((noinline)) void register_tile(const typename Mul::Word* __restrict a, long stride, long segments, long a_segment,
                                  const typename Mul::Word* __restrict b, long depth, Acc* __restrict c, long c_stride,
                                  bool add) {
   typedef Vector<Acc> V;
@@ -76,5 +91,18 @@ ALWAYS_INLINE void register_tile(const typename Mul::Word* __restrict a, long st
       store<Acc>(p, add ? load<Acc>(p) + sum[m][v] : sum[m][v]);
     }
 }
+
+// Memory that the next products will read: a part of it comes near with each call, while this one is computed.
+class Ahead {
+  const char* at_;
+  long part_;
+
+ public:
+  Ahead(const void* begin, long bytes, long calls) : at_((const char*)begin), part_(bytes / calls) {}
+  ALWAYS_INLINE void fetch() {
+    for (long line = 0; line < part_; line += 64) __builtin_prefetch(at_ + line, 0, 2);
+    at_ += part_;
+  }
+};
 
 }  // namespace ISA

@@ -11,23 +11,6 @@
 
 namespace ISA {
 
-#if defined(__AVX512BF16__)
-// A tile of pair weights [rows][size] as bf16 words: with the depth along columns, [rows][size / 2], and behind that
-// with the depth along rows, [rows / 2][size].
-inline void store_words(const float* w, long rows, long size, uint32_t* out) {
-  uint32_t* transposed = out + size * size / 2;
-  for (long i = 0; i < rows; i += 2)
-    for (long j = 0; j < size; j += kLanes<float>) {
-      __m256i a = (__m256i)_mm512_cvtneps_pbh((__m512)load<float>(w + i * size + j));
-      __m256i b = (__m256i)_mm512_cvtneps_pbh((__m512)load<float>(w + (i + 1) * size + j));
-      __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
-      __builtin_memcpy((uint16_t*)(out + i * size / 2) + j, &a, sizeof a);
-      __builtin_memcpy((uint16_t*)(out + (i + 1) * size / 2) + j, &b, sizeof b);
-      __builtin_memcpy(transposed + i / 2 * size + j, &pairs, sizeof pairs);
-    }
-}
-#endif
-
 template <class In, class Acc, class Mul>
 class Pass {
   typedef typename Mul::Word Word;
@@ -42,11 +25,11 @@ class Pass {
   Packed features[2];
   Pairs<Acc> pairs;
   Epilogue<Acc> epilogue_of_tile;
-  bool gradient;
+  bool gradient, epilogue_narrows;
   long tile, column_tiles, first_tile, last_tile, strip_tiles;
   Arena arena;
   Acc* strip[2];        // [strip_tiles][column_tiles][tile][tile]
-  Word* stored[2];      // the same as bf16, where products are of bf16
+  uint16_t* stored[2];  // the same as bf16, where products are of bf16
   Acc* accumulated[2];  // [padded_width / P][rows of the row tiles][P]: sum_j W_ij x_j
   Acc* row_sum[2];      // sum_j W_ij
   double* tile_sums;    // [strip_tiles][column_tiles][3]
@@ -73,6 +56,7 @@ class Pass {
     const bool masked = task.weight || task.labels;
     epilogue_of_tile = kCopies && unit ? choose_epilogue<Acc, kCopies>(task.relation, task.penalty, task.stage, masked)
                                        : choose_epilogue<Acc, false>(task.relation, task.penalty, task.stage, masked);
+    epilogue_narrows = kCopies && unit && gradient;
     const long target = n >= 512 ? 128 : n >= 128 ? 64 : 32;
     tile = target / P * P > P ? target / P * P : P;
     for (int x = 0; x < 2; ++x) {
@@ -185,6 +169,8 @@ class Pass {
     const long begin = pairs.first > row0 ? pairs.first - row0 : 0;
     const long end = pairs.end < row0 + rows ? pairs.end - row0 : rows;
     const long index = strip_index(row_tile, column_tile);
+    const bool direct = epilogue_narrows && !mirrored;  // W goes where it stays, without a stop as float
+    uint16_t* half[2] = {nullptr, nullptr};
     Acc* out[2];
     for (int x = 0; x < 2; ++x) {
       out[x] = pairs.need[x] && !kCopies ? strip[x] + index * tile * tile : tiles[x];
@@ -204,16 +190,27 @@ class Pass {
     double* sums = tile_sums + index * 3;
     sums[0] = sums[1] = sums[2] = 0;
     Acc* first_row[2] = {out[0] + begin * tile, out[1] + begin * tile};
-    epilogue_of_tile(pairs, row0 + begin, row0 + end, column0, column0 + columns, first_row, tile, sums);
+    if (direct)
+      for (int x = 0; x < 2; ++x)
+        if (pairs.need[x]) half[x] = stored[x] + index * tile * tile + begin * tile;
+    epilogue_of_tile(pairs, row0 + begin, row0 + end, column0, column0 + columns, first_row, half, tile, sums);
     for (int x = 0; x < 2; ++x) {
       if (!pairs.need[x]) continue;
-      __builtin_memset(out[x], 0, begin * tile * sizeof(Acc));
-      __builtin_memset(out[x] + end * tile, 0, (rows - end) * tile * sizeof(Acc));
+      if (direct) {
+        clear_rows(stored[x] + index * tile * tile, begin, end, rows);
+        continue;
+      }
+      clear_rows(out[x], begin, end, rows);
       if (mirrored) mirror(out[x], rows);
-#if defined(__AVX512BF16__)
-      if constexpr (kCopies) store_words(out[x], rows, tile, stored[x] + index * tile * tile);
-#endif
+      if constexpr (kCopies) Mul::narrow_rows(out[x], rows, tile, stored[x] + index * tile * tile);
     }
+  }
+
+  // Rows of a tile of W that are not among those asked for weigh nothing.
+  template <class T>
+  void clear_rows(T* w, long begin, long end, long rows) const {
+    __builtin_memset(w, 0, begin * tile * sizeof(T));
+    __builtin_memset(w + end * tile, 0, (rows - end) * tile * sizeof(T));
   }
 
   // Fills what is below the diagonal of a tile from what is above it; the diagonal is no pair.
@@ -237,7 +234,7 @@ class Pass {
   const Word* weights(int x, long row_tile, long column_tile) const {
     const long index = strip_index(row_tile, column_tile) * tile * tile;
     if constexpr (kCopies)
-      return stored[x] + index;
+      return (const Word*)(stored[x] + index);
     else
       return strip[x] + index;
   }
@@ -249,15 +246,24 @@ class Pass {
     if (pairs.triangle)
       for (long other = begin, last = in_strip ? row_tile : end, count; other < last; other += count, fresh = false) {
         count = last - other < kSegments ? last - other : kSegments;
-        const Word* w = weights(x, other, row_tile) + (kCopies ? tile * tile / 2 : 0);
-        multiply<true>(x, row_tile, group, w, tile, other, count, column_tiles * tile * tile, fresh);
+        const Word* w = weights(x, other, row_tile);
+        long step = column_tiles * tile * tile;
+        if constexpr (kCopies) {
+          Word* paired = (Word*)(gram + omp_get_thread_num() * 2 * tile * tile);
+          step = tile * tile / kDepth;
+          for (long s = 0; s < count; ++s)
+            Mul::pair_rows(stored[x] + strip_index(other + s, row_tile) * tile * tile, tile_rows(other + s), tile,
+                           paired + s * step);
+          w = paired;
+        }
+        multiply<true>(x, row_tile, group, w, tile, other, count, step, fresh);
       }
     if (in_strip)
       for (long other = pairs.triangle ? row_tile : 0, count; other < column_tiles; other += count, fresh = false) {
         const long whole = tile_rows(column_tiles - 1) == tile ? column_tiles : column_tiles - 1;
         count = other < whole ? (whole - other < kSegments ? whole - other : kSegments) : 1;
         const Word* w = weights(x, row_tile, other);
-        multiply<false>(x, row_tile, group, w, tile / kDepth, other, count, tile * tile, fresh);
+        multiply<false>(x, row_tile, group, w, tile / kDepth, other, count, tile * tile / kDepth, fresh);
       }
   }
 
@@ -269,12 +275,21 @@ class Pass {
     const long rows = tile_rows(row_tile), depth = tile_rows(other) / kDepth;
     const long all_rows = (last_tile - first_tile) * tile;
     Acc* out = accumulated[x] + (row_tile - first_tile) * tile * P;
-    const long end = group * kOutputs * P + kOutputs * P;
-    for (long c = group * kOutputs * P; c < end && c < f.padded_width; c += P) {
-      const Word* b = f.along + c * (f.padded_rows / kDepth) + other * tile / kDepth * P;
-      for (long i = 0; i < rows; i += kRows)
+    const long begin = group * kOutputs * P;
+    const long end = begin + kOutputs * P < f.padded_width ? begin + kOutputs * P : f.padded_width;
+    const long panel_words = f.padded_rows / kDepth * P, depth_words = count * depth * P;
+    const Word* from = f.along + other * tile / kDepth * P;
+    Ahead weights_ahead(w + count * step, rows * depth * long(sizeof(Word)), (end - begin) / P * (rows / kRows));
+    for (long c = begin; c < end; c += P) {
+      const Word* b = from + c / P * panel_words;
+      const Word* next = c + P < end ? b + panel_words : from + begin / P * panel_words + depth_words;
+      Ahead features_ahead(next, depth_words * long(sizeof(Word)), rows / kRows);
+      for (long i = 0; i < rows; i += kRows) {
+        features_ahead.fetch();
+        weights_ahead.fetch();
         register_tile<Mul, Acc, kTransposed>(w + (kTransposed ? i : i * stride), stride, count, step, b, depth,
                                              out + c * all_rows + i * P, P, !fresh);
+      }
     }
     if (group == 0)
       for (long s = 0; s < count; ++s)
@@ -341,7 +356,7 @@ class Pass {
     for (; c < d; ++c) part[0] += Acc(widen(in[c])) * s * out[c];
     Acc along = 0;
     for (int l = 0; l < N; ++l) along += part[l];
-    const Acc back = kCopies ? (s == 0 ? Acc(0) : Acc(2)) : 2 * s;
+    const Acc back = kCopies ? (s == 0 ? Acc(0) : Acc(-1)) : 2 * s;  // the others' W has the factor -2
     for (c = 0; c < d; ++c) out[c] = back * (out[c] - Acc(widen(in[c])) * s * along);
   }
 };

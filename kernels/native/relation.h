@@ -34,19 +34,18 @@ struct Pairs {
 template <class Acc>
 struct Side {
   Vector<Acc> relation, constant;  // R, but for the cosine's (|x_i|^2 + |x_j|^2) / 2, which would cost it digits
-  Vector<Acc> distance, inverse, scale;  // u, 1 / D (0 for merged pairs), s_i s_j
+  Vector<Acc> distance, inverse, factor;  // u, 1 / D (0 for merged pairs), -2 s_i s_j
 };
+
+// kScaled: the products are of rows that are not yet of length 1. Those have no mean distance to be divided by.
 
 template <class Acc, int kRelation, bool kScaled>
 ALWAYS_INLINE Side<Acc> relate(const Pairs<Acc>& p, int x, Vector<Acc> g, long row, long column) {
   typedef Vector<Acc> V;
   const Rows<Acc>& r = p.rows[x];
   Side<Acc> side{};
-  if (kScaled) {
-    side.scale = r.scale[row] * load<Acc>(r.scale + column);
-    g *= side.scale;
-  }
-  V squared = r.squared[row] + load<Acc>(r.squared + column) - Acc(2) * g;
+  side.factor = kScaled ? Acc(-2) * r.scale[row] * load<Acc>(r.scale + column) : splat(Acc(-2));
+  V squared = r.squared[row] + load<Acc>(r.squared + column) + side.factor * g;
   if (kRelation == kCosine) {
     side.relation = rounded(Acc(-0.5) * squared);  // equal batches must differ by 0
     side.constant = Acc(0.5) * (r.norm[row] + load<Acc>(r.norm + column));
@@ -55,7 +54,9 @@ ALWAYS_INLINE Side<Acc> relate(const Pairs<Acc>& p, int x, Vector<Acc> g, long r
   V noise = r.noise[row] + load<Acc>(r.noise + column);
   side.inverse = inverse_sqrt(squared);
   side.inverse = squared <= noise ? V{} : side.inverse;  // false for NaN, which goes on to the loss
-  side.distance = rounded(squared * side.inverse * p.inverse_mean[x]);  // equal batches must differ by 0
+  side.distance = squared * side.inverse;
+  if (!kScaled) side.distance *= p.inverse_mean[x];
+  side.distance = rounded(side.distance);  // equal batches must differ by 0
   if (kRelation == kEuclidean)
     side.relation = side.distance;
   else
@@ -63,30 +64,33 @@ ALWAYS_INLINE Side<Acc> relate(const Pairs<Acc>& p, int x, Vector<Acc> g, long r
   return side;
 }
 
-// The pair's weight in the gradient of input x; `slope` is omega rho'(Delta) with the sign of that input.
+// The pair's weight in the gradient of input x, times -2 s_i s_j where kScaled; `slope` is omega rho'(Delta) with the
+// sign of that input.
 template <class Acc, int kRelation, bool kScaled>
 ALWAYS_INLINE Vector<Acc> pair_weight(const Pairs<Acc>& p, int x, const Side<Acc>& side, Vector<Acc> slope,
                                       Vector<Acc> omega) {
   typedef Vector<Acc> V;
+  const Acc inverse_mean = kScaled ? Acc(1) : p.inverse_mean[x];
+  const Acc mean_slope = p.mean_slope[x] * inverse_mean;
   V w;
   if (kRelation == kCosine) {
     w = -slope;
   } else if (kRelation == kEuclidean) {
-    w = (slope - omega * p.mean_slope[x]) * (side.inverse * p.inverse_mean[x]);
+    w = kScaled ? slope * side.inverse : (slope * inverse_mean - omega * mean_slope) * side.inverse;
   } else {
-    Acc per_squared = p.inverse_mean[x] * p.inverse_mean[x] / (p.tau * p.tau);
-    w = -slope * side.relation * per_squared - omega * (p.mean_slope[x] * p.inverse_mean[x]) * side.inverse;
+    w = -slope * side.relation * (inverse_mean * inverse_mean / (p.tau * p.tau));
+    if (!kScaled) w -= omega * mean_slope * side.inverse;
     w = side.inverse == Acc(0) ? V{} : w;
   }
-  return kScaled ? w * side.scale : w;
+  return kScaled ? w * side.factor : w;
 }
 
 // Turns the Gram tiles (leading dimension `stride`) of rows row0.. and columns column0.. into the pair weights of
-// the gradients, in place, and adds up the stage's sums. Rows and columns count from 0 over the whole batch; lanes that
+// the gradients, in place or, where kScaled and `half` is given, there as bfloat16, and adds up the stage's sums. Rows and columns count from 0 over the whole batch; lanes that
 // are no pair get weight 0. In a triangle the vectors before the diagonal are left as they are.
 template <class Acc, int kRelation, int kPenalty, bool kMasked, bool kScaled, int kStage>
-void epilogue(const Pairs<Acc>& p, long row0, long row1, long column0, long column1, Acc* const tile[2], long stride,
-              double sums[3]) {
+void epilogue(const Pairs<Acc>& p, long row0, long row1, long column0, long column1, Acc* const tile[2],
+              uint16_t* const half[2], long stride, double sums[3]) {
   typedef Vector<Acc> V;
   constexpr int N = kLanes<Acc>;
   const bool edge = column0 < row1 || column1 > p.columns;  // holds pairs that do not count
@@ -151,8 +155,17 @@ void epilogue(const Pairs<Acc>& p, long row0, long row1, long column0, long colu
         continue;
       }
       total[0] += kMasked ? omega * rho : rho;
-      if (p.need[0]) store<Acc>(real + j, pair_weight<Acc, kRelation, kScaled>(p, 0, f, -slope, omega));
-      if (p.need[1]) store<Acc>(fake + j, pair_weight<Acc, kRelation, kScaled>(p, 1, g, slope, omega));
+      const long at = (i - row0) * stride - column0 + j;
+      for (int x = 0; x < 2; ++x) {
+        if (!p.need[x]) continue;
+        V w = pair_weight<Acc, kRelation, kScaled>(p, x, x == 0 ? f : g, x == 0 ? -slope : slope, omega);
+        if constexpr (kScaled)
+          if (half[x]) {
+            store_half(half[x] + at, narrow(w));
+            continue;
+          }
+        store<Acc>(tile[x] + at, w);
+      }
     }
     if ((i - row0) % 8 == 7 || i + 1 == row1)  // few enough terms in a lane for float32
       for (int k = 0; k < 3; ++k) {
@@ -163,7 +176,8 @@ void epilogue(const Pairs<Acc>& p, long row0, long row1, long column0, long colu
 }
 
 template <class Acc>
-using Epilogue = void (*)(const Pairs<Acc>&, long, long, long, long, Acc* const[2], long, double[3]);
+using Epilogue = void (*)(const Pairs<Acc>&, long, long, long, long, Acc* const[2], uint16_t* const[2], long,
+                          double[3]);
 
 template <class Acc, int kRelation, int kPenalty, bool kMasked, bool kScaled>
 Epilogue<Acc> choose_stage(int stage) {

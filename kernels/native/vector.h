@@ -87,6 +87,18 @@ ALWAYS_INLINE double sum_lanes(Vector<T> v) {
   return s;
 }
 
+#if defined(__AVX512BF16__)
+typedef uint16_t VHalf __attribute__((vector_size(kVectorBytes / 2)));
+// To bfloat16, to nearest even.
+ALWAYS_INLINE VHalf narrow(VFloat x) { return (VHalf)_mm512_cvtneps_pbh((__m512)x); }
+ALWAYS_INLINE VHalf load_half(const uint16_t* p) {
+  VHalf v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+ALWAYS_INLINE void store_half(uint16_t* p, VHalf v) { __builtin_memcpy(p, &v, sizeof v); }
+#endif
+
 // x, after its rounding: keeps the compiler from fusing the product that made x with what follows.
 template <class V>
 ALWAYS_INLINE V rounded(V x) {

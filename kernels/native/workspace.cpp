@@ -25,7 +25,7 @@ char* Workspace::take(size_t bytes) {
   }
   free(kept.data);
   kept.data = nullptr;
-  const size_t page = bytes > kKept ? size_t(2) << 20 : 64;  // big blocks in pages of 2 MiB, where there are such
+  const size_t page = bytes > kBig ? size_t(2) << 20 : 64;  // in pages of 2 MiB, where there are such
   capacity_ = (bytes + page) / page * page;
   data_ = aligned_alloc(page, capacity_);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

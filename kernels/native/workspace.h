@@ -5,7 +5,7 @@
 #include <stddef.h>
 
 class Workspace {
-  static constexpr size_t kKept = size_t(32) << 20;
+  static constexpr size_t kKept = size_t(32) << 20, kBig = size_t(4) << 20;
   void* data_ = nullptr;
   size_t capacity_ = 0;
 
