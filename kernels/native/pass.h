@@ -19,6 +19,7 @@ class Pass {
   static constexpr long kDepthBlock = 256;  // words of depth for which a panel stays near
   static constexpr long kSegments = kDepth;  // tiles of W in one product: as deep for bf16 words as for floats
   static constexpr long kOutputs = 8;       // panels of features that one task of a product covers
+  static constexpr long kStripRows = 512;   // higher strips write sum_j W_ij x_j fewer times, but W outgrows the caches
   static constexpr bool kCopies = kDepth > 1;
 
   const StructurePass& task;
@@ -74,9 +75,7 @@ class Pass {
     column_tiles = (features[0].padded_rows + tile - 1) / tile;
     first_tile = pairs.first / tile;
     last_tile = (pairs.end + tile - 1) / tile;
-    // Higher strips read W and write sum_j W_ij x_j fewer times; they pay where rows are long.
-    const long height = task.width >= 256 ? 512 : 256;
-    strip_tiles = height / tile > 1 ? height / tile : 1;
+    strip_tiles = kStripRows / tile;
     if (strip_tiles > last_tile - first_tile) strip_tiles = last_tile - first_tile;
     arena.want(tile_sums, strip_tiles * column_tiles * 3);
     arena.want(gram, size_t(task.threads) * 2 * tile * tile);
