@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     about = environment("cpu", arguments.threads)
     print(
-        f"{about['device']}, {native.instruction_set()}, {arguments.threads} threads, torch {about['torch']},", end=" "
+        f"{about['machine']}, {native.instruction_set()}, {arguments.threads} threads, torch {about['torch']},", end=" "
     )
     print(f"commit {about['commit']}, {about['date'][:10]}; median of {arguments.repeats} rounds (p20-p80)\n")
     head = ["B", "d", "gradients", *(f"{name}, ms" for name in DTYPES), f"times as fast (target {TARGET})"]
