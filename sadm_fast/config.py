@@ -238,14 +238,9 @@ class ZeroConfig(Block):
     overlap_comm: bool | None = None
     contiguous_gradients: bool = True
     reduce_bucket_size: int | None = Field(
-        None,
-        ge=1,
-        description="elements of a buffer for gradients that is there however small the model is; null: 50 million on"
-        " GPUs, 2 million, which caches hold, on CPUs",
+        None, ge=1, description="null: 50 million elements on GPUs, 2 million on CPUs"
     )
-    allgather_bucket_size: int | None = Field(
-        None, ge=1, description="elements that are gathered at once; null: 500 million on GPUs, 2 million on CPUs"
-    )
+    allgather_bucket_size: int | None = Field(None, ge=1, description="null: 500 million, or 2 million on CPUs")
     offload_optimizer: OffloadConfig | None = None
     offload_param: OffloadConfig | None = None
     stage3_max_live_parameters: int = Field(1_000_000_000, ge=0)
@@ -254,7 +249,7 @@ class ZeroConfig(Block):
     stage3_param_persistence_threshold: int = Field(100_000, ge=0)
 
     def buckets(self, device_type: str) -> dict[str, int]:
-        """Both bucket sizes in elements; what null stands for is measured in docs/experiments.md."""
+        """Both sizes in elements. Memory for the first is taken whole, however small the model; on CPUs caches hold it."""
         reduce, gather = (2_000_000, 2_000_000) if device_type == "cpu" else (50_000_000, 500_000_000)
         return {
             "reduce_bucket_size": self.reduce_bucket_size or reduce,
