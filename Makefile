@@ -47,7 +47,7 @@ test: lint ## every check: ruff, mypy, pytest
 test-fast: install ## pytest without the tests that start training processes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(TEST_PROCESSES) --dist worksteal -m 'not slow and not soak'
 
-test-faults: install ## kill, stop and poison trainings at every point (about an hour); writes docs/faults.md
+test-faults: install ## kill, stop and poison trainings at every point (half an hour); writes docs/faults.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark tests/faults tests -m soak --faults-table docs/faults.md
 
 benchmark: install ## the structure loss against its peers: table, CSV and picture (about an hour)

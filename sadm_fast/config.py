@@ -249,7 +249,7 @@ class ZeroConfig(Block):
     stage3_param_persistence_threshold: int = Field(100_000, ge=0)
 
     def buckets(self, device_type: str) -> dict[str, int]:
-        """Both sizes in elements. Memory for the first is taken whole, however small the model; on CPUs caches hold it."""
+        """Both sizes in elements. Memory for the first is taken whole, for small models too; CPUs: what caches hold."""
         reduce, gather = (2_000_000, 2_000_000) if device_type == "cpu" else (50_000_000, 500_000_000)
         return {
             "reduce_bucket_size": self.reduce_bucket_size or reduce,
