@@ -227,15 +227,15 @@ def poison_of(player: str | None, last_rank: bool) -> Any:
 
 def main(folder: Path) -> None:
     by_stage = [Case(f"zero{stage}-accumulation{a}", "sadm", stage, a) for stage in STAGES for a in (1, 2)]
-    asked: list[tuple[Callable[[Case, Place], dict[str, Any]], list[Case]]] = [
-        (compared, cases()),
-        (isolated, by_stage),
-        (interrupted, by_stage[::2]),
-        (poisoned, poisoned_cases()),
-        (bad_gradients, bad_gradient_cases()),
-    ]
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.parent / "inductor")  # one for all world sizes
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.parent / "inductor")
     with distributed() as place:
+        asked: list[tuple[Callable[[Case, Place], dict[str, Any]], list[Case]]] = [
+            (compared, cases(place.world_size)),
+            (isolated, by_stage),
+            (interrupted, by_stage[::2]),
+            (poisoned, poisoned_cases()),
+            (bad_gradients, bad_gradient_cases()),
+        ]
         found = {ask.__name__: {case.name: ask(case, place) for case in of} for ask, of in asked}
         torch.save(found, folder / f"rank-{place.rank}.pt")
         dist.barrier()
