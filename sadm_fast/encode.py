@@ -92,10 +92,9 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from sadm_fast.console import Console
+    from sadm_fast.data import open_any
     from sadm_fast.data.checking import checked, forget
-    from sadm_fast.data.detection import open_any
-    from sadm_fast.data.latent_check import check_shards
-    from sadm_fast.data.latents import LatentSource
+    from sadm_fast.data.latents import LatentSource, check_shards
 
     console = Console()
     with console.progress("listing shards") as progress:
@@ -119,9 +118,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from sadm_fast.bench import bench_table
     from sadm_fast.console import Console
-    from sadm_fast.data.detection import open_any
+    from sadm_fast.data import open_any
+    from sadm_fast.data.throughput import bench_table
 
     console = Console()
     with console.progress("listing shards") as progress:

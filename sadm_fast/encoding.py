@@ -18,7 +18,7 @@ import torch
 from sadm_fast.config import Config
 from sadm_fast.console import Console
 from sadm_fast.data.adm_crop import read_crop
-from sadm_fast.data.batch import pixels_to_float, stack_crops
+from sadm_fast.data.batch import stack_crops
 from sadm_fast.data.checking import pixel_problem
 from sadm_fast.data.latents import ENCODING, MANIFEST, SHARDS, Encoding, shard_name, shard_record, write_shard
 from sadm_fast.data.source import ImageSource
@@ -26,6 +26,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.files import write_json
 from sadm_fast.launch import Place, barrier, first_on_rank_zero
 from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.scales import pixels_to_float
 
 _BATCHES_AHEAD = 2
 _SKIPPED_LISTED = 500  # names of broken images kept in a shard's record

@@ -1,6 +1,6 @@
 """From the configuration's `data` block to samples: open what it names, check that it fits, iterate.
 
-What the denoiser sees is called a sample here: an image in [-1, 1] or a scaled latent (sadm_fast.data.scale).
+What the denoiser sees is called a sample here: an image in [-1, 1] or a scaled latent (sadm_fast.scales).
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,8 @@ from sadm_fast.console import Console
 from sadm_fast.data import load_images, make_loader, open_images
 from sadm_fast.data.batch import Loader
 from sadm_fast.data.checking import require_sound
-from sadm_fast.data.latent_check import checked_shards
 from sadm_fast.data.latent_loader import LatentLoader
-from sadm_fast.data.latents import LatentSource
+from sadm_fast.data.latents import LatentSource, checked_shards
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource, Source
 from sadm_fast.errors import UserError

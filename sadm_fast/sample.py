@@ -51,7 +51,7 @@ def _sample(arguments: argparse.Namespace) -> Path:
     device = torch.device("cuda" if choose_accelerator() else "cpu")
 
     from sadm_fast.console import Console
-    from sadm_fast.data.batch import float_to_pixels
+    from sadm_fast.scales import float_to_pixels
     from sadm_fast.snapshots import generate, picture_grid, save_picture, to_images
     from sadm_fast.trained import load_trained
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sadm_fast.config import Config
 from sadm_fast.counters import Stream, normal
-from sadm_fast.data.batch import float_to_pixels
 from sadm_fast.data.source import Source
 from sadm_fast.diffusion import guided, sample
 from sadm_fast.feed import load_samples
@@ -20,6 +19,7 @@ from sadm_fast.metrics.evaluation import Evaluator
 from sadm_fast.metrics.judges import ClassifierJudge, PixelJudge, RandomJudge
 from sadm_fast.models import DiT
 from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.scales import float_to_pixels
 from sadm_kernels import relation_matrix
 
 _RELATION_IMAGES = 60

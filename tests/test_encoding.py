@@ -17,9 +17,10 @@ from PIL import Image
 
 from sadm_fast import encode
 from sadm_fast.data.adm_crop import read_crop
-from sadm_fast.data.batch import pixels_to_float, stack_crops
+from sadm_fast.data.batch import stack_crops
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.scales import pixels_to_float
 from tests.autoencoders import save_autoencoder
 from tests.programs import Program, start_line, tree
 from tests.ranks import ROOT, clean_environment

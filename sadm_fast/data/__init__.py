@@ -1,9 +1,9 @@
 """Images in, batches out: list a source, then iterate over micro-batches in an order fixed by the seed.
 
-Pixels are uint8 on disk and in the loaders, float32 x / 127.5 - 1 in a batch (sadm_fast.data.batch).
+Pixels are uint8 on disk and in the loaders, float32 in [-1, 1] in a batch (sadm_fast.scales).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sadm_fast.data.batch import ImageBatch, pixels_to_float, stack_crops
+from sadm_fast.data.batch import ImageBatch, stack_crops
 from sadm_fast.data.broken import CropSpec, read_all_or_replace
 from sadm_fast.data.checking import CheckReport, Progress, check, checked, forget, require_sound
 from sadm_fast.data.demo import PREFIX, demo_folder
 from sadm_fast.data.image_folder import ImageFolder
+from sadm_fast.data.latents import ENCODING, MANIFEST, LatentSource
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource, Source, split
 from sadm_fast.data.webdataset import TarShards
 from sadm_fast.errors import UserError
+from sadm_fast.scales import pixels_to_float
 
 if TYPE_CHECKING:  # importing DALI takes a second, the loaders are imported when one is made
     from sadm_fast.data.dali_loader import DaliLoader
@@ -150,3 +152,12 @@ def load_images(
     with ThreadPoolExecutor(threads) as pool:
         crops = read_all_or_replace(source, indices, CropSpec(resolution, channels, enlarge), pool)
     return pixels_to_float(stack_crops([crop.pixels for crop in crops]))
+
+
+def open_any(path: str, progress: Callable[[int, int], None] | None = None) -> ImageSource | LatentSource:
+    """Cached latents, WebDataset tar shards or an image folder, by what the folder holds; UserError as theirs."""
+    root = Path(path).expanduser()
+    if (root / MANIFEST).exists() or (root / ENCODING).exists():
+        return LatentSource.open(root)
+    shards = root.suffix == ".tar" or (root.is_dir() and any(root.glob("*.tar")))
+    return open_images(path, kind="webdataset" if shards else "folder", progress=progress)

@@ -1,4 +1,4 @@
-"""What a loader yields, and the scale of pixels, stated once: uint8 x stands for x / 127.5 - 1."""
+"""Micro-batches: what a loader yields, the protocol of a loader, and memory for its images."""
 
 import math
 import weakref
@@ -38,11 +38,6 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
-def pixels_to_float(pixels: Tensor) -> Tensor:
-    """uint8 pixels of any shape to float32 in [-1, 1]: x / 127.5 - 1, in a new tensor on the same device."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
-
-
 class ImageMemory:
     """Memory for float images that is used again once nobody holds the tensor that it was given out as.
 
@@ -64,11 +59,6 @@ class ImageMemory:
         # The tensor and all its views share a storage, which holds `given` and lets go of it with the last of them.
         weakref.finalize(given, self._free.append, block).atexit = False
         return torch.from_numpy(given)
-
-
-def float_to_pixels(images: Tensor) -> Tensor:
-    """Images of any shape and float dtype to uint8: the exact inverse of pixels_to_float, clipped."""
-    return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def stack_crops(crops: list[np.ndarray]) -> Tensor:

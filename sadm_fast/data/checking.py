@@ -21,9 +21,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sadm_fast.data.cache import default_cache, remember
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
+from sadm_fast.files import default_cache, remember
 
 Progress = Callable[[int, int], None]  # images (or shards) done, of how many
 

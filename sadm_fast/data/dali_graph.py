@@ -1,4 +1,4 @@
-"""DALI graphs: decoding alone for the CPU, where fast_crop.py does the rest; decoding with the ADM crop for the GPU.
+"""DALI graphs: decoding alone for the CPU, where fast_crop does the rest; decoding with the ADM crop for the GPU.
 
 On the GPU the crop (sadm_fast.data.adm_crop) has to be put together from DALI's operators. DALI has no box filter, so
 a halving takes the four pixels of each 2x2 block apart with nearest-neighbour resizes and averages them in uint8,

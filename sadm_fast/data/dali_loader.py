@@ -2,7 +2,7 @@
 
 An external source hands DALI the images of a micro-batch by its position in the plan, so the pipeline has no
 state to save: started at another sample it continues exactly there. On the CPU, DALI decodes bit for bit as
-Pillow, and our own threads crop (fast_crop.py: DALI's resize takes three times as long). On a GPU the crop is
+Pillow, and our own threads crop (fast_crop: DALI's resize takes three times as long). On a GPU the crop is
 part of DALI's graph. One micro-batch is made while the one before is used.
 
 A pipeline that met a broken image cannot go on, and does not say which one it was. Then Pillow looks for it
@@ -23,15 +23,16 @@ import torch
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
-from sadm_fast.data.batch import ImageBatch, ImageMemory, pixels_to_float, stack_crops
+from sadm_fast.data.adm_crop import fast_crop
+from sadm_fast.data.batch import ImageBatch, ImageMemory, stack_crops
 from sadm_fast.data.broken import BrokenImages, CropSpec, read_all_or_replace
 from sadm_fast.data.checking import too_small
 from sadm_fast.data.dali_graph import crop_pipeline, decode_pipeline
-from sadm_fast.data.fast_crop import fast_crop
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
+from sadm_fast.scales import pixels_to_float
 
 _MAX_RUN = 31
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sadm_fast.data.cache import default_cache
 from sadm_fast.errors import UserError
+from sadm_fast.files import default_cache
 
 PREFIX = "demo:"
 _NAME = "mnist5k"

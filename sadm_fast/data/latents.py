@@ -15,7 +15,8 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,16 +27,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from sadm_fast.data.scale import LatentScale
 from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
-from sadm_fast.files import write_json
+from sadm_fast.files import default_cache, remember, write_json
+from sadm_fast.scales import LatentScale
 from sadm_kernels import copy_rows, has_streams
 
 FORMAT = "sadm_fast.latents/1"
 MANIFEST = "manifest.json"
 ENCODING = "encoding.json"
 SHARDS = "shards"
+
+Progress = Callable[[int, int], None]  # shards done, of how many
 
 _DTYPES = {"float16": np.float16, "float32": np.float32}
 _SAFETENSORS_DTYPES = {"float16": "F16", "float32": "F32"}
@@ -153,7 +156,7 @@ class LatentSource(Source):
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Read the manifest and map the shards; sizes are checked, contents are not (sadm_fast.data.latent_check).
+        """Read the manifest and map the shards; sizes are checked, contents are not (check_shards).
 
         Raises UserError: no cache, an unfinished one, another format, a shard that is missing or cut short.
         """
@@ -269,3 +272,50 @@ def _map_shard(path: Path, count: int, encoding: Encoding) -> tuple[np.ndarray, 
     if count and not 0 <= int(labels.min()) <= int(labels.max()) < len(encoding.classes):
         raise UserError(f"{path}: holds labels outside of the manifest's {len(encoding.classes)} classes; encode again")
     return moments, labels
+
+
+def check_shards(source: LatentSource, *, threads: int, progress: Progress | None = None) -> list[str]:
+    """Read all shards and compare their hashes: one line for each that differs. A clean result is remembered."""
+
+    def damage(shard: dict[str, Any]) -> str | None:
+        path = source.root / shard["file"]
+        try:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]:
+                    return None
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror or error})"
+        return f"{path}: does not match its hash in {MANIFEST}"
+
+    state = _state(source)
+    problems = []
+    with ThreadPoolExecutor(threads) as pool:
+        for done, problem in enumerate(pool.map(damage, source.shards), start=1):
+            if problem:
+                problems.append(problem)
+            if progress is not None:
+                progress(done, len(source.shards))
+    if not problems:
+        remember(_path(source), json.dumps(state).encode())
+    return problems
+
+
+def checked_shards(source: LatentSource, *, threads: int, progress: Progress | None = None) -> list[str]:
+    """As `check_shards`, but nothing is read if these files were found whole before and have not changed since."""
+    try:
+        if json.loads(_path(source).read_bytes()) == _state(source):
+            return []
+    except (OSError, ValueError):
+        pass  # never checked, or the note is damaged
+    return check_shards(source, threads=threads, progress=progress)
+
+
+def _path(source: LatentSource) -> Path:
+    identity = f"{source.fingerprint()} {source.root.absolute()}"
+    return default_cache() / "checked" / f"latents-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+
+
+def _state(source: LatentSource) -> list[list[int]]:
+    """Size and time of change of each shard."""
+    stats = [(source.root / shard["file"]).stat() for shard in source.shards]
+    return [[stat.st_size, stat.st_mtime_ns] for stat in stats]

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sadm_fast.data.batch import ImageBatch, pixels_to_float, stack_crops
+from sadm_fast.data.batch import ImageBatch, stack_crops
 from sadm_fast.data.broken import BrokenImages, CropSpec, read_or_replace
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource
 from sadm_fast.data.workers import worker_context
 from sadm_fast.errors import UserError
+from sadm_fast.scales import pixels_to_float
 
 Request = tuple[int, int, bool]  # sample id, image index, whether to mirror
 

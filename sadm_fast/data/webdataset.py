@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sadm_fast.data.cache import default_cache, remember
 from sadm_fast.data.checking import Progress
 from sadm_fast.data.source import ImageSource, PackedNames, hash_names, printable
 from sadm_fast.data.tar_index import TarIndex, build_index, dump_index, load_index
 from sadm_fast.errors import UserError
+from sadm_fast.files import default_cache, remember
 
 _OPEN_SHARDS = 64  # descriptors a process keeps; most systems allow it 1024
 

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sadm_fast.counters import Stream, uniform
-from sadm_fast.data.batch import float_to_pixels, pixels_to_float
 from sadm_fast.metrics.frechet import FeatureStatistics, frechet_distance
 from sadm_fast.metrics.judges import Judge
+from sadm_fast.scales import float_to_pixels, pixels_to_float
 
 _BATCH = 256  # images a judge sees at once: bounds the memory, changes no number
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sadm_fast.data.scale import LatentScale
 from sadm_fast.errors import UserError
+from sadm_fast.scales import LatentScale
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from sadm_fast.data.latent_check import check_shards, checked_shards
-from sadm_fast.data.latents import ENCODING, MANIFEST, Encoding, LatentSource, shard_record, write_shard
+from sadm_fast.data.latents import (
+    ENCODING,
+    MANIFEST,
+    Encoding,
+    LatentSource,
+    check_shards,
+    checked_shards,
+    shard_record,
+    write_shard,
+)
 from sadm_fast.errors import UserError
 from tests.data.latent_caches import make_encoding, make_moments, write_cache
 

@@ -17,13 +17,14 @@ from PIL import Image
 
 from sadm_fast.data import load_images, make_loader, open_images
 from sadm_fast.data.adm_crop import adm_crop
-from sadm_fast.data.batch import ImageBatch, pixels_to_float, stack_crops
+from sadm_fast.data.batch import ImageBatch, stack_crops
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
+from sadm_fast.scales import pixels_to_float
 
 LOADERS = ["dali", "torch"]
-FLOOR = 65.0  # dB, DALI's loader against Pillow: one level in every fiftieth value; test_fast_crop.py has photographs
+FLOOR = 65.0  # dB, DALI's loader against Pillow: one level in every fiftieth value; test_adm_crop.py has photographs
 
 
 def _batches(source: ImageSource, count: int, **changes: Any) -> list[ImageBatch]:

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sadm_fast.data.batch import float_to_pixels, pixels_to_float
 from sadm_fast.metrics.evaluation import Evaluator
 from sadm_fast.metrics.frechet import FeatureStatistics
 from sadm_fast.metrics.judges import ClassifierJudge, Judge, PixelJudge, RandomJudge
+from sadm_fast.scales import float_to_pixels, pixels_to_float
 
 NAMES = {"fid_classifier", "fid_random", "fid_pixels"}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sadm_fast.data.cache import default_cache, remember
+from sadm_fast.files import default_cache, remember
 
 
 def test_the_folder_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
