@@ -35,7 +35,7 @@ from benchmarks import measure  # noqa: E402
 from benchmarks.game_cost import environment_of_training  # noqa: E402
 from benchmarks.latent_game import CLASSES, game_config, made_up, made_up_players  # noqa: E402
 from benchmarks.report import Row, aligned  # noqa: E402
-from sadm_fast.launch import distributed  # noqa: E402
+from sadm_fast.ranks.launch import distributed  # noqa: E402
 
 DENOISER: dict[str, Any] = {"patch_size": 4, "hidden_size": 640, "depth": 12, "num_heads": 10}
 MAY_COST = 0.05  # of a checkpoint interval
@@ -47,9 +47,9 @@ COLUMNS = (
 
 def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) -> tuple[dict[str, list[float]], Row]:
     """Seconds of each save, by what they were spent on, and how much was saved."""
-    from sadm_fast.checkpoint_writer import CheckpointWriter
     from sadm_fast.ema import EMA
-    from sadm_fast.masters import local_masters, trainable_shapes
+    from sadm_fast.engine.masters import local_masters, trainable_shapes
+    from sadm_fast.run.checkpoint_writer import CheckpointWriter
 
     config = game_config(
         micro_batch=2, denoiser={**DENOISER, "num_classes": CLASSES}, zero_optimization={"stage": stage}

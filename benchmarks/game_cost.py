@@ -29,8 +29,8 @@ from benchmarks.latent_game import CLASSES, game_config, iteration  # noqa: E402
 from benchmarks.report import Row, aligned  # noqa: E402
 from benchmarks.structure_loss import environment  # noqa: E402
 from sadm_fast.config import Config  # noqa: E402
-from sadm_fast.cost import meta_models, step_flops  # noqa: E402
-from sadm_fast.launch import distributed  # noqa: E402
+from sadm_fast.planning.cost import meta_models, step_flops  # noqa: E402
+from sadm_fast.ranks.launch import distributed  # noqa: E402
 
 WAYS = ("plain", "structure", "sadm", "reference")
 COLUMNS = (

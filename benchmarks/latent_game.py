@@ -44,8 +44,10 @@ def made_up(config: Config, first: int) -> Batch:
 
 def made_up_players(config: Config, device: torch.device) -> Any:
     """engine.Players; the denoiser moved off its start, where most of its gradients are exactly 0."""
-    from sadm_fast.engine import Players  # imports DeepSpeed, which wants to be told about the accelerator before
-    from sadm_fast.preparation import build_denoiser, build_psi
+    from sadm_fast.build import build_denoiser, build_psi
+    from sadm_fast.engine.players import (
+        Players,
+    )  # imports DeepSpeed, which wants to be told about the accelerator before
 
     denoiser = build_denoiser(config, CLASSES)
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import measure
 from benchmarks.game_cost import WARMUP, WAYS, Case
 from benchmarks.latent_game import iteration
-from sadm_fast.launch import Place, distributed
+from sadm_fast.ranks.launch import Place, distributed
 
 THREADS = 2
 CASES = [Case("fp32", 0, "imagenet", False, 32), Case("bf16", 2, "imagenet", False, 32)]

@@ -35,7 +35,7 @@ from benchmarks import measure  # noqa: E402
 from benchmarks.latent_game import game_config, iteration  # noqa: E402
 from benchmarks.report import Row, aligned  # noqa: E402
 from benchmarks.structure_loss import environment  # noqa: E402
-from sadm_fast.launch import distributed  # noqa: E402
+from sadm_fast.ranks.launch import distributed  # noqa: E402
 
 WAYS = ("alone", "unconnected", "together")
 COLUMNS = (

@@ -1,14 +1,14 @@
 """A run's configuration: one strict JSON file. Every field is here, with its meaning, default and range."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sadm_fast.config_errors import explain, override
 from sadm_fast.diffusion import EDM, VP, Flow, Process
 from sadm_fast.errors import UserError
 from sadm_fast.models.dit import parse_name
@@ -418,8 +418,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"--config {path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise UserError(f"--config {path}: must hold one JSON object")
-    for override in overrides:
-        _override(raw, override)
+    for text in overrides:
+        override(raw, text)
     return check_config(raw)
 
 
@@ -430,68 +430,7 @@ def check_config(raw: dict[str, Any]) -> Config:
     except ValidationError as error:
         problems = error.errors()
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(_explain(problems[0]) + more) from None
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"--set {override}: must be key.path=value, for example --set train.steps=100")
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    *parents, last = path.split(".")
-    node = raw
-    for key in parents:
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override}: {key} is not a block of the configuration")
-    node[last] = value
-
-
-def _blocks(annotation: Any) -> list[type[Block]]:
-    """The blocks that a field's type may hold: one, the members of a union, or none."""
-    if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, Block) else []
-    return [block for member in get_args(annotation) for block in _blocks(member)]
-
-
-def _known_keys(location: Sequence[str]) -> list[str]:
-    """Keys allowed beside the last one of a pydantic location (which names the chosen member of a union)."""
-    blocks: list[type[Block]] = [Config]
-    for part in location[:-1]:
-        fields = blocks[0].model_fields
-        if part in fields and len(blocks) == 1:
-            blocks = _blocks(fields[part].annotation)
-        else:
-            blocks = [b for b in blocks if any(part in get_args(f.annotation) for f in b.model_fields.values())]
-        if not blocks:
-            return []
-    return sorted(field.alias or name for name, field in blocks[0].model_fields.items())
-
-
-def _explain(problem: Any) -> str:
-    """One line: the key's path, its value, what is allowed."""
-    tags = {"edm", "vp", "flow", "power", "exponential"}  # pydantic names the member of a union in the path
-    location = [str(part) for part in problem["loc"]]
-    path = ".".join(part for part in location if part not in tags)
-    kind, context = problem["type"], problem.get("ctx", {})
-    if kind == "extra_forbidden":
-        known = _known_keys(location)
-        near = difflib.get_close_matches(location[-1], known, 1)
-        return f"{path}: unknown key; " + (f"did you mean {near[0]}?" if near else f"allowed: {', '.join(known)}")
-    if kind == "missing":
-        return f"{path}: is missing"
-    if kind.startswith("union_tag"):
-        key = f"{path}.{context['discriminator'].strip(chr(39))}"
-        if kind == "union_tag_not_found":
-            return f"{key}: is missing"
-        return f"{key}={json.dumps(context['tag'])}: must be one of {context['expected_tags']}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if kind == "value_error":  # our own: they start with the key, relative to their block
-        return f"{path}.{message}" if path else message
-    return f"{path}={json.dumps(problem['input'], default=str)}: {message[0].lower()}{message[1:]}"
+        raise UserError(explain(problems[0], Config) + more) from None
 
 
 def json_schema() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sadm_fast.config import ExponentialEMA, PowerEMA
-from sadm_fast.masters import Fragment
+from sadm_fast.engine.masters import Fragment
 
 
 def power_gamma(std: float) -> float:

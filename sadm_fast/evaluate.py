@@ -41,11 +41,11 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from sadm_fast.console import Console
     from sadm_fast.feed import open_data
-    from sadm_fast.launch import distributed, first_on_rank_zero
-    from sadm_fast.preparation import prepare_judge
-    from sadm_fast.run_folder import RunFolder
-    from sadm_fast.snapshots import build_evaluator, evaluation_images
-    from sadm_fast.trained import load_trained
+    from sadm_fast.generation import load_trained
+    from sadm_fast.metrics.evaluator import build_evaluator, evaluation_images
+    from sadm_fast.pretrain import prepare_judge
+    from sadm_fast.ranks.launch import distributed, first_on_rank_zero
+    from sadm_fast.run.folder import RunFolder
 
     changes = {"samples": arguments.samples, "steps": arguments.steps}
     if any(value is not None and value < 2 for value in changes.values()):

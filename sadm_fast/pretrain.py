@@ -1,204 +1,149 @@
-"""Train a feature extractor as a classifier, once, and keep the result.
-
-Used twice: Psi is "well trained" on the real data before the game starts, and the judge of `fid_classifier`
-is another network trained the same way with another seed.
-"""
+"""What has to exist before the game: the models, a well-trained Psi, and the judge of the demo's evaluation."""
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sadm_fast.build import build_psi, load_psi
+from sadm_fast.classifier import accuracy, train_classifier
+from sadm_fast.config import ClassifierTraining, Config, StructureEncoderConfig
+from sadm_fast.console import Console
+from sadm_fast.data.source import Source, split
 from sadm_fast.errors import UserError
+from sadm_fast.feed import load_samples, make_feed
+from sadm_fast.metrics.judges import ClassifierJudge
+from sadm_fast.models.structure_encoder import collect_statistics
+from sadm_fast.ranks.collectives import broadcast_json, broadcast_state, is_rank_zero
+
+_HELD_OUT = 0.1  # share of the images that tells the accuracy of Psi and of the judge
+_HELD_OUT_AT_MOST = 5000
+_JUDGE_SEED = 7919  # added to the run's seed: the judge is not Psi's twin
+
+
+def check_psi(config: Config, images: Source) -> None:
+    """UserError if Psi cannot be what it has to be: its weights do not fit, or there is nothing to train it on."""
+    if config.game.mode == "plain":
+        return
+    if config.structure_encoder.weights is not None:
+        load_psi(build_psi(config), Path(config.structure_encoder.weights))
+    elif len(images.classes) < 2:
+        raise UserError(
+            f"structure_encoder.weights=null: Psi is trained to tell classes apart, and data.path={images.where} has"
+            " only one; give the weights of an encoder trained elsewhere (docs/data.md), or use game.mode=plain"
+        )
+
+
+def check_judge(config: Config, images: Source) -> None:
+    """UserError if there is nothing to train the evaluations' judge on."""
+    if config.evaluate.every is not None and len(images.classes) < 2:
+        raise UserError(
+            f"evaluate.every={config.evaluate.every}: its judge is trained to tell classes apart, and"
+            f" data.path={images.where} has only one; use evaluate.every=null and score the samples afterwards"
+        )
+
+
+def prepare_psi(
+    config: Config, images: Source, pretrained: Path, device: torch.device, console: Console
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Psi, trained as a classifier on the run's own data or loaded; and what is known of it. Collective."""
+    psi = config.structure_encoder
+    if psi.weights is not None:
+        return load_psi(build_psi(config), Path(psi.weights)), {"weights": psi.weights}
+    return _trained(
+        "structure encoder", lambda: build_psi(config), psi.pretrain, psi, config, config.seed, images,
+        pretrained / "structure_encoder.safetensors", device, console,
+    )  # fmt: skip
+
+
+def prepare_judge(
+    config: Config, images: Source, pretrained: Path, device: torch.device, console: Console
+) -> tuple[ClassifierJudge, dict[str, Any]]:
+    """The classifier whose features `fid_classifier` compares: another architecture and seed than Psi's. Collective."""
+    seed = config.seed + _JUDGE_SEED
+
+    def build() -> nn.Module:
+        torch.manual_seed(seed)
+        return ClassifierJudge(config.sample_shape[0])
+
+    return _trained(
+        "judge", build, config.evaluate.judge, None, config, seed, images,
+        pretrained / "judge.safetensors", device, console,
+    )  # fmt: skip
+
+
+def _trained(
+    what: str,
+    build: Callable[[], Any],
+    training: ClassifierTraining,
+    architecture: StructureEncoderConfig | None,
+    config: Config,
+    seed: int,
+    images: Source,
+    path: Path,
+    device: torch.device,
+    console: Console,
+) -> tuple[Any, dict[str, Any]]:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def train(module: Any) -> dict[str, Any]:
+        rest, held_out = split(images, _HELD_OUT, config.seed)
+        loader = make_feed(
+            config,
+            rest,
+            seed=seed,
+            micro_batch=max(1, training.batch // world),
+            rank=rank,
+            world_size=world,
+            device=device,
+        )
+        console.say(f"Training the {what} on {len(rest)} images ({len(held_out)} held out), {training.steps} steps")
+        try:
+            with console.bar(what, training.steps) as bar, collect_statistics(module):
+                head = train_classifier(
+                    module,
+                    module.feature_dim,
+                    len(images.classes),
+                    loader,
+                    steps=training.steps,
+                    lr=training.lr,
+                    weight_decay=training.weight_decay,
+                    seed=seed,
+                    device=device,
+                    progress=lambda done, _, loss: bar.at(done, f"loss {loss:.3f}"),
+                )
+        finally:
+            loader.close()
+        info: dict[str, Any] = {"steps": training.steps, "held_out_images": len(held_out), "accuracy": None}
+        if len(held_out):
+            chosen = list(range(0, len(held_out), -(-len(held_out) // _HELD_OUT_AT_MOST)))
+            labels = torch.from_numpy(held_out.labels[chosen])
+            info["accuracy"] = accuracy(module, head, load_samples(config, held_out, chosen), labels)
+        return info
+
+    described = {
+        "data": images.fingerprint(),
+        "pixels": config.data.model_dump(include={"resolution", "channels", "flip"}),
+        "architecture": None if architecture is None else architecture.model_dump(exclude={"weights", "pretrain"}),
+        "training": training.model_dump(),
+        "seed": seed,
+    }
+    fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    module, info = load_or_train(path, build, train, fingerprint)
+    known = "" if info.get("accuracy") is None else f", accuracy {info['accuracy']:.1%} on held-out images"
+    console.say(f"The {what}{known}" + (f" (from {path})" if info["cached"] else ""))
+    return module, info
+
 
 _FORMAT = "sadm_fast.pretrain/1"
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _is_rank_zero() -> bool:
-    return not _distributed() or dist.get_rank() == 0
-
-
-def _communication_device() -> torch.device:
-    return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-@torch.no_grad()
-def _broadcast_state(modules: Iterable[nn.Module]) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
-    if not _distributed():
-        return
-    for module in modules:
-        for tensor in module.state_dict().values():
-            shared = tensor.to(_communication_device()).contiguous()
-            dist.broadcast(shared, src=0)
-            tensor.copy_(shared)
-
-
-def _broadcast_json(value: Any) -> Any:
-    """Rank 0's JSON value on every rank. As bytes: torch's own broadcast of objects would unpickle them."""
-    if not _distributed():
-        return value
-    device = _communication_device()
-    payload = json.dumps(value).encode() if dist.get_rank() == 0 else b""
-    length = torch.tensor([len(payload)], device=device)
-    dist.broadcast(length, src=0)
-    data = torch.zeros(int(length.item()), dtype=torch.uint8, device=device)
-    if payload:
-        data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-    dist.broadcast(data, src=0)
-    return json.loads(bytes(data.cpu().tolist()))
-
-
-def _average_over_ranks(
-    parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor], loss: Tensor, samples: int
-) -> Tensor:
-    """Average gradients, float buffers and the loss over ranks, each weighted by its samples; returns the
-    loss.
-
-    The result equals that of one process holding every rank's batch, also when the batches differ in size.
-    """
-    if not _distributed():
-        return loss.detach()
-    tensors = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    tensors += [*buffers, loss.detach().view(1)]
-    flat = torch.cat([t.flatten().float() for t in tensors] + [torch.ones(1, device=loss.device)]) * samples
-    dist.all_reduce(flat)
-    pieces = (flat[:-1] / flat[-1]).split([t.numel() for t in tensors])
-    for parameter, piece in zip(parameters, pieces, strict=False):
-        parameter.grad = piece.view_as(parameter).to(parameter.dtype)
-    for buffer, piece in zip(buffers, pieces[len(parameters) :], strict=False):
-        buffer.copy_(piece.view_as(buffer))
-    return pieces[-1][0]
-
-
-def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images moved by up to a fourteenth of their size (2 of 28 pixels), the edge repeated.
-
-    One shift for the whole batch: a function of the step alone, so it does not depend on the number of ranks.
-    """
-    height, width = images.shape[-2:]
-    reach = min(height, width) // 14
-    top, left = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
-    if reach == 0:
-        return images
-    return F.pad(images, (reach,) * 4, mode="replicate")[..., top : top + height, left : left + width]
-
-
-def _learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over the first twentieth of the steps (at most 100), then half a cosine down to zero."""
-    warm_up = min(100, max(1, steps // 20))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
-def train_classifier(
-    features: nn.Module,
-    feature_dim: int,
-    num_classes: int,
-    batches: Iterable[Sequence[Tensor]],
-    *,
-    steps: int,
-    lr: float,
-    weight_decay: float,
-    seed: int,
-    device: torch.device | str,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> nn.Linear:
-    """Train `features` in place with cross-entropy on a linear head, and return the head; both end in eval
-    mode.
-
-    features: images float32 [B, C, H, W] in [-1, 1] to [B, feature_dim]; moved to `device`. batches: at least
-    `steps` of (images, labels int64 [B], ...), for example ImageBatch; further fields are ignored. AdamW
-    (decay on matrices and filters only), warm-up and cosine, small shifts of the images. progress(step,
-    steps, loss) is called about fifty times, with the mean loss of all ranks.
-
-    Under torch.distributed each rank passes its own batches: gradients are averaged over all samples, every
-    rank starts from rank 0's weights and ends with identical ones. Statistics of batch norm are those of a
-    rank's batch, their running averages are shared.
-
-    Raises ValueError when `batches` ends early and UserError when the loss is no longer finite.
-    """
-    device = torch.device(device)
-    generator = torch.Generator().manual_seed(seed)
-    head = nn.Linear(feature_dim, num_classes)
-    with torch.no_grad():
-        head.weight.normal_(0.0, feature_dim**-0.5, generator=generator)
-        head.bias.zero_()
-    head.to(device)
-    features.to(device).train()
-    _broadcast_state((features, head))
-
-    parameters = [p for p in (*features.parameters(), *head.parameters()) if p.requires_grad]
-    state = features.state_dict(keep_vars=True)
-    buffers = [b for name, b in features.named_buffers() if name in state and b.is_floating_point()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=lr,
-    )
-    report_every = max(1, steps // 50)
-    iterator = iter(batches)
-    for step in range(steps):
-        batch = next(iterator, None)
-        if batch is None:
-            raise ValueError(f"the batches ended after {step} of {steps} steps")
-        images, labels = batch[0].to(device), batch[1].to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * _learning_rate_factor(step, steps)
-        loss = F.cross_entropy(head(features(_shifted(images, generator))), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        mean_loss = _average_over_ranks(parameters, buffers, loss, len(images))
-        optimizer.step()
-        if (step + 1) % report_every == 0 or step + 1 == steps:
-            value = float(mean_loss)
-            if not math.isfinite(value):
-                raise UserError(
-                    f"training the classifier diverged at step {step + 1}: loss {value}; lower its lr={lr:g}"
-                )
-            if progress is not None:
-                progress(step + 1, steps, value)
-    optimizer.zero_grad()  # the next to train these weights would find the last gradient in its own
-    _broadcast_state((features, head))
-    features.eval()
-    return head.eval()
-
-
-@torch.no_grad()
-def accuracy(features: nn.Module, head: nn.Module, images: Tensor, labels: Tensor, batch: int = 256) -> float:
-    """Fraction of images [N, C, H, W] in [-1, 1] whose class labels [N] are predicted; ValueError when N is
-    0.
-
-    Local to the calling rank. Runs in eval mode on the device of the head and restores the mode of
-    `features`.
-    """
-    if len(images) == 0:
-        raise ValueError("accuracy of no images is not defined")
-    device = next(head.parameters()).device
-    was_training = features.training
-    features.eval()
-    correct = 0
-    for part, target in zip(images.split(batch), labels.split(batch), strict=True):
-        correct += int((head(features(part.to(device))).argmax(dim=1) == target.to(device)).sum())
-    features.train(was_training)
-    return correct / len(images)
 
 
 def _digest(state: dict[str, Tensor]) -> str:
@@ -275,14 +220,14 @@ def load_or_train(
     """
     found: tuple[dict[str, Tensor], dict[str, Any]] | None = None
     problem: str | None = None
-    if _is_rank_zero():
+    if is_rank_zero():
         try:
             found = _read(path, fingerprint)
             if found is None:
                 _prepare_folder(path)
         except UserError as error:
             problem = str(error)
-    hit, info, problem = _broadcast_json([found is not None, found[1] if found else {}, problem])
+    hit, info, problem = broadcast_json([found is not None, found[1] if found else {}, problem])
     if problem is not None:
         raise UserError(problem)
 
@@ -291,14 +236,14 @@ def load_or_train(
         if found is not None:
             module.load_state_dict(found[0], strict=True)
     else:
-        info = _broadcast_json(train(module))
-        if _is_rank_zero():
+        info = broadcast_json(train(module))
+        if is_rank_zero():
             try:
                 _write(path, module, info, fingerprint)
             except (OSError, SafetensorError) as error:
                 problem = f"{path}: cannot be written ({error}); free some space or choose another folder"
-        problem = _broadcast_json(problem)
+        problem = broadcast_json(problem)
         if problem is not None:
             raise UserError(problem)
-    _broadcast_state((module,))
+    broadcast_state((module,))
     return module.eval(), {**info, "cached": hit}

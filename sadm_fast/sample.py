@@ -46,14 +46,14 @@ def main(argv: list[str] | None = None) -> int:
 def _sample(arguments: argparse.Namespace) -> Path:
     import torch
 
-    from sadm_fast.launch import choose_accelerator
+    from sadm_fast.ranks.launch import choose_accelerator
 
     device = torch.device("cuda" if choose_accelerator() else "cpu")
 
     from sadm_fast.console import Console
+    from sadm_fast.gallery import picture_grid, save_picture
+    from sadm_fast.generation import generate, load_trained, to_images
     from sadm_fast.scales import float_to_pixels
-    from sadm_fast.snapshots import generate, picture_grid, save_picture, to_images
-    from sadm_fast.trained import load_trained
 
     trained = load_trained(arguments.run, device)
     autoencoder = trained.autoencoder(device, arguments.autoencoder)

@@ -17,7 +17,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sadm_fast.errors import LostRank, UserError, print_error, speaks_for_machine
-from sadm_fast.stopping import Stopped, StopRequest
+from sadm_fast.ranks.stopping import Stopped, StopRequest
 
 if TYPE_CHECKING:  # it takes seconds to import, --help should not
     from sadm_fast.config import Config
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
     from sadm_fast.config import load_config
-    from sadm_fast.run_folder import RunFolder
+    from sadm_fast.run.folder import RunFolder
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
@@ -88,14 +88,16 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
     folder.check(config)
 
     from sadm_fast.console import Console
-    from sadm_fast.launch import barrier, distributed, first_on_rank_zero
+    from sadm_fast.ranks.launch import barrier, distributed, first_on_rank_zero
 
     with distributed() as place:
+        from sadm_fast.build import resolve_classes
         from sadm_fast.data.latents import LatentSource
-        from sadm_fast.engine import check_optimizers, check_queue
+        from sadm_fast.engine.feature_queue import check_queue
+        from sadm_fast.engine.optimizers import check_optimizers
         from sadm_fast.feed import open_data
         from sadm_fast.models.autoencoder import Autoencoder
-        from sadm_fast.preparation import check_judge, check_psi, resolve_classes
+        from sadm_fast.pretrain import check_judge, check_psi
         from sadm_fast.trainer import Trainer
 
         console = Console(place.rank)
@@ -132,10 +134,10 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
 
 def _describe(config: "Config") -> None:
     """--dry-run; without the data too, if denoiser.num_classes says what they would."""
+    from sadm_fast.build import resolve_classes
     from sadm_fast.console import Console
-    from sadm_fast.cost import describe
     from sadm_fast.feed import open_data
-    from sadm_fast.preparation import resolve_classes
+    from sadm_fast.planning.dry_run import describe
 
     there = Path(config.data.path).exists() or config.data.path.startswith("demo:")
     if there or config.denoiser.num_classes is None:

@@ -1,4 +1,4 @@
-"""The loop: counters, averages, logs, pictures, checkpoints, signals. A step itself is in game.py and engine.py."""
+"""The loop: counters, averages, logs, pictures, checkpoints, signals. A step itself is in game.py and engine/players.py."""
 
 import copy
 import math
@@ -12,49 +12,36 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sadm_fast import checkpoint
-from sadm_fast.checkpoint_writer import CheckpointWriter
+from sadm_fast.build import Undrawn, build_denoiser, load_weights, resolve_classes, start_from_weights
 from sadm_fast.config import Config
 from sadm_fast.console import Console
 from sadm_fast.data.batch import Loader
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.source import Source
 from sadm_fast.ema import EMA
-from sadm_fast.engine import Players, gradient_norm, learning_rate
+from sadm_fast.engine.masters import Fragment, gather, local_masters, trainable_shapes
+from sadm_fast.engine.optimizers import learning_rate
+from sadm_fast.engine.players import Players, gradient_norm
 from sadm_fast.errors import UserError
 from sadm_fast.feed import make_feed
 from sadm_fast.files import append_json, write_json
+from sadm_fast.gallery import RelationView, grid_classes, real_grid, sample_grid, save_picture
 from sadm_fast.game import draw
-from sadm_fast.launch import barrier
-from sadm_fast.masters import Fragment, gather, local_masters, trainable_shapes
 from sadm_fast.metrics.evaluation import Evaluator
+from sadm_fast.metrics.evaluator import build_evaluator, evaluation_images
 from sadm_fast.models import DiT
 from sadm_fast.models.autoencoder import Autoencoder
-from sadm_fast.preparation import (
-    Undrawn,
-    build_denoiser,
-    prepare_judge,
-    prepare_psi,
-    resolve_classes,
-    start_from_weights,
-)
+from sadm_fast.pretrain import prepare_judge, prepare_psi
+from sadm_fast.ranks.launch import barrier
+from sadm_fast.ranks.stopping import StopRequest
+from sadm_fast.ranks.vote import NotFinite, Vote
+from sadm_fast.ranks.watchdog import Watchdog
 from sadm_fast.report import write_report
-from sadm_fast.run_facts import run_facts
-from sadm_fast.run_folder import RunFolder
-from sadm_fast.snapshots import (
-    RelationView,
-    build_evaluator,
-    evaluation_images,
-    grid_classes,
-    load_weights,
-    real_grid,
-    sample_grid,
-    save_picture,
-)
-from sadm_fast.stopping import StopRequest
-from sadm_fast.training_log import Interval, TrainingLog, peak_memory
-from sadm_fast.vote import NotFinite, Vote
-from sadm_fast.watchdog import Watchdog
+from sadm_fast.run import checkpoint
+from sadm_fast.run.checkpoint_writer import CheckpointWriter
+from sadm_fast.run.facts import run_facts
+from sadm_fast.run.folder import RunFolder
+from sadm_fast.run.log import Interval, TrainingLog, peak_memory
 
 # So many skipped iterations in a row are not bad luck.
 _SKIPS_IN_A_ROW = 10

@@ -23,7 +23,7 @@ from sadm_fast.config import (
     without,
 )
 from sadm_fast.diffusion import EDM, VP, Flow
-from sadm_fast.engine import deepspeed_dict
+from sadm_fast.engine.optimizers import deepspeed_dict
 from sadm_fast.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"

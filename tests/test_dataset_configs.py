@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from sadm_fast.build import build_denoiser, resolve_classes
 from sadm_fast.config import Config, load_config
 from sadm_fast.console import Console
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.source import ImageSource
 from sadm_fast.feed import load_samples, make_feed, open_data, open_images_to_encode
-from sadm_fast.preparation import build_denoiser, resolve_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json") if path.stem != "schema")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sadm_fast.config import ExponentialEMA, PowerEMA
 from sadm_fast.ema import EMA, decay_schedule, power_gamma
-from sadm_fast.masters import Fragment
+from sadm_fast.engine.masters import Fragment
 
 EPS = torch.finfo(torch.float32).eps
 PROFILES: list[PowerEMA | ExponentialEMA] = [

@@ -21,9 +21,9 @@ from sadm_fast.data.batch import stack_crops
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.scales import pixels_to_float
-from tests.autoencoders import save_autoencoder
-from tests.programs import Program, start_line, tree
-from tests.ranks import ROOT, clean_environment
+from tests.support.autoencoders import save_autoencoder
+from tests.support.programs import Program, start_line, tree
+from tests.support.ranks import ROOT, clean_environment
 
 SCRIPT = ROOT / "sadm_fast" / "encode.py"
 CLASSES = ("circle", "square", "triangle")

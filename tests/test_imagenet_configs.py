@@ -8,9 +8,9 @@ from PIL import Image
 
 from sadm_fast import encode, train
 from sadm_fast.config import load_config
-from tests.autoencoders import save_autoencoder
-from tests.programs import Program, lines, start_line
-from tests.ranks import ROOT
+from tests.support.autoencoders import save_autoencoder
+from tests.support.programs import Program, lines, start_line
+from tests.support.ranks import ROOT
 
 SCRIPT = ROOT / "sadm_fast" / "train.py"
 NAMES = ("imagenet256", "imagenet512")

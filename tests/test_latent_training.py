@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sadm_fast import encode, sample, train
-from tests.autoencoders import save_autoencoder
-from tests.programs import Program, assert_same_state, last_checkpoint, lines, start_line
-from tests.ranks import ROOT
+from tests.support.autoencoders import save_autoencoder
+from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line
+from tests.support.ranks import ROOT
 
 SCRIPT = ROOT / "sadm_fast" / "train.py"
 STEPS = 40
@@ -148,8 +148,8 @@ def test_fine_tuning_starts_from_weights_and_takes_another_number_of_classes(
     config: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     averaged = load_file(run / "checkpoints/step-000004/ema.safetensors")
+    from sadm_fast.build import build_denoiser, start_from_weights
     from sadm_fast.config import load_config
-    from sadm_fast.preparation import build_denoiser, start_from_weights
 
     before = build_denoiser(load_config(config), 3).state_dict() | averaged
     save_file({name: value.contiguous() for name, value in before.items()}, tmp_path / "weights.safetensors")

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sadm_fast.classifier import accuracy, train_classifier
 from sadm_fast.data.batch import ImageBatch
 from sadm_fast.errors import UserError
 from sadm_fast.metrics.judges import ClassifierJudge
-from sadm_fast.pretrain import accuracy, load_or_train, train_classifier
+from sadm_fast.pretrain import load_or_train
 
 CLASSES = 4
 

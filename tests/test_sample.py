@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sadm_fast import sample
-from sadm_fast.checkpoint_writer import CheckpointWriter
+from sadm_fast.build import build_denoiser
 from sadm_fast.config import check_config
-from sadm_fast.masters import Fragment, trainable_shapes
-from sadm_fast.preparation import build_denoiser
-from sadm_fast.run_folder import RunFolder
-from tests.ranks import ROOT, clean_environment
+from sadm_fast.engine.masters import Fragment, trainable_shapes
+from sadm_fast.run.checkpoint_writer import CheckpointWriter
+from sadm_fast.run.folder import RunFolder
+from tests.support.ranks import ROOT, clean_environment
 from tests.test_train import CLASSES, write_images
 
 

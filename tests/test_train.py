@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sadm_fast import run_folder, train
-from sadm_fast.checkpoint import FORMAT
 from sadm_fast.config import load_config
-from tests.programs import Program, assert_same_state, last_checkpoint, lines, start_line, tree
-from tests.ranks import ROOT, clean_environment
+from sadm_fast.run.checkpoint import FORMAT
+from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, tree
+from tests.support.ranks import ROOT, clean_environment
 
 CLASSES = ("circle", "square", "triangle")
 SCRIPT = ROOT / "sadm_fast" / "train.py"

@@ -4,8 +4,8 @@ from dataclasses import asdict
 from typing import Any
 
 from sadm_fast.config import Config
-from sadm_fast.cost import activations, meta_models, step_flops
 from sadm_fast.planning.communication import transfers
+from sadm_fast.planning.cost import activations, meta_models, step_flops
 from sadm_fast.planning.memory import Memory, Offload, offload_of, rank_memory
 from sadm_fast.planning.players import players
 from sadm_fast.planning.roofline import Assumptions, step_time

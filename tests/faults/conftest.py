@@ -12,8 +12,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from tests.faults.faults import Fault, environment
-from tests.programs import Program, start_line
-from tests.ranks import ROOT, meeting
+from tests.support.programs import Program, start_line
+from tests.support.ranks import ROOT, meeting
 from tests.test_train import write_images
 
 RANKS, STEPS, CHECKPOINT_EVERY = 2, 40, 3

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 
-WRITER, TRAINER, ENGINE = "sadm_fast.checkpoint_writer", "sadm_fast.trainer", "sadm_fast.engine"
+WRITER, TRAINER, ENGINE = "sadm_fast.run.checkpoint_writer", "sadm_fast.trainer", "sadm_fast.engine.players"
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,20 @@ IN_A_SAVE = BEFORE_IT_COUNTS + WHEN_ONE_IS_THERE
 
 # Only where Psi is not trained yet.
 AT_THE_FIRST_START: list[Fault] = [
-    Fault("sadm_fast.run_folder:RunFolder.claim"),
-    Fault("sadm_fast.run_folder:write_json", when="after"),
-    Fault("sadm_fast.pretrain:_average_over_ranks", 3, rank=1),
+    Fault("sadm_fast.run.folder:RunFolder.claim"),
+    Fault("sadm_fast.run.folder:write_json", when="after"),
+    Fault("sadm_fast.classifier:_average_over_ranks", 3, rank=1),
     Fault("sadm_fast.pretrain:_write"),
 ]
 
 # Only where there is a checkpoint: one of these after each of WHEN_ONE_IS_THERE.
 AT_A_RESUME: list[Fault] = [
-    Fault("sadm_fast.checkpoint:find", when="after"),
-    Fault("sadm_fast.checkpoint:load", rank=1),
-    Fault("sadm_fast.checkpoint:restore", 2),
+    Fault("sadm_fast.run.checkpoint:find", when="after"),
+    Fault("sadm_fast.run.checkpoint:load", rank=1),
+    Fault("sadm_fast.run.checkpoint:restore", 2),
     Fault(f"{TRAINER}:EMA.load", rank=1, when="after"),
-    Fault("sadm_fast.run_folder:RunFolder.rewind"),
-    Fault("sadm_fast.run_folder:write_text", when="after"),
+    Fault("sadm_fast.run.folder:RunFolder.rewind"),
+    Fault("sadm_fast.run.folder:write_text", when="after"),
 ]
 
 # Anywhere else in a training.
@@ -115,8 +115,8 @@ IN_A_STEP: list[Fault] = [
     Fault(f"{TRAINER}:EMA.update", 2, rank=1, when="after"),
     Fault(f"{TRAINER}:Vote.agree_finite", 3),
     Fault(f"{TRAINER}:Vote.agree_finite", 3, rank=1, when="after"),
-    Fault("sadm_fast.training_log:append_json", 2),
-    Fault("sadm_fast.training_log:append_json", 3, when="after"),
+    Fault("sadm_fast.run.log:append_json", 2),
+    Fault("sadm_fast.run.log:append_json", 3, when="after"),
     Fault(f"{TRAINER}:sample_grid"),
     Fault(f"{TRAINER}:save_picture", 2, when="after"),
     Fault(f"{TRAINER}:gather", rank=1),

@@ -14,7 +14,7 @@ from sadm_fast.train import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 from tests.faults.conftest import CHECKPOINT_EVERY, STEPS, VARIANTS, Row, Training
 from tests.faults.faults import ENGINE, TRAINER, WRITER, Fault
 from tests.faults.test_kills import assert_same_run
-from tests.programs import Program, last_checkpoint, lines
+from tests.support.programs import Program, last_checkpoint, lines
 
 Make = Callable[[str], tuple[Training, Path]]
 FAULTS = "fault | what became of it"

@@ -9,7 +9,7 @@ import pytest
 from sadm_fast.train import EXIT_LOST
 from tests.faults.conftest import STEPS, VARIANTS, Row, Training
 from tests.faults.faults import IN_A_SAVE, Fault, chains
-from tests.programs import assert_same_state, lines
+from tests.support.programs import assert_same_state, lines
 from tests.test_train import TIMES
 
 Make = Callable[[str], tuple[Training, Path]]
@@ -58,7 +58,7 @@ def test_kills_cost_nothing_but_time(training: Make, tmp_path: Path, row: Row, n
 @pytest.mark.slow
 def test_a_kill_inside_a_save_costs_nothing_but_time(training: Make, tmp_path: Path):
     one, whole = training("zero2-bf16")
-    renamed = Fault("sadm_fast.checkpoint_writer:Path.rename", when="after")
+    renamed = Fault("sadm_fast.run.checkpoint_writer:Path.rename", when="after")
     killed_and_restarted(one, whole, tmp_path / "run", [renamed])
 
 

@@ -13,7 +13,7 @@ import sadm_kernels
 from sadm_fast import counters
 from sadm_fast.counters import Stream
 from sadm_kernels import copy_rows, has_streams, philox_uniform
-from tests.ranks import ROOT, clean_environment
+from tests.support.ranks import ROOT, clean_environment
 
 pytestmark = pytest.mark.skipif(not has_streams(), reason="the C++ library was not built")
 

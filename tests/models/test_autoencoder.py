@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sadm_fast.errors import UserError
 from sadm_fast.models.autoencoder import Autoencoder
-from tests.autoencoders import save_autoencoder
+from tests.support.autoencoders import save_autoencoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

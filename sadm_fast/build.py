@@ -1,0 +1,118 @@
+"""The networks of a run, built from its configuration, and the weights they start from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sadm_fast.config import Config
+from sadm_fast.data.source import Source
+from sadm_fast.errors import UserError
+from sadm_fast.models import DiT, ResNet18, SmallCNN, StructureEncoder
+
+_DRAWS = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
+
+
+class Undrawn(TorchFunctionMode):
+    """Modules that are built inside do not draw their weights, because somebody loads all of them at once."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def build_denoiser(config: Config, num_classes: int) -> DiT:
+    """The denoiser with weights drawn from the run's seed; on the CPU (or the default device)."""
+    denoiser = config.denoiser
+    channels, side, _ = config.sample_shape
+    torch.manual_seed(config.seed)
+    common: dict[str, Any] = {
+        "input_size": side,
+        "in_channels": channels,
+        "out_channels": config.process.output_channels(channels),
+        "num_classes": num_classes,
+        "activation_checkpointing": config.train.activation_checkpointing,
+    }
+    if denoiser.name is not None:
+        return DiT.from_name(denoiser.name, **common)
+    return DiT(
+        patch_size=denoiser.patch_size,
+        hidden_size=denoiser.hidden_size,
+        depth=denoiser.depth,
+        num_heads=denoiser.num_heads,
+        **common,
+    )
+
+
+def start_from_weights(config: Config, denoiser: DiT) -> None:
+    """Load denoiser.weights, if given: a whole DiT state in safetensors, for fine-tuning.
+
+    A label table for another number of classes is left as it was drawn, which is what fine-tuning on another dataset
+    wants. Raises UserError for a file that cannot be read or does not fit otherwise.
+    """
+    path = config.denoiser.weights
+    if path is None:
+        return
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"denoiser.weights={path}: cannot be read as safetensors ({error})") from None
+    table = "y_embedder.embedding_table.weight"
+    own = denoiser.state_dict()
+    if table in state and state[table].shape[1:] == own[table].shape[1:] and len(state[table]) != len(own[table]):
+        state[table] = own[table]
+    try:
+        denoiser.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"denoiser.weights={path}: does not fit this configuration's denoiser ({reason})") from None
+
+
+def build_psi(config: Config) -> StructureEncoder:
+    """An untrained structure encoder; weights from the run's seed."""
+    psi, channels = config.structure_encoder, config.sample_shape[0]
+    torch.manual_seed(config.seed)
+    if psi.architecture == "resnet18":
+        return ResNet18(channels, psi.stem, psi.norm)
+    return SmallCNN(channels, psi.width, psi.feature_dim)
+
+
+def resolve_classes(config: Config, images: Source) -> int:
+    """num_classes of the run; UserError if the configuration asks for fewer than there are folders."""
+    there, asked = len(images.classes), config.denoiser.num_classes
+    if asked is not None and asked < there:
+        raise UserError(
+            f"denoiser.num_classes={asked}: data.path={images.where} has {there} classes; use {there} or null"
+        )
+    return there if asked is None else asked
+
+
+def load_psi(module: nn.Module, path: Path) -> nn.Module:
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"structure_encoder.weights={path}: cannot be read as safetensors ({error})") from None
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"structure_encoder.weights={path}: does not fit {type(module).__name__} ({reason});"
+            " torchvision's resnet18 needs architecture=resnet18, stem=imagenet, norm=frozen, channels=3"
+        ) from None
+    return module.eval()
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Trainable parameters from full tensors by name; what does not train stays as it is built."""
+    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if unexpected or trainable & set(missing):
+        raise RuntimeError(f"weights do not fit: unexpected {unexpected}, missing {sorted(trainable & set(missing))}")

@@ -1,0 +1,71 @@
+"""A configuration's errors in one line, and `--set` overrides."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from sadm_fast.errors import UserError
+
+
+def override(raw: dict[str, Any], text: str) -> None:
+    path, equals, value_text = text.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {text}: must be key.path=value, for example --set train.steps=100")
+    try:
+        value = json.loads(value_text)
+    except ValueError:
+        value = value_text
+    *parents, last = path.split(".")
+    node = raw
+    for key in parents:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {text}: {key} is not a block of the configuration")
+    node[last] = value
+
+
+def _blocks(annotation: Any) -> list[type[BaseModel]]:
+    """The blocks that a field's type may hold: one, the members of a union, or none."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [block for member in get_args(annotation) for block in _blocks(member)]
+
+
+def _known_keys(location: Sequence[str], root: type[BaseModel]) -> list[str]:
+    """Keys allowed beside the last one of a pydantic location (which names the chosen member of a union)."""
+    blocks: list[type[BaseModel]] = [root]
+    for part in location[:-1]:
+        fields = blocks[0].model_fields
+        if part in fields and len(blocks) == 1:
+            blocks = _blocks(fields[part].annotation)
+        else:
+            blocks = [b for b in blocks if any(part in get_args(f.annotation) for f in b.model_fields.values())]
+        if not blocks:
+            return []
+    return sorted(field.alias or name for name, field in blocks[0].model_fields.items())
+
+
+def explain(problem: Any, root: type[BaseModel]) -> str:
+    """One line: the key's path, its value, what is allowed."""
+    tags = {"edm", "vp", "flow", "power", "exponential"}  # pydantic names the member of a union in the path
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(part for part in location if part not in tags)
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known_keys(location, root)
+        near = difflib.get_close_matches(location[-1], known, 1)
+        return f"{path}: unknown key; " + (f"did you mean {near[0]}?" if near else f"allowed: {', '.join(known)}")
+    if kind == "missing":
+        return f"{path}: is missing"
+    if kind.startswith("union_tag"):
+        key = f"{path}.{context['discriminator'].strip(chr(39))}"
+        if kind == "union_tag_not_found":
+            return f"{key}: is missing"
+        return f"{key}={json.dumps(context['tag'])}: must be one of {context['expected_tags']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":  # our own: they start with the key, relative to their block
+        return f"{path}.{message}" if path else message
+    return f"{path}={json.dumps(problem['input'], default=str)}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,92 @@
+"""A finished (or stopped) run, for use: its configuration, classes and averaged denoiser."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sadm_fast.build import Undrawn, build_denoiser, load_weights
+from sadm_fast.config import Config, check_config
+from sadm_fast.counters import Stream, normal
+from sadm_fast.diffusion import guided, sample
+from sadm_fast.errors import UserError
+from sadm_fast.models import DiT
+from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.run import checkpoint
+from sadm_fast.run.folder import RunFolder
+
+
+class Trained(NamedTuple):
+    """What sampling and evaluation need of a run."""
+
+    config: Config
+    classes: list[str]
+    model: DiT  # EMA weights, eval mode
+    step: int
+    latent_space: dict[str, Any] | None  # of the autoencoder it was trained with; None: it paints pixels
+    checkpoint: Path
+
+    def autoencoder(self, device: torch.device, path: str | None = None) -> Autoencoder | None:
+        """What turns its samples into images, from `path` or where the run had it; None if they are images.
+
+        Raises UserError if it cannot be loaded or is not the one of the training.
+        """
+        latents = self.config.latents
+        if self.latent_space is None or latents is None:
+            if path is not None:
+                raise UserError(f"--autoencoder {path}: the run of {self.checkpoint} paints pixels; leave it out")
+            return None
+        loaded = Autoencoder.load(path or latents.autoencoder, device=device, scale=latents.scale)
+        loaded.require_space(self.latent_space, f"checkpoint {self.checkpoint}")
+        return loaded
+
+
+def load_trained(run: Path, device: torch.device) -> Trained:
+    """The averaged weights of a run's newest whole checkpoint.
+
+    Raises:
+        UserError: the folder holds no run, or no checkpoint that is whole.
+    """
+    folder = RunFolder(run)
+    try:
+        config = check_config(json.loads(folder.config.read_text()))
+        classes = [str(name) for name in json.loads(folder.facts.read_text())["classes"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run}: holds no run that can be read ({error})") from None
+    for found in reversed(checkpoint.completed(folder.checkpoints)):
+        if checkpoint.damage(found) is None:
+            break
+    else:
+        raise UserError(f"{run}: has no whole checkpoint yet; train first")
+    with Undrawn():
+        model = build_denoiser(config, config.denoiser.num_classes or len(classes))
+    model = model.to(device).eval().requires_grad_(False)
+    space = json.loads((found / checkpoint.MANIFEST).read_text()).get("latent_space")
+    try:
+        load_weights(model, load_file(found / "ema.safetensors"))
+        if config.latents is not None and not isinstance(space, dict):
+            raise RuntimeError("it does not say which autoencoder it was trained with")
+    except RuntimeError as error:
+        raise UserError(f"{found}: does not fit the run's config.json ({error})") from None
+    return Trained(config, classes, model, checkpoint.step_of(found), space, found)
+
+
+_DECODED_AT_ONCE = 8  # latents: a decoder takes some hundred times the memory of its image
+
+
+def to_images(samples: Tensor, autoencoder: Autoencoder | None) -> Tensor:
+    """Samples as images float32 [B, C, H, W] in about [-1, 1]: decoded if they are latents (of this autoencoder)."""
+    if autoencoder is None:
+        return samples
+    return torch.cat([autoencoder.decode(part) for part in samples.split(_DECODED_AT_ONCE)])
+
+
+@torch.no_grad()
+def generate(config: Config, model: DiT, labels: Tensor, ids: Tensor, *, steps: int, guidance_scale: float) -> Tensor:
+    """Samples of `labels` [B] from starting noise that is a function of (seed, id): float32 [B, C, H, W]."""
+    noise = normal(config.seed, Stream.SAMPLE_NOISE, ids, config.sample_shape)
+    denoise = guided(config.process, model, labels, model.null_class, guidance_scale)
+    return sample(config.process, denoise, noise, steps)

@@ -1,0 +1,140 @@
+"""What a run will cost, counted without running it: parameters, FLOPs and MACs of a step, activations; --dry-run.
+
+Models live on the meta device, so nothing is allocated. FLOPs are counted by PyTorch's FlopCounterMode (matrix
+products and convolutions; a multiply-add is two FLOPs, one MAC). Papers on diffusion transformers that say "Gflops"
+mean MACs.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from sadm_fast.build import build_denoiser, build_psi
+from sadm_fast.config import Config
+from sadm_fast.game import Batch, frozen, predict
+from sadm_fast.models import DiT, StructureEncoder
+from sadm_fast.planning.memory import Activations
+from sadm_kernels import structure_loss
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def meta_models(config: Config, num_classes: int) -> tuple[DiT, StructureEncoder | None]:
+    """Both players without memory behind them."""
+    with torch.device("meta"):
+        dtype = _DTYPES[config.train.precision]
+        psi = None if config.game.mode == "plain" else build_psi(config).to(dtype)
+        return build_denoiser(config, num_classes).to(dtype), psi
+
+
+def _denoise(config: Config, denoiser: DiT) -> Tensor:
+    b, (c, h, w) = config.train.micro_batch, config.sample_shape
+    x = torch.empty(b, c, h, w, device="meta")
+    y = torch.zeros(b, dtype=torch.long, device="meta")
+    return denoiser(x, torch.empty(b, device="meta"), y)[:, :c]
+
+
+def step_flops(config: Config, denoiser: DiT, psi: nn.Module | None) -> dict[str, int]:
+    """FLOPs of one rank's step, by what they are spent on."""
+    accumulation = config.train.grad_accumulation
+    xhat0 = _denoise(config, denoiser)
+    parts = {
+        "denoiser forward": _flops(lambda: _denoise(config, denoiser)),
+        "denoiser backward": _flops(lambda: xhat0.sum().backward()),
+    }
+    if psi is not None:
+        leaf = torch.empty_like(xhat0).requires_grad_(True)
+
+        def structure() -> None:
+            with frozen(psi):
+                with torch.no_grad():
+                    f = psi(leaf.detach())
+                structure_loss(f, psi(leaf)).backward()
+
+        parts["structure term"] = _flops(structure)
+        if config.game.mode == "sadm":
+
+            def discriminate() -> None:
+                f, g = psi(torch.cat([leaf.detach(), leaf.detach()])).chunk(2)
+                structure_loss(f, g).backward()
+
+            parts["discriminator"] = config.game.discriminator_steps * _flops(discriminate)
+            if config.implementation == "reference" or accumulation > 1:
+                parts["denoiser forward, again for the discriminator"] = parts["denoiser forward"]
+    return {what: flops * accumulation for what, flops in parts.items()}
+
+
+def activations(config: Config, denoiser: DiT, psi: nn.Module | None) -> Activations:
+    """Bytes that autograd keeps of one micro-batch, of models from `meta_models`.
+
+    Fake CPU tensors are counted, not meta ones: meta attention would keep the matrices of all pairs of tokens, which
+    the fused kernels of CPUs and GPUs do not.
+    """
+    samples, shape, dtype = config.train.micro_batch, config.sample_shape, _DTYPES[config.train.precision]
+    process = config.process
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, labels = torch.empty(samples, *shape), torch.zeros(samples, dtype=torch.long)
+        level = torch.empty(samples, dtype=torch.float64)
+        batch = Batch(x, labels, labels, torch.empty_like(x), process.sample_t(level), level)
+        with _checkpointing(denoiser, False):
+            whole = _kept(denoiser, lambda denoise: predict(process, denoise, batch))
+        tokens = torch.empty(samples, *denoiser.pos_embed.shape[1:], dtype=dtype, requires_grad=True)
+        condition = torch.empty(samples, tokens.shape[-1], dtype=dtype, requires_grad=True)
+        inputs = tokens.untyped_storage().nbytes() + condition.untyped_storage().nbytes()
+        block = _kept(denoiser.blocks[0], lambda block: block(tokens, condition)) - inputs
+        with _checkpointing(denoiser, True):
+            checkpointed = _kept(denoiser, lambda denoise: predict(process, denoise, batch)) + block
+        structure = discriminator = 0
+        if psi is not None:
+            xhat0 = torch.empty_like(x, requires_grad=True)
+            with frozen(psi):
+                structure = _kept(psi, lambda encode: encode(xhat0))
+            if config.game.mode == "sadm":
+                discriminator = _kept(psi, lambda encode: encode(torch.cat([x, x])))
+    return Activations(whole, checkpointed, structure, discriminator)
+
+
+@contextmanager
+def _checkpointing(denoiser: DiT, on: bool) -> Iterator[None]:
+    """Activation checkpointing on or off, whatever the configuration says."""
+    before = denoiser.activation_checkpointing
+    denoiser.activation_checkpointing = on
+    try:
+        yield
+    finally:
+        denoiser.activation_checkpointing = before
+
+
+def _kept(module: nn.Module, use: Callable[[Callable[..., Tensor]], object]) -> int:
+    """Bytes kept for the backward by `use` of a module; each storage once, parameters not. Inside FakeTensorMode."""
+    weights: dict[str, Any] = {
+        name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+        for name, p in module.named_parameters()
+    }
+    weights |= {name: torch.empty(buffer.shape, dtype=buffer.dtype) for name, buffer in module.named_buffers()}
+    own = {weight.untyped_storage()._cdata for weight in weights.values()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in own:
+            kept[key] = tensor  # held, so that no other storage takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = use(lambda *inputs: functional_call(module, weights, inputs))
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del out
+    return total

@@ -1,0 +1,247 @@
+"""Writing checkpoints beside the training: the step waits for a copy in memory, threads do the rest.
+
+    save      every rank copies its pieces into memory of its own, and its thread writes and syncs them in step-N.tmp/
+    decide    at a later step boundary all ranks know that all parts are written (the flags travel with the vote that
+              every iteration takes anyway); then rank 0's thread puts the averaged model together, renames the folder,
+              and adds COMPLETE
+    finish    at the end of a run: both, now
+
+No collective is called from a thread. A save that fails (a full disk) says so and leaves the checkpoint before it
+alone; training goes on.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sadm_fast.engine.feature_queue import FeatureQueue
+from sadm_fast.engine.masters import Fragment
+from sadm_fast.engine.state import MASTER, MOMENTS, SavedPieces, key, pieces, steps_taken
+from sadm_fast.files import write_json
+from sadm_fast.run.checkpoint import FORMAT, MANIFEST, QUEUE, completed, folder_of, sha256, step_of
+
+_EMA = "ema"
+
+
+class CheckpointWriter:
+    """One run's checkpoints; one save is under way at a time.
+
+    Args:
+        engines: by player.
+        average: this rank's fragments of the EMA, asked at each save.
+        shapes: full shapes of the averaged parameters.
+        identity: what a loader must find equal (checkpoint.find).
+        queue: of features, if there is one; rank 0 writes it.
+        keep_last, keep_every: checkpoints that stay: the newest ones, and those at multiples of keep_every steps.
+        say: told on any rank, in one line, why a save failed.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        engines: Mapping[str, Any],
+        average: Callable[[], Sequence[Fragment]],
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        identity: Mapping[str, Any],
+        queue: FeatureQueue | None = None,
+        keep_last: int,
+        keep_every: int | None = None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._checkpoints, self._engines, self._average = checkpoints, engines, average
+        self._shapes, self._identity, self._queue = shapes, dict(identity), queue
+        self._keep_last, self._keep_every, self._say = keep_last, keep_every, say
+        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._part: Future[str | None] | None = None  # this rank's part of the save under way: what went wrong
+        self._commit: Future[str | None] | None = None  # rank 0's last act
+        self._manifest: dict[str, Any] = {}
+        self._copies: Future[dict[str, dict[str, Tensor]]] | None = None
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Begin the checkpoint of `step` with its counters (JSON values). Collective; waits for the save before it."""
+        self.finish()
+        temporary = folder_of(self._checkpoints, step).with_suffix(".tmp")
+        if self._rank == 0:
+            # A folder of this name without COMPLETE, or a .tmp, is what a killed run left behind.
+            for leftover in (temporary, folder_of(self._checkpoints, step)):
+                shutil.rmtree(leftover, ignore_errors=True)
+        self._barrier()
+        parts = {}
+        for name, engine in self._engines.items():
+            parts[f"{name}/rank-{self._rank}.safetensors"] = self._copy(name, pieces(engine))
+        if self._queue is not None and self._rank == 0:  # the same on every rank
+            parts[f"{QUEUE}.safetensors"] = self._copy(QUEUE, self._queue.state())
+        if average := self._own_average():
+            parts[f"{_EMA}-{self._rank}.safetensors"] = self._copy(_EMA, average)
+        self._manifest = {
+            "format": FORMAT,
+            "step": step,
+            **self._identity,
+            "world_size": self._world_size,
+            "state": dict(state),
+            "optimizer_steps": {name: steps_taken(engine) for name, engine in self._engines.items()},
+        }
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._part = self._pool.submit(self._write, temporary, parts)
+
+    def status(self) -> tuple[bool, bool]:
+        """(this rank's part is still being written, it has failed), for the vote."""
+        if self._part is None:
+            return False, False
+        done = self._part.done()
+        return not done, done and self._part.result() is not None
+
+    def decide(self, writing: bool, failed: bool) -> None:
+        """After a vote: whether any rank is still writing, whether any has failed. Not collective."""
+        room = self._make_room()
+        if room.done():
+            room.result()  # no memory is an error now, and not at the first save
+        if self._part is None or writing:
+            return
+        problem, self._part = self._part.result(), None
+        step = self._manifest["step"]
+        if problem is not None:
+            self._say(f"checkpoint of step {step}: not saved ({problem}); the one before is kept, training goes on")
+        if self._rank == 0:
+            self._commit = self._pool.submit(self._drop if failed else self._complete, step)
+
+    def finish(self) -> None:
+        """Wait until the save under way is a checkpoint, or has failed. Collective."""
+        if self._part is not None:
+            failed = torch.tensor(int(self._part.result() is not None))
+            if self._world_size > 1:
+                failed = failed.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+                dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+            self.decide(writing=False, failed=bool(failed))
+        if self._commit is not None:
+            problem, self._commit = self._commit.result(), None
+            if problem is not None:
+                step = self._manifest["step"]
+                self._say(f"checkpoint of step {step}: not saved ({problem}); the one before is kept")
+        self._barrier()
+
+    def close(self) -> None:
+        """End the thread; what it is writing is written to the end."""
+        self._pool.shutdown()
+
+    def _barrier(self) -> None:
+        if self._world_size > 1:
+            dist.barrier()
+
+    def _own_average(self) -> dict[str, Tensor]:
+        """This rank's pieces of the average, by key; without ZeRO every rank owns everything, and rank 0 saves it."""
+        if self._rank != 0 and all(engine.zero_optimization_stage() == 0 for engine in self._engines.values()):
+            return {}
+        return {key(_EMA, f.start, f.name): f.value for f in self._average()}
+
+    def _make_room(self) -> "Future[dict[str, dict[str, Tensor]]]":
+        """Memory for all copies: cleared once, page by page, by the thread, beside the first steps."""
+        if self._copies is None:
+            like: dict[str, dict[str, Tensor]] = {_EMA: self._own_average()}
+            for name, engine in self._engines.items():
+                like[name] = {}
+                for there, value in pieces(engine).items():
+                    kind, place = there.split("/", 1)
+                    for each in (kind, *(MOMENTS if kind == MASTER else ())):  # which are not there before a step
+                        like[name][f"{each}/{place}"] = value
+            if self._queue is not None:
+                like[QUEUE] = self._queue.state()
+            self._copies = self._pool.submit(_empty_copies, like)
+        return self._copies
+
+    def _copy(self, player: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in this rank's own memory, which stays as it is until the next save."""
+        copies = self._make_room().result()[player]
+        for there, value in tensors.items():
+            copies[there].copy_(value, non_blocking=True)
+        return {there: copies[there] for there in tensors}
+
+    def _write(self, temporary: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+        """This rank's files and their hashes, on the disk; what went wrong."""
+        try:
+            hashes = {}
+            for name, tensors in parts.items():
+                path = temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(dict(tensors), path)
+                _sync(path)
+                hashes[name] = sha256(path)
+            write_json(temporary / f"hashes-{self._rank}.json", hashes)
+        except (OSError, SafetensorError) as error:
+            return " ".join(str(error).split())[:200]
+        return None
+
+    def _complete(self, step: int) -> str | None:
+        """Rank 0, all parts being there: the averaged model, the rename, COMPLETE, and what is no longer kept."""
+        final = folder_of(self._checkpoints, step)
+        temporary = final.with_suffix(".tmp")
+        try:
+            hashes: dict[str, str] = {}
+            for path in sorted(temporary.glob("hashes-*.json")):
+                hashes |= json.loads(path.read_text())
+                path.unlink()
+            averages = sorted(temporary.glob(f"{_EMA}-*.safetensors"))
+            with SavedPieces(averages) as saved:
+                whole = {
+                    name: saved.read(_EMA, name, 0, torch.Size(shape).numel()).view(shape)
+                    for name, shape in self._shapes.items()
+                }
+            save_file(whole, temporary / f"{_EMA}.safetensors")
+            for path in averages:
+                del hashes[path.name]
+                path.unlink()
+            _sync(temporary / f"{_EMA}.safetensors")
+            hashes[f"{_EMA}.safetensors"] = sha256(temporary / f"{_EMA}.safetensors")
+            for folder in (temporary, *(path for path in temporary.iterdir() if path.is_dir())):
+                _sync(folder)
+            temporary.rename(final)
+            _sync(self._checkpoints)
+            write_json(final / MANIFEST, {**self._manifest, "files": hashes})
+            _sync(final)
+            self._retire()
+        except (OSError, SafetensorError, KeyError) as error:
+            self._drop(step)
+            return " ".join(str(error).split())[:200]
+        return None
+
+    def _drop(self, step: int) -> None:
+        shutil.rmtree(folder_of(self._checkpoints, step).with_suffix(".tmp"), ignore_errors=True)
+
+    def _retire(self) -> None:
+        for old in completed(self._checkpoints)[: -self._keep_last]:
+            if self._keep_every is None or step_of(old) % self._keep_every:
+                (old / MANIFEST).unlink()  # first, so that a half-deleted folder is none
+                shutil.rmtree(old)
+
+
+def _empty_copies(like: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Zeros in the host's memory, where a GPU can write to them directly."""
+
+    def zeros(value: Tensor) -> Tensor:
+        if value.device.type != "cuda":
+            return torch.zeros(value.shape, dtype=value.dtype)
+        with torch.cuda.device(value.device):  # a new thread stands at the first one
+            return torch.zeros(value.shape, dtype=value.dtype, pin_memory=True)
+
+    return {player: {there: zeros(value) for there, value in tensors.items()} for player, tensors in like.items()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,118 @@
+"""What is known of the steps since the last log line, put together over ranks and written to metrics.jsonl."""
+
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from sadm_fast.engine.players import Outcome
+from sadm_fast.files import append_json
+from sadm_fast.run.folder import RunFolder
+
+_QUARTILES = 4
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes this rank has used: of the GPU where there is one, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Interval:
+    """Sums over the steps since the last line; stays on the device until `reduce`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+        self._loss = torch.zeros(_QUARTILES, dtype=torch.float64, device=device)
+        self._count = torch.zeros(_QUARTILES, dtype=torch.float64, device=device)
+        self._game = torch.zeros(4, dtype=torch.float64, device=device)  # S, its count, discriminator loss, its count
+
+    def waited(self, seconds: float) -> None:
+        """Time spent waiting for data."""
+        self._waited += seconds
+
+    def add(self, outcome: Outcome) -> None:
+        """One iteration that took place."""
+        quartile = (outcome.level * _QUARTILES).long().clamp(max=_QUARTILES - 1)
+        self._loss.index_add_(0, quartile, outcome.loss_denoise.double())
+        self._count.index_add_(0, quartile, torch.ones_like(outcome.level, dtype=torch.float64))
+        for offset, value in ((0, outcome.structure_distance), (2, outcome.loss_discriminator)):
+            if value is not None:
+                self._game[offset] += value.double()
+                self._game[offset + 1] += 1
+
+    def step_done(self) -> None:
+        """One iteration went by, taken or skipped."""
+        self._steps += 1
+
+    def reduce(self, samples_per_step: int, broken_images: int) -> dict[str, float | int | None]:
+        """Means over samples, steps and ranks; times of this interval; broken images of all ranks. Collective."""
+        seconds = time.perf_counter() - self._started
+        sums = torch.cat(
+            [self._loss, self._count, self._game, self._loss.new_tensor([self._waited, 1.0, broken_images])]
+        )
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        values = sums.tolist()
+        loss, count, game, (waited, ranks, broken) = values[:4], values[4:8], values[8:12], values[12:]
+        return {
+            "loss_denoise": _ratio(sum(loss), sum(count)),
+            **{f"loss_denoise_q{i + 1}": _ratio(loss[i], count[i]) for i in range(_QUARTILES)},
+            "structure_distance": _ratio(game[0], game[1]),
+            "loss_discriminator": _ratio(game[2], game[3]),
+            "samples_per_s": self._steps * samples_per_step / seconds,
+            "data_wait_fraction": waited / ranks / seconds,
+            "broken_images": int(broken),
+        }
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+class TrainingLog:
+    """metrics.jsonl and TensorBoard; writes on rank 0 only."""
+
+    def __init__(self, folder: RunFolder, rank: int, purge_step: int) -> None:
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+        if rank == 0:
+            self._writer = SummaryWriter(str(folder.tensorboard), purge_step=purge_step or None)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One logged step."""
+        if self._writer is None:
+            return
+        append_json(self._folder.metrics, line)
+        self._scalars("train", line)
+
+    def write_evaluation(self, line: dict[str, Any]) -> None:
+        """One evaluation."""
+        if self._writer is None:
+            return
+        append_json(self._folder.evaluations, line)
+        self._scalars("evaluation", line)
+
+    def image(self, name: str, picture: Tensor, step: int) -> None:
+        """A picture [C, H, W] in [0, 1]."""
+        if self._writer is not None:
+            self._writer.add_image(name, picture, step)
+
+    def _scalars(self, prefix: str, line: dict[str, Any]) -> None:
+        assert self._writer is not None
+        for key, value in line.items():
+            if key != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(f"{prefix}/{key}", value, line["step"])
+
+    def close(self) -> None:
+        """Flush what TensorBoard has not written yet."""
+        if self._writer is not None:
+            self._writer.close()

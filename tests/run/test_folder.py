@@ -1,0 +1,82 @@
+"""A run's folder: whose it is, and what is taken back when a run continues from an earlier step."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sadm_fast.config import Config, check_config
+from sadm_fast.errors import UserError
+from sadm_fast.files import append_json, write_text
+from sadm_fast.run.folder import RunFolder
+
+
+def config(**changes: object) -> Config:
+    return check_config({"name": "run", **changes})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A folder that `config()` has claimed."""
+    claimed = RunFolder(tmp_path / "run")
+    claimed.claim(config())
+    return claimed
+
+
+def test_a_free_folder_is_claimed_by_writing_the_configuration(tmp_path: Path):
+    free = RunFolder(tmp_path / "deep" / "run")
+    assert free.check(config()) is False
+    assert not free.path.parent.exists()
+    free.claim(config())
+    assert json.loads(free.config.read_text()) == config().resolved()
+    assert free.check(config()) is True
+
+
+def test_what_a_resumed_run_may_change_is_no_other_configuration(folder: RunFolder):
+    longer = config(train={"steps": 9999, "log_every": 3}, data={"path": "elsewhere"}, sampling={"steps": 5})
+    assert folder.check(longer) is True
+
+
+def test_differences_are_named_with_both_values(folder: RunFolder):
+    with pytest.raises(UserError, match="seed: 0 there, 1 here"):
+        folder.check(config(seed=1))
+    with pytest.raises(UserError, match="and 1 more"):
+        folder.check(config(seed=1, train={"precision": "bf16"}, game={"lambda_s": 0.9}))
+
+
+def test_rewinding_forgets_later_steps_and_torn_lines(folder: RunFolder):
+    for step in (10, 20, 30):
+        append_json(folder.metrics, {"step": step})
+        append_json(folder.evaluations, {"step": step})
+        for path in (folder.samples / f"step-{step:06d}.png", folder.samples / f"step-{step:06d}-ema.png"):
+            path.touch()
+        (folder.relations / f"step-{step:06d}.npz").touch()
+    (folder.samples / "real.png").touch()
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 3')
+    folder.rewind(20)
+    for path in (folder.metrics, folder.evaluations):
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20]
+    assert sorted(path.name for path in folder.samples.iterdir()) == [
+        "real.png", "step-000010-ema.png", "step-000010.png", "step-000020-ema.png", "step-000020.png",
+    ]  # fmt: skip
+    assert sorted(path.name for path in folder.relations.iterdir()) == ["step-000010.npz", "step-000020.npz"]
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    append_json(path, {"step": 1, "norm": float("inf"), "floor": {"fid": float("nan"), "other": 2.0}})
+    assert path.read_text() == '{"step": 1, "norm": null, "floor": {"fid": null, "other": 2.0}}\n'
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "run.json"
+    write_text(path, "old")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "new")
+    assert path.read_text() == "old"

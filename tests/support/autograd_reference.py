@@ -1,0 +1,141 @@
+"""The game in plain autograd, one process and float64, written from the formulas alone: what the engines must equal.
+
+Nothing here comes from game.py, engine/ or sadm_kernels; only the networks are shared.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sadm_fast.config import Config, OptimizerConfig
+from sadm_fast.game import Batch
+
+
+@dataclass
+class Trace:
+    """What a run left behind: weights, and of each iteration the norms before clipping, and mean losses."""
+
+    denoiser: dict[str, Tensor]
+    psi: dict[str, Tensor]
+    denoiser_norms: list[float] = field(default_factory=list)
+    psi_norms: list[float | None] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    distances: list[float | None] = field(default_factory=list)
+
+
+def _estimate(denoiser: nn.Module, batch: Batch, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """xhat0 [B, C, H, W] and the EDM loss [B] (Karras et al. 2022, table 1)."""
+    sigma = batch.t.double().view(-1, 1, 1, 1)
+    x0 = batch.x0.double()
+    x_t = x0 + sigma * batch.noise.double()
+    total = sigma**2 + sigma_data**2
+    # The time argument stays float32, as the network takes it: its sinusoids would show the rounding.
+    output = denoiser(x_t / total.sqrt(), 100.0 * batch.t.log(), batch.condition)
+    xhat0 = sigma_data**2 / total * x_t + sigma * sigma_data / total.sqrt() * output
+    weight = total / (sigma * sigma_data) ** 2
+    return xhat0, (weight * (x0 - xhat0) ** 2).mean(dim=(1, 2, 3))
+
+
+@dataclass
+class Seen:
+    """Features, weights and labels of samples."""
+
+    f: Tensor
+    g: Tensor
+    weight: Tensor
+    labels: Tensor
+
+
+def _seen(config: Config, f: Tensor, g: Tensor, batch: Batch) -> Seen:
+    weight = torch.ones(len(f), dtype=torch.float64)
+    if config.game.gate_log_snr is not None:
+        log_snr = -2.0 * batch.t.double().log()
+        weight = 1.0 / (1.0 + torch.exp(-config.game.gate_slope * (log_snr - config.game.gate_log_snr)))
+    return Seen(f, g, weight, batch.labels)
+
+
+def _structure(config: Config, batch: Seen, queue: list[Seen]) -> Tensor:
+    """S over the pairs with a sample of the batch: Euclidean distances of unit rows, squared difference.
+
+    queue: the last game.queue samples before this step, oldest first, one a piece.
+    """
+    size = len(batch.f)
+    everything = [batch, *queue]
+    f, g, weight, labels = (
+        torch.cat([getattr(samples, name) for samples in everything]) for name in ("f", "g", "weight", "labels")
+    )
+    first, second = torch.combinations(torch.arange(len(f))).T
+    first, second = first[first < size], second[first < size]
+    f, g = f / f.norm(dim=1, keepdim=True), g / g.norm(dim=1, keepdim=True)
+    difference = (g[first] - g[second]).norm(dim=1) - (f[first] - f[second]).norm(dim=1)
+    pair = weight[first] * weight[second]
+    if config.game.same_class:
+        pair = pair * (labels[first] == labels[second])
+    return (pair * difference**2).sum() / pair.sum() if pair.sum() > 0 else 0.0 * g.sum()
+
+
+def _step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, settings: OptimizerConfig) -> float:
+    for p in module.parameters():
+        p.grad = None
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for p, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+        p.grad = gradient
+    norm = torch.cat([p.grad.flatten() for p in trained if p.grad is not None]).norm().item()
+    if 0 < settings.gradient_clipping < norm:
+        for p in trained:
+            assert p.grad is not None
+            p.grad *= settings.gradient_clipping / norm
+    optimizer.step()
+    return norm
+
+
+def _optimizer(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay,
+    )  # fmt: skip
+
+
+def play(config: Config, denoiser: nn.Module, psi: nn.Module, iterations: list[list[list[Batch]]]) -> Trace:
+    """Train both networks on iterations[i][micro step][rank]; they end as float64."""
+    denoiser, psi = denoiser.double(), psi.double()
+    optimizers = _optimizer(denoiser, config.denoiser_optimizer), _optimizer(psi, config.discriminator_optimizer)
+    game, trace = config.game, Trace({}, {})
+    queue: list[Seen] = []
+    for step, micro_steps in enumerate(iterations):
+        ranks = [batch for micro_step in micro_steps for batch in micro_step]
+        # Pairs are made inside these: each rank's micro-batch, or all ranks' micro-batches of a micro step.
+        groups = ranks
+        if game.scope == "global":
+            groups = [Batch(*map(torch.cat, zip(*micro_step, strict=True))) for micro_step in micro_steps]
+        playing = game.mode != "plain" and step >= game.start_step
+        norm = None
+        if playing and game.mode == "sadm":
+            for _ in range(game.discriminator_steps):
+                terms = []
+                for batch in groups:
+                    xhat0 = _estimate(denoiser, batch, 0.5)[0].detach()
+                    terms.append(-_structure(config, _seen(config, psi(batch.x0.double()), psi(xhat0), batch), queue))
+                norm = _step(psi, optimizers[1], torch.stack(terms).mean(), config.discriminator_optimizer)
+        trace.psi_norms.append(norm)
+        loss = torch.cat([_estimate(denoiser, batch, 0.5)[1] for batch in ranks]).mean()
+        trace.losses.append(loss.item())
+        distance = None
+        if playing:
+            ramp = min(1.0, (step - game.start_step + 1) / game.ramp_steps) if game.ramp_steps else 1.0
+            terms, new = [], []
+            for batch in groups:
+                f = psi(batch.x0.double()).detach()
+                seen = _seen(config, f, psi(_estimate(denoiser, batch, 0.5)[0]), batch)
+                terms.append(_structure(config, seen, queue))
+                columns = seen.f, seen.g.detach(), seen.weight, seen.labels
+                new += [Seen(*one) for one in zip(*(column.split(1) for column in columns), strict=True)]
+            queue = (queue + new)[-game.queue :] if game.queue else []
+            distance = torch.stack(terms).mean()
+            loss = loss + game.lambda_s * ramp * distance
+        trace.distances.append(None if distance is None else distance.item())
+        trace.denoiser_norms.append(_step(denoiser, optimizers[0], loss, config.denoiser_optimizer))
+    trace.denoiser = {name: p.detach() for name, p in denoiser.named_parameters() if p.requires_grad}
+    trace.psi = {name: p.detach() for name, p in psi.named_parameters() if p.requires_grad}
+    return trace

@@ -1,0 +1,171 @@
+"""The cases of test_players.py: tiny configurations, starting weights and batches, the same in every process."""
+
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from sadm_fast.config import Config, check_config
+from sadm_fast.game import Batch, draw
+
+MODES = ("plain", "structure", "sadm")
+STAGES = (0, 1, 2, 3)
+ITERATIONS = 3
+MICRO_BATCH = 4
+CLASSES = 3
+CLIP = 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to set up the players; `game` and `zero` are changes to the tiny configuration."""
+
+    name: str
+    mode: str
+    stage: int
+    accumulation: int = 1
+    precision: str = "fp32"
+    implementation: str = "fast"
+    clipping: float = 0.0
+    compiled: bool = False
+    game: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False  # of activations
+
+    @property
+    def config(self) -> Config:
+        # AdamW divides a gradient by its own size, so it makes a whole step of one that is rounding noise, unless eps
+        # is beyond that noise: 1e-2 in fp32; in bf16 it has to be as large as the gradients.
+        scale = {"lr": 1e-2, "eps": 1e-2} if self.precision == "fp32" else {"lr": 1e-1, "eps": 1.0}
+        optimizer = {**scale, "weight_decay": 0.1, "gradient_clipping": self.clipping}
+        return check_config(
+            {
+                "name": "tiny",
+                "implementation": self.implementation,
+                "data": {"resolution": 8, "channels": 1},
+                "diffusion": {"process": "edm", "p_mean": -0.5, "p_std": 0.5},
+                "denoiser": {
+                    "patch_size": 4,
+                    "hidden_size": 16,
+                    "depth": 1,
+                    "num_heads": 2,
+                    "num_classes": CLASSES,
+                },
+                "structure_encoder": {"width": 8, "feature_dim": 8},
+                "game": {"mode": self.mode, "lambda_s": 0.5, **self.game},
+                "denoiser_optimizer": optimizer,
+                "discriminator_optimizer": optimizer,
+                "train": {
+                    "steps": 10 * ITERATIONS,
+                    "micro_batch": MICRO_BATCH,
+                    "grad_accumulation": self.accumulation,
+                    "precision": self.precision,
+                    "compile": self.compiled,
+                    "activation_checkpointing": self.checkpointing,
+                },
+                "deepspeed": {"zero_optimization": {"stage": self.stage, **self.zero}},
+            }
+        )
+
+
+def cases(world_size: int) -> list[Case]:
+    """Everything that is compared with plain autograd; what is compiled, half a minute of C++ a rank, on one rank."""
+    found = [
+        Case(f"{mode}-zero{stage}-accumulation{a}", mode, stage, a)
+        for mode in MODES
+        for stage in STAGES
+        for a in (1, 2)
+    ]
+    for stage in STAGES:
+        zero = f"zero{stage}"
+        found += [
+            Case(f"bf16-{zero}", "sadm", stage, precision="bf16"),
+            Case(f"clipped-{zero}", "sadm", stage, 2, clipping=CLIP),
+            Case(f"global-{zero}", "sadm", stage, 1, game={"scope": "global", "gate_log_snr": 0.5}),
+        ]
+    found += [
+        Case("reference-plain", "plain", 1, implementation="reference"),
+        Case("reference-structure", "structure", 2, implementation="reference"),
+        Case("reference-sadm-zero0", "sadm", 0, implementation="reference"),
+        Case("reference-sadm-zero2-accumulation2", "sadm", 2, 2, implementation="reference"),
+        Case("turns", "sadm", 0, game={"discriminator_steps": 2}),
+        Case("turns-zero3", "sadm", 3, game={"discriminator_steps": 2}),
+        Case("turns-accumulation2", "sadm", 2, 2, game={"discriminator_steps": 2}),
+        Case("global-accumulation2", "sadm", 2, 2, game={"scope": "global"}),
+        Case("global-structure", "structure", 1, game={"scope": "global", "same_class": True}),
+        Case("ramp", "sadm", 1, game={"start_step": 1, "ramp_steps": 4}),
+        Case("ramp-accumulation2", "structure", 0, 2, game={"start_step": 1, "ramp_steps": 4}),
+        Case("gate-same-class", "sadm", 0, game={"gate_log_snr": 0.5, "gate_slope": 2.0, "same_class": True}),
+        # Three steps of 8 samples on one rank, 16 on two; 4 and 8 with one micro-batch.
+        Case("queue", "sadm", 0, 2, game={"queue": 20}),
+        Case("queue-global", "sadm", 2, game={"queue": 10, "scope": "global", "gate_log_snr": 0.5, "same_class": True}),
+        Case("queue-reference", "structure", 2, implementation="reference", game={"queue": 8, "scope": "global"}),
+        Case("bf16-structure", "structure", 0, precision="bf16"),
+        Case("checkpointing-zero2-accumulation2", "sadm", 2, 2, checkpointing=True),
+        Case("checkpointing-zero3", "sadm", 3, zero={"stage3_param_persistence_threshold": 0}, checkpointing=True),
+        # As configs/imagenet*.json have it; buckets that several gradients fill, and one alone overflows.
+        Case("overlap-zero1", "sadm", 1, zero={"overlap_comm": True, "reduce_bucket_size": 1000}),
+        Case("overlap-zero2-accumulation2", "sadm", 2, 2, zero={"overlap_comm": True, "reduce_bucket_size": 1000}),
+        Case("bf16-clipped-accumulation2", "sadm", 2, 2, precision="bf16", clipping=CLIP),
+    ]
+    return [*found, Case("compiled-zero2", "sadm", 2, compiled=True)] if world_size == 1 else found
+
+
+def matrix() -> list[Case]:
+    """The rest of modes x ZeRO stages x accumulation x precision x compiled, where a stage can be compiled."""
+    known = [replace(case, name="") for case in cases(2)]
+    found = [Case("checkpointing-compiled", "sadm", 1, compiled=True, checkpointing=True)]
+    for mode, stage, a, precision, compiled in product(MODES, STAGES, (1, 2), ("fp32", "bf16"), (False, True)):
+        case = Case("", mode, stage, a, precision, compiled=compiled)
+        if case not in known and not (compiled and stage == 3):
+            found.append(replace(case, name=f"{mode}-zero{stage}-{a}-{precision}{'-compiled' * compiled}"))
+    return found
+
+
+def poisoned_cases() -> list[Case]:
+    """Cases whose first iteration meets a NaN."""
+    found = [
+        Case(f"{mode}-zero{stage}-accumulation{a}", mode, stage, a)
+        for mode in MODES
+        for stage in STAGES
+        for a in (1, 2)
+    ]
+    for mode in MODES:
+        found.append(Case(f"{mode}-reference", mode, 0, implementation="reference"))
+    return [*found, Case("queue", "sadm", 1, 2, game={"queue": 20})]
+
+
+# Whose gradient is NaN in each iteration: the first one finds no moments yet.
+BAD_PLAYER = ("denoiser", None, "discriminator", "denoiser", None)
+
+
+def bad_gradient_cases() -> list[Case]:
+    """Cases for BAD_PLAYER."""
+    return [
+        *(Case(f"zero{stage}", "sadm", stage) for stage in STAGES),
+        *(Case(f"zero{stage}-accumulation2", "sadm", stage, 2) for stage in (0, 2)),
+        *(Case(f"bf16-zero{stage}", "sadm", stage, precision="bf16") for stage in STAGES),
+        Case("turns-zero2", "sadm", 2, game={"discriminator_steps": 2}),
+        Case("queue-zero2", "sadm", 2, game={"queue": 8}),
+    ]
+
+
+@torch.no_grad()
+def starting_weights(module: nn.Module, seed: int) -> None:
+    """Move every parameter off its initial value: a DiT as built is 0, with no gradient below its last layer."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+
+
+def micro_batch(config: Config, iteration: int, micro_step: int, rank: int, world_size: int) -> Batch:
+    """What `rank` gets: samples of class-dependent brightness under noise."""
+    first = ((iteration * config.train.grad_accumulation + micro_step) * world_size + rank) * MICRO_BATCH
+    ids = torch.arange(first, first + MICRO_BATCH)
+    generator = torch.Generator().manual_seed(first)
+    labels = ids % CLASSES
+    x0 = 0.3 * torch.randn(MICRO_BATCH, 1, 8, 8, generator=generator) + 0.5 * (labels - 1)[:, None, None, None]
+    return draw(config.process, x0.clamp(-1, 1), labels, ids, seed=config.seed, null_class=CLASSES, label_dropout=0.25)

@@ -1,0 +1,244 @@
+"""One rank of test_players.py: plays every case through the engines and writes down what came out."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from sadm_fast.build import build_denoiser, build_psi
+from sadm_fast.engine.masters import gather, local_masters, trainable_shapes
+from sadm_fast.engine.players import Outcome, Players, gradient_norm, players
+from sadm_fast.game import Batch
+from sadm_fast.ranks.launch import Place, distributed
+from sadm_fast.ranks.vote import NotFinite, Vote
+from tests.support.engine_cases import (
+    BAD_PLAYER,
+    CLASSES,
+    ITERATIONS,
+    STAGES,
+    Case,
+    bad_gradient_cases,
+    cases,
+    micro_batch,
+    poisoned_cases,
+    starting_weights,
+)
+
+
+class Game:
+    """Players of one case, and what is asked of them after a step."""
+
+    def __init__(self, case: Case, place: Place, seeds: tuple[int, int] = (1, 2)) -> None:
+        self.config, self.place = case.config, place
+        denoiser, psi = build_denoiser(self.config, CLASSES), build_psi(self.config)
+        starting_weights(denoiser, seeds[0])
+        starting_weights(psi, seeds[1])
+        self.shapes = {"denoiser": trainable_shapes(denoiser), "discriminator": trainable_shapes(psi)}
+        self.players = Players(self.config, denoiser, psi if case.mode != "plain" else None, place.device)
+        self.vote = Vote()
+
+    def batches(self, iteration: int) -> list[Batch]:
+        return [
+            micro_batch(self.config, iteration, k, self.place.rank, self.place.world_size)
+            for k in range(self.config.train.grad_accumulation)
+        ]
+
+    def play(self, iteration: int, batches: list[Batch] | None = None) -> Outcome:
+        self.players.set_learning_rates(iteration)
+        return self.players.iteration(
+            self.batches(iteration) if batches is None else batches, iteration, agree_finite=self.vote.agree_finite
+        )
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Full parameters by player, from the fp32 masters."""
+        return {
+            name: {k: v.clone() for k, v in gather(list(local_masters(engine)), self.shapes[name]).items()}
+            for name, engine in self.players.engines.items()
+        }
+
+    @property
+    def queued(self) -> int:
+        """Samples in the feature queue."""
+        columns = None if self.players.queue is None else self.players.queue.columns
+        return 0 if columns is None else len(columns.real)
+
+    def norms(self) -> dict[str, float | None]:
+        return {name: gradient_norm(engine) for name, engine in self.players.engines.items()}
+
+
+def gradient_left(module: nn.Module) -> float:
+    """Largest magnitude in any .grad of the module; 0 without gradients."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None and p.grad.numel()]
+    return max((float(gradient.abs().max()) for gradient in gradients), default=0.0)
+
+
+def gradient_held(module: nn.Module, place: Place) -> float:
+    """The same for what DeepSpeed keeps elsewhere: nothing after a step at stages 0-2, the last step's at stage 3.
+
+    Asked on one rank only: with more, the question is collective, and ranks that own nothing of a parameter do not
+    raise where the others do.
+    """
+    if place.world_size > 1:
+        return 0.0
+    try:
+        gradients = [safe_get_full_grad(p) for p in module.parameters()]
+    except ValueError:  # "Gradients are only available immediately after backward and before engine step"
+        return 0.0
+    return max((float(gradient.abs().max()) for gradient in gradients if gradient is not None), default=0.0)
+
+
+def compared(case: Case, place: Place) -> dict[str, Any]:
+    """ITERATIONS of a case; of a compiled one also the graphs made so far after each, and reasons for breaks."""
+    torch._dynamo.reset()
+    counters.clear()
+    game = Game(case, place)
+    found: dict[str, Any] = {"norms": [], "loss": [], "distance": [], "loss_discriminator": [], "graphs": []}
+    for iteration in range(ITERATIONS):
+        outcome = game.play(iteration)
+        found["norms"].append(game.norms())
+        found["loss"].append(outcome.loss_denoise)
+        found["distance"].append(outcome.structure_distance)
+        found["loss_discriminator"].append(outcome.loss_discriminator)
+        found["graphs"].append(counters["stats"]["unique_graphs"])
+    found |= {"breaks": list(counters["graph_break"]), "not_compiled": game.players.not_compiled}
+    return {**found, "weights": game.weights()}
+
+
+def isolated(case: Case, place: Place) -> dict[str, Any]:
+    """What is in a player's gradients before and after the other's backward and step."""
+    game = Game(case, place)
+    players = game.players
+    found: dict[str, list[dict[str, float]]] = {"denoiser": [], "discriminator": []}
+
+    def watch(engine: Any, other: str, module: nn.Module) -> None:
+        backward, step = engine.backward, engine.step
+        before: list[float] = []
+
+        def watched_backward(loss: Tensor) -> None:
+            before.append(gradient_held(module, place))
+            backward(loss)
+
+        def watched_step() -> None:
+            step()
+            found[other].append(
+                {"left": gradient_left(module), "before": before.pop(), "after": gradient_held(module, place)}
+            )
+
+        engine.backward, engine.step = watched_backward, watched_step
+
+    watch(players.discriminator, "denoiser", players.denoiser.module)
+    watch(players.denoiser, "discriminator", players.psi)
+    for iteration in range(2):
+        game.play(iteration)
+    return found
+
+
+def interrupted(case: Case, place: Place) -> dict[str, Any]:
+    """An exception in the middle of the denoiser's step: does Psi train afterwards?"""
+    game = Game(case, place)
+
+    def broken(*_: Any) -> Tensor:
+        assert not any(p.requires_grad for p in game.players.psi.parameters()), "Psi is not frozen"
+        raise ArithmeticError("in the denoiser's step")
+
+    try:
+        with mock.patch("sadm_fast.engine.players.structure_distance", broken):
+            game.play(0)
+        raised = False
+    except ArithmeticError:
+        raised = True
+    return {"raised": raised, "asking": [p.requires_grad for p in game.players.psi.parameters()]}
+
+
+def poisoned(case: Case, place: Place) -> dict[str, Any]:
+    """A NaN in the images of the last rank's last micro-batch, then good batches."""
+    game = Game(case, place)
+    before = game.weights()
+    bad = game.batches(0)
+    if place.rank == place.world_size - 1:
+        bad[-1].x0[0, 0, 3, 3] = torch.nan
+    try:
+        game.play(0, bad)
+        raised = False
+    except NotFinite:
+        raised = True
+    after = game.weights()
+    for iteration in range(1, ITERATIONS):
+        game.play(iteration)
+    return {"raised": raised, "before": before, "after": after, "weights": game.weights()}
+
+
+def bad_gradients(case: Case, place: Place) -> dict[str, Any]:
+    """Losses that are finite everywhere in the vote, and now and then a player's gradient that is NaN on the last rank.
+
+    Gives for each iteration whether it was refused and whether it left every weight of both players as it was; the
+    weights at the end, and those of players who never met the bad iterations.
+    """
+    spared = Game(case, place)
+    for iteration, player in enumerate(BAD_PLAYER):
+        if player is None:
+            spared.play(iteration)
+    game = Game(case, place)
+    outcomes = []
+    for iteration in range(len(BAD_PLAYER)):
+        before = game.weights()
+        with poison_of(BAD_PLAYER[iteration], last_rank=place.rank == place.world_size - 1):
+            try:
+                game.play(iteration)
+                refused = False
+            except NotFinite:
+                refused = True
+        after = game.weights()
+        same = all(torch.equal(before[p][name], after[p][name]) for p in before for name in before[p])
+        outcomes.append({"refused": refused, "same": same})
+    return {
+        "outcomes": outcomes,
+        "weights": game.weights(),
+        "spared": spared.weights(),
+        "queued": (game.queued, spared.queued),
+    }
+
+
+def poison_of(player: str | None, last_rank: bool) -> Any:
+    """A context in which that player's loss, beside what is voted on, is NaN on the last rank."""
+    if player is None:
+        return nullcontext()
+    name = {"denoiser": "structure_distance", "discriminator": "discriminator_loss"}[player]
+    real = getattr(players, name)
+
+    def bad(*arguments: Any) -> Any:
+        value = real(*arguments)
+        if not last_rank:
+            return value
+        return value * torch.nan if isinstance(value, Tensor) else value._replace(distance=value.distance * torch.nan)
+
+    return mock.patch(f"sadm_fast.engine.players.{name}", bad)
+
+
+def main(folder: Path) -> None:
+    by_stage = [Case(f"zero{stage}-accumulation{a}", "sadm", stage, a) for stage in STAGES for a in (1, 2)]
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.parent / "inductor")
+    with distributed() as place:
+        asked: list[tuple[Callable[[Case, Place], dict[str, Any]], list[Case]]] = [
+            (compared, cases(place.world_size)),
+            (isolated, by_stage),
+            (interrupted, by_stage[::2]),
+            (poisoned, poisoned_cases()),
+            (bad_gradients, bad_gradient_cases()),
+        ]
+        found = {ask.__name__: {case.name: ask(case, place) for case in of} for ask, of in asked}
+        torch.save(found, folder / f"rank-{place.rank}.pt")
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
