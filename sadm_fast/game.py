@@ -7,7 +7,7 @@
 
 The denoiser descends L_den + lambda_s S with f detached and Psi frozen; the discriminator ascends S with xhat0
 detached, through both f and g. There is no real/fake logit: the discriminator only compares relations. A queue of past
-features (engine/feature_queue.py) adds the pairs of a sample of the batch and one of the past to both sums of S. Relation,
+features (engine/feature_queue) adds the pairs of a sample of the batch and one of the past to both sums of S. Relation,
 penalty, normalisation, gate and ramp are this project's choices; each is a field of the configuration.
 """
 

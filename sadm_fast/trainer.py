@@ -1,4 +1,4 @@
-"""The loop: counters, averages, logs, pictures, checkpoints, signals. A step itself is in game.py and engine/players.py."""
+"""The loop: counters, averages, logs, pictures, checkpoints, signals. A step: game.py and engine/players.py."""
 
 import copy
 import math
