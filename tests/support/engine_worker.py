@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from sadm_fast.build import build_denoiser, build_psi
+from sadm_fast.engine import players
 from sadm_fast.engine.masters import gather, local_masters, trainable_shapes
-from sadm_fast.engine.players import Outcome, Players, gradient_norm, players
+from sadm_fast.engine.players import Outcome, Players, gradient_norm
 from sadm_fast.game import Batch
 from sadm_fast.ranks.launch import Place, distributed
 from sadm_fast.ranks.vote import NotFinite, Vote
