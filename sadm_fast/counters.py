@@ -1,8 +1,8 @@
-"""Random numbers as a function of (seed, stream, sample): no state, so nothing to save and nothing to get wrong.
+"""Random numbers as a function of (seed, purpose, sample): no state, so nothing to save and nothing to get wrong.
 
 The noise of global sample n is the same on any rank, world size, micro-batch split or device. The generator is
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in torch integer
-operations. Counter words: (block, stream, low half of n, high half of n); key: the two halves of the seed.
+operations. Counter words: (block, purpose, low half of n, high half of n); key: the two halves of the seed.
 """
 
 import math
@@ -21,8 +21,8 @@ _ROUNDS = 10
 _CPU_CHUNK = 1 << 18  # numbers drawn at once on a CPU, so that the integers stay in its caches
 
 
-class Stream(IntEnum):
-    """What the numbers are for; streams of one seed are independent."""
+class Purpose(IntEnum):
+    """What the numbers are for; purposes of one seed have independent numbers."""
 
     NOISE = 0  # eps of the diffusion process
     TIME = 1  # noise level t
@@ -48,50 +48,50 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     return c0, c1, c2, c3
 
 
-def _words(seed: int, stream: int, sample_ids: Tensor, count: int) -> Tensor:
+def _words(seed: int, purpose: int, sample_ids: Tensor, count: int) -> Tensor:
     """`count` 32-bit words for each sample: int64 [B, count]."""
     blocks = -(-count // 4)
     n = sample_ids.to(torch.int64).view(-1, 1)
     block = torch.arange(blocks, device=n.device)
-    counter = (block, torch.full_like(n[:1], int(stream)), n & _MASK, (n >> 32) & _MASK)
+    counter = (block, torch.full_like(n[:1], int(purpose)), n & _MASK, (n >> 32) & _MASK)
     words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :count]
 
 
-def uniform(seed: int, stream: Stream, sample_ids: Tensor, count: int = 1) -> Tensor:
+def uniform(seed: int, purpose: Purpose, sample_ids: Tensor, count: int = 1) -> Tensor:
     """Uniform numbers in the open interval (0, 1): float64 [B, count] for int64 sample_ids [B]."""
-    return (_words(seed, stream, sample_ids, count).double() + 0.5) * 2.0**-32
+    return (_words(seed, purpose, sample_ids, count).double() + 0.5) * 2.0**-32
 
 
-def normal(seed: int, stream: Stream, sample_ids: Tensor, shape: Sequence[int]) -> Tensor:
+def normal(seed: int, purpose: Purpose, sample_ids: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal numbers (Box-Muller): float32 [B, *shape] for int64 sample_ids [B]."""
     count = math.prod(shape)
     at_once = max(1, _CPU_CHUNK // count) if sample_ids.device.type == "cpu" else len(sample_ids)
-    parts = [_normal(seed, stream, part, count) for part in sample_ids.split(max(1, at_once))]
+    parts = [_normal(seed, purpose, part, count) for part in sample_ids.split(max(1, at_once))]
     z = parts[0] if len(parts) == 1 else torch.cat(parts)
     return z.reshape(-1, *shape)
 
 
-def _normal(seed: int, stream: Stream, sample_ids: Tensor, count: int) -> Tensor:
+def _normal(seed: int, purpose: Purpose, sample_ids: Tensor, count: int) -> Tensor:
     """float32 [B, count]."""
     half = -(-count // 2)
-    u = _uniform32(seed, stream, sample_ids, 2 * half)
+    u = _uniform32(seed, purpose, sample_ids, 2 * half)
     # fp32 rounds the largest words up to 1.0 exactly: log gives 0, which is a finite (and fair) sample.
     radius = u[:, :half].log().mul_(-2.0).sqrt_()
     angle = u[:, half:] * (2.0 * math.pi)
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
 
 
-def _uniform32(seed: int, stream: Stream, sample_ids: Tensor, count: int) -> Tensor:
+def _uniform32(seed: int, purpose: Purpose, sample_ids: Tensor, count: int) -> Tensor:
     """(word + 1/2) 2^-32 as float32 [B, count]: the same bits by the C++ kernel and by tensor operations."""
     if sample_ids.device.type == "cpu" and has_streams():
-        return philox_uniform(seed, int(stream), sample_ids, count)
-    return _words(seed, stream, sample_ids, count).float().add_(0.5).mul_(2.0**-32)
+        return philox_uniform(seed, int(purpose), sample_ids, count)
+    return _words(seed, purpose, sample_ids, count).float().add_(0.5).mul_(2.0**-32)
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
     """The order of the n images in an epoch: int64 [n], a permutation of 0..n-1."""
     ids = torch.arange(n) + (epoch << 32)
-    words = _words(seed, Stream.ORDER, ids, 2)
+    words = _words(seed, Purpose.ORDER, ids, 2)
     # The second word only breaks ties of the first; both fit in 63 bits, so a plain stable sort orders them.
     return torch.argsort((words[:, 0] << 31) | (words[:, 1] >> 1), stable=True)

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sadm_fast.config import Config
-from sadm_fast.counters import Stream, normal
+from sadm_fast.counters import Purpose, normal
 from sadm_fast.data.source import Source
 from sadm_fast.feed import load_samples
 from sadm_fast.game import Batch, predict
@@ -92,7 +92,7 @@ class RelationView:
         labels = torch.from_numpy(source.labels[chosen]).long().to(device)
         ids = torch.arange(len(x0), device=device) + (1 << 33)  # noise that no training sample has
         level = torch.full((len(x0),), _RELATION_LEVEL, dtype=torch.float64, device=device)
-        noise = normal(config.seed, Stream.NOISE, ids, x0.shape[1:])
+        noise = normal(config.seed, Purpose.NOISE, ids, x0.shape[1:])
         self._batch = Batch(x0, labels, labels, noise, config.process.sample_t(level), level)
 
     @torch.no_grad()

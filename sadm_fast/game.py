@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sadm_fast.counters import Stream, normal, uniform
+from sadm_fast.counters import Purpose, normal, uniform
 from sadm_fast.diffusion import Process
 from sadm_kernels import Queue, share, structure_loss
 
@@ -124,9 +124,9 @@ def draw(
     label_dropout: float,
 ) -> Batch:
     """Noise, noise level and label dropout of each sample, as functions of (seed, global sample counter)."""
-    noise = normal(seed, Stream.NOISE, sample_ids, x0.shape[1:])
-    level = uniform(seed, Stream.TIME, sample_ids)[:, 0]
-    dropped = uniform(seed, Stream.LABEL_DROP, sample_ids)[:, 0] < label_dropout
+    noise = normal(seed, Purpose.NOISE, sample_ids, x0.shape[1:])
+    level = uniform(seed, Purpose.TIME, sample_ids)[:, 0]
+    dropped = uniform(seed, Purpose.LABEL_DROP, sample_ids)[:, 0] < label_dropout
     return Batch(x0, labels, torch.where(dropped, null_class, labels), noise, process.sample_t(level), level)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sadm_fast.build import Undrawn, build_denoiser, load_weights
 from sadm_fast.config import Config, check_config
-from sadm_fast.counters import Stream, normal
+from sadm_fast.counters import Purpose, normal
 from sadm_fast.diffusion import guided, sample
 from sadm_fast.errors import UserError
 from sadm_fast.models import DiT
@@ -87,6 +87,6 @@ def to_images(samples: Tensor, autoencoder: Autoencoder | None) -> Tensor:
 @torch.no_grad()
 def generate(config: Config, model: DiT, labels: Tensor, ids: Tensor, *, steps: int, guidance_scale: float) -> Tensor:
     """Samples of `labels` [B] from starting noise that is a function of (seed, id): float32 [B, C, H, W]."""
-    noise = normal(config.seed, Stream.SAMPLE_NOISE, ids, config.sample_shape)
+    noise = normal(config.seed, Purpose.SAMPLE_NOISE, ids, config.sample_shape)
     denoise = guided(config.process, model, labels, model.null_class, guidance_scale)
     return sample(config.process, denoise, noise, steps)

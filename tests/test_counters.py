@@ -1,4 +1,4 @@
-"""Random numbers as functions of (seed, stream, sample): the generator's known answers, and what may not matter."""
+"""Random numbers as functions of (seed, purpose, sample): the generator's known answers, and what may not matter."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sadm_fast.counters import Stream, normal, permutation, philox4x32, uniform
+from sadm_fast.counters import Purpose, normal, permutation, philox4x32, uniform
 
 quick = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**64 - 1)
@@ -35,9 +35,9 @@ def test_philox_gives_the_published_words(counter: list[int], key: tuple[int, in
 def test_the_counter_is_block_stream_and_both_halves_of_the_sample_and_the_key_both_halves_of_the_seed() -> None:
     seed, sample = (0xA4093822) | (0x299F31D0 << 32), 0x13198A2E | (0x03707344 << 32)
     for block in (0, 1):
-        counter = [block, int(Stream.FLIP), 0x13198A2E, 0x03707344]
+        counter = [block, int(Purpose.FLIP), 0x13198A2E, 0x03707344]
         words = philox4x32([torch.tensor([word]) for word in counter], (0xA4093822, 0x299F31D0))
-        numbers = uniform(seed, Stream.FLIP, torch.tensor([sample]), 8)[0, 4 * block : 4 * block + 4]
+        numbers = uniform(seed, Purpose.FLIP, torch.tensor([sample]), 8)[0, 4 * block : 4 * block + 4]
         assert ((numbers * 2.0**32 - 0.5).long()).tolist() == [int(word) for word in words]
 
 
@@ -48,9 +48,9 @@ def test_a_samples_numbers_do_not_depend_on_its_batch(seed: int, ids: list[int],
     cut = data.draw(st.integers(0, len(ids)))
     whole = torch.tensor(ids)
     for draw in (
-        lambda n: uniform(seed, Stream.TIME, n, count),
-        lambda n: normal(seed, Stream.NOISE, n, (count,)),
-        lambda n: normal(seed, Stream.NOISE, n, (1, count, 3)),
+        lambda n: uniform(seed, Purpose.TIME, n, count),
+        lambda n: normal(seed, Purpose.NOISE, n, (count,)),
+        lambda n: normal(seed, Purpose.NOISE, n, (1, count, 3)),
     ):
         together = draw(whole)
         assert torch.equal(draw(whole[list(order)]), together[list(order)])
@@ -62,14 +62,14 @@ def test_a_samples_numbers_do_not_depend_on_its_batch(seed: int, ids: list[int],
 @given(seed=seeds, ids=sample_ids, few=st.integers(1, 10), more=st.integers(0, 10))
 def test_asking_for_more_uniform_numbers_keeps_the_first(seed: int, ids: list[int], few: int, more: int) -> None:
     n = torch.tensor(ids)
-    assert torch.equal(uniform(seed, Stream.LATENT, n, few + more)[:, :few], uniform(seed, Stream.LATENT, n, few))
+    assert torch.equal(uniform(seed, Purpose.LATENT, n, few + more)[:, :few], uniform(seed, Purpose.LATENT, n, few))
 
 
 @quick
 @given(seed=seeds, ids=sample_ids, shape=st.lists(st.integers(1, 4), max_size=3))
 def test_shapes_and_dtypes(seed: int, ids: list[int], shape: list[int]) -> None:
     n = torch.tensor(ids)
-    numbers, noise = uniform(seed, Stream.TIME, n, 3), normal(seed, Stream.NOISE, n, shape)
+    numbers, noise = uniform(seed, Purpose.TIME, n, 3), normal(seed, Purpose.NOISE, n, shape)
     assert numbers.shape == (len(ids), 3) and numbers.dtype == torch.float64
     assert noise.shape == (len(ids), *shape) and noise.dtype == torch.float32
     assert noise.isfinite().all()
@@ -77,12 +77,12 @@ def test_shapes_and_dtypes(seed: int, ids: list[int], shape: list[int]) -> None:
 
 def test_an_empty_batch_gets_no_numbers() -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    assert uniform(0, Stream.TIME, none, 5).shape == (0, 5)
-    assert normal(0, Stream.NOISE, none, (3, 2)).shape == (0, 3, 2)
+    assert uniform(0, Purpose.TIME, none, 5).shape == (0, 5)
+    assert normal(0, Purpose.NOISE, none, (3, 2)).shape == (0, 3, 2)
 
 
 def test_uniform_numbers_have_the_moments_of_the_uniform_distribution() -> None:
-    numbers = uniform(7, Stream.TIME, torch.arange(50_000), 4).flatten()
+    numbers = uniform(7, Purpose.TIME, torch.arange(50_000), 4).flatten()
     count = len(numbers)
     # Means of `count` independent numbers: five standard deviations.
     for power in (1, 2, 3):
@@ -97,13 +97,13 @@ def test_uniform_numbers_have_the_moments_of_the_uniform_distribution() -> None:
 def test_uniform_numbers_lie_inside_the_open_interval(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
     words = (torch.full((2, 1), word),) * 4
     monkeypatch.setattr("sadm_fast.counters.philox4x32", lambda counter, key: words)
-    numbers = uniform(0, Stream.TIME, torch.arange(2), 4)
+    numbers = uniform(0, Purpose.TIME, torch.arange(2), 4)
     assert (numbers > 0).all() and (numbers < 1).all()
-    assert normal(0, Stream.NOISE, torch.arange(2), (3,)).isfinite().all()
+    assert normal(0, Purpose.NOISE, torch.arange(2), (3,)).isfinite().all()
 
 
 def test_normal_numbers_have_the_moments_of_the_normal_distribution() -> None:
-    noise = normal(7, Stream.NOISE, torch.arange(20_000), (5,)).double()
+    noise = normal(7, Purpose.NOISE, torch.arange(20_000), (5,)).double()
     count = noise.numel()
     # E z^k = 0, 1, 0, 3 with variances E z^2k - (E z^k)^2 = 1, 2, 15, 96: five standard deviations.
     for power, (mean, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], start=1):
@@ -115,15 +115,15 @@ def test_normal_numbers_have_the_moments_of_the_normal_distribution() -> None:
 
 
 def test_neighbouring_samples_are_independent() -> None:
-    noise = normal(0, Stream.NOISE, torch.arange(40_000), ()).double()
+    noise = normal(0, Purpose.NOISE, torch.arange(40_000), ()).double()
     for lag in (1, 2, 128):
         assert abs(float((noise[lag:] * noise[:-lag]).mean())) < 5 / math.sqrt(len(noise) - lag)
 
 
 def test_streams_differ() -> None:
     n = torch.arange(64)
-    rows = torch.stack([uniform(3, stream, n, 2).flatten() for stream in Stream])
-    assert len(rows.unique(dim=0)) == len(Stream)
+    rows = torch.stack([uniform(3, purpose, n, 2).flatten() for purpose in Purpose])
+    assert len(rows.unique(dim=0)) == len(Purpose)
     assert len(rows.flatten().unique()) == rows.numel()
 
 
@@ -131,16 +131,16 @@ def test_streams_differ() -> None:
 @given(seeds, seeds)
 def test_seeds_of_64_bits_differ(first: int, second: int) -> None:
     n = torch.arange(4)
-    same = torch.equal(uniform(first, Stream.TIME, n, 4), uniform(second, Stream.TIME, n, 4))
+    same = torch.equal(uniform(first, Purpose.TIME, n, 4), uniform(second, Purpose.TIME, n, 4))
     assert same == (first == second)
 
 
 @pytest.mark.parametrize("seed", [0, 12345])
 def test_the_upper_half_of_a_seed_counts(seed: int) -> None:
     n = torch.arange(16)
-    low = uniform(seed, Stream.TIME, n)
+    low = uniform(seed, Purpose.TIME, n)
     for high in (1, 2**31 - 1, 2**31, 2**32 - 1):
-        assert not (uniform(seed + (high << 32), Stream.TIME, n) == low).any()
+        assert not (uniform(seed + (high << 32), Purpose.TIME, n) == low).any()
     assert not torch.equal(permutation(seed, 0, 50), permutation(seed + 2**32, 0, 50))
 
 
@@ -148,7 +148,7 @@ def test_the_upper_half_of_a_seed_counts(seed: int) -> None:
 @given(sample=st.integers(0, 2**30), high=st.integers(1, 2**31 - 1))
 def test_the_upper_half_of_a_sample_counts(sample: int, high: int) -> None:
     n = torch.tensor([sample, sample + (high << 32)])
-    low, other = uniform(0, Stream.TIME, n, 4)
+    low, other = uniform(0, Purpose.TIME, n, 4)
     assert not torch.equal(low, other)
 
 

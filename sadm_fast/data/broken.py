@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from sadm_fast.data.adm_crop import read_crop
-from sadm_fast.data.checking import judge, read_problem, refused_kind, too_small
+from sadm_fast.data.checking import examine, read_problem, refused_kind, too_small
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
 
@@ -76,8 +76,8 @@ def _read(source: ImageSource, index: int, spec: CropSpec) -> np.ndarray | str:
         if min(width, height) < spec.resolution and not spec.enlarge:
             return too_small(width, height, spec.resolution)
         return read_crop(BytesIO(encoded), spec.resolution, spec.channels, spec.enlarge)
-    except Exception as error:  # as in judge: Pillow's parsers raise nearly anything for damaged files
-        return judge(encoded).reason or f"cannot be read ({type(error).__name__}: {error})"
+    except Exception as error:  # as in examine: Pillow's parsers raise nearly anything for damaged files
+        return examine(encoded).reason or f"cannot be read ({type(error).__name__}: {error})"
 
 
 class BrokenImages:

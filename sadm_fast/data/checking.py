@@ -44,7 +44,7 @@ class Verdict(NamedTuple):
     reason: str | None
 
 
-def judge(encoded: bytes, *, decode: bool = True) -> Verdict:
+def examine(encoded: bytes, *, decode: bool = True) -> Verdict:
     """What is wrong with an encoded image, by its header or, if `decode`, by all of it; no limit on the size."""
     width = height = 0
     try:
@@ -114,7 +114,7 @@ def _look(source: ImageSource, index: int, decode: bool = True) -> Verdict:
         encoded = source.read(index)
     except OSError as error:
         return Verdict(0, 0, read_problem(error))
-    return judge(encoded, decode=decode)
+    return examine(encoded, decode=decode)
 
 
 @dataclass(frozen=True)

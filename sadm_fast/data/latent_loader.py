@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from sadm_fast.counters import Stream, normal
+from sadm_fast.counters import Purpose, normal
 from sadm_fast.data.batch import ImageBatch, ImageMemory
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.order import MicroBatch, MicroBatchPlan
@@ -67,7 +67,7 @@ class LatentLoader:
         for first in range(0, len(moments), at_once):
             part = slice(first, first + at_once)
             mean, std = torch.from_numpy(moments[part]).to(self._device, torch.float32).unbind(1)
-            noise = normal(self._plan.seed, Stream.LATENT, sample_ids[part], mean.shape[1:])
+            noise = normal(self._plan.seed, Purpose.LATENT, sample_ids[part], mean.shape[1:])
             latents[part] = self._source.scale.to_scaled(noise.mul_(std).add_(mean))
         self._used.append(moments)
         return ImageBatch(

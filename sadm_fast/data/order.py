@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sadm_fast.counters import Stream, permutation, uniform
+from sadm_fast.counters import Purpose, permutation, uniform
 
 
 class SampleOrder:
@@ -64,7 +64,7 @@ class SampleFlips:
         if block in self._blocks:
             return self._blocks[block]
         sample_ids = torch.arange(block * self._BLOCK, (block + 1) * self._BLOCK)
-        return (uniform(self.seed, Stream.FLIP, sample_ids)[:, 0] < 0.5).numpy()
+        return (uniform(self.seed, Purpose.FLIP, sample_ids)[:, 0] < 0.5).numpy()
 
 
 def micro_batch_ids(

@@ -14,7 +14,7 @@ from typing import Self, TypeVar
 import numpy as np
 import torch
 
-from sadm_fast.counters import Stream, uniform
+from sadm_fast.counters import Purpose, uniform
 from sadm_fast.errors import UserError
 
 
@@ -113,7 +113,7 @@ def split(source: S, fraction: float, seed: int) -> tuple[S, S]:
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction={fraction}: must lie between 0 and 1")
-    draw = uniform(seed, Stream.SPLIT, torch.arange(len(source)))[:, 0].numpy()
+    draw = uniform(seed, Purpose.SPLIT, torch.arange(len(source)))[:, 0].numpy()
     by_class = np.lexsort((draw, source.labels))
     counts = np.bincount(source.labels, minlength=len(source.classes))
     rank_in_class = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sadm_fast.counters import Stream, uniform
+from sadm_fast.counters import Purpose, uniform
 from sadm_fast.metrics.frechet import FeatureStatistics, frechet_distance
 from sadm_fast.metrics.judges import Judge
 from sadm_fast.scales import float_to_pixels, pixels_to_float
@@ -72,7 +72,7 @@ class Evaluator:
         place = (dist.get_rank() << 40) if distributed else 0
         halves = [{j.metric: FeatureStatistics(j.feature_dim, device) for j in judges} for _ in range(2)]
         for images in _batches(real_images):
-            coin = uniform(seed, Stream.SPLIT, place + torch.arange(len(images)))[:, 0] < 0.5
+            coin = uniform(seed, Purpose.SPLIT, place + torch.arange(len(images)))[:, 0] < 0.5
             place += len(images)
             for name, features in _features(judges, images, device).items():
                 first = coin.to(features.device)

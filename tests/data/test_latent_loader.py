@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sadm_fast.counters import Stream, normal
+from sadm_fast.counters import Purpose, normal
 from sadm_fast.data.batch import ImageBatch
 from sadm_fast.data.latent_loader import LatentLoader
 from sadm_fast.data.latents import LatentSource
@@ -44,7 +44,7 @@ def test_a_sample_is_drawn_from_its_own_posterior_and_scaled(source: LatentSourc
         assert batch.sample_ids.tolist() == wanted.sample_ids.tolist()
         assert batch.labels.tolist() == labels[wanted.indices].tolist() and batch.labels.dtype == torch.int64
         mean, std = torch.from_numpy(moments[wanted.indices, wanted.mirror.astype(int)]).unbind(1)
-        drawn = mean + std * normal(7, Stream.LATENT, batch.sample_ids, (4, 4, 4))
+        drawn = mean + std * normal(7, Purpose.LATENT, batch.sample_ids, (4, 4, 4))
         assert batch.images.dtype == torch.float32 and batch.images.shape == (4, 4, 4, 4)
         # one rounding may differ: a multiply-add may be fused
         torch.testing.assert_close(batch.images, (drawn - 0.25) * 0.5, rtol=1e-6, atol=1e-6)

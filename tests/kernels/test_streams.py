@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sadm_kernels
 from sadm_fast import counters
-from sadm_fast.counters import Stream
+from sadm_fast.counters import Purpose
 from sadm_kernels import copy_rows, has_streams, philox_uniform
 from tests.support.ranks import ROOT, clean_environment
 
@@ -21,16 +21,16 @@ pytestmark = pytest.mark.skipif(not has_streams(), reason="the C++ library was n
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**64 - 1),
-    stream=st.sampled_from(list(Stream)),
+    purpose=st.sampled_from(list(Purpose)),
     ids=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5),
     count=st.integers(1, 700),
 )
 def test_numbers_are_those_of_the_tensor_operations_to_the_last_bit(
-    seed: int, stream: Stream, ids: list[int], count: int
+    seed: int, purpose: Purpose, ids: list[int], count: int
 ) -> None:
     samples = torch.tensor(ids)
-    expected = counters._words(seed, stream, samples, count).float().add_(0.5).mul_(2.0**-32)
-    assert torch.equal(philox_uniform(seed, int(stream), samples, count), expected)
+    expected = counters._words(seed, purpose, samples, count).float().add_(0.5).mul_(2.0**-32)
+    assert torch.equal(philox_uniform(seed, int(purpose), samples, count), expected)
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
@@ -47,9 +47,9 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 def test_normal_numbers_are_the_same_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.arange(5) * 10**12
-    with_library = counters.normal(11, Stream.NOISE, ids, (3, 5, 7))
+    with_library = counters.normal(11, Purpose.NOISE, ids, (3, 5, 7))
     monkeypatch.setattr(counters, "has_streams", lambda: False)
-    assert torch.equal(counters.normal(11, Stream.NOISE, ids, (3, 5, 7)), with_library)
+    assert torch.equal(counters.normal(11, Purpose.NOISE, ids, (3, 5, 7)), with_library)
 
 
 @settings(deadline=None, max_examples=40)
