@@ -8,12 +8,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sadm_fast.errors import UserError
-from sadm_fast.ranks.collectives import broadcast_state, is_distributed
+from sadm_fast.ranks.collectives import broadcast_state, is_distributed, sum_over_ranks
 
 
 def _average_over_ranks(
@@ -29,7 +28,7 @@ def _average_over_ranks(
     tensors = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     tensors += [*buffers, loss.detach().view(1)]
     flat = torch.cat([t.flatten().float() for t in tensors] + [torch.ones(1, device=loss.device)]) * samples
-    dist.all_reduce(flat)
+    flat = sum_over_ranks(flat)
     pieces = (flat[:-1] / flat[-1]).split([t.numel() for t in tensors])
     for parameter, piece in zip(parameters, pieces, strict=False):
         parameter.grad = piece.view_as(parameter).to(parameter.dtype)

@@ -71,7 +71,8 @@ def _encode(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
 
     from sadm_fast.console import Console
-    from sadm_fast.ranks.launch import distributed, first_on_rank_zero
+    from sadm_fast.ranks.collectives import first_on_rank_zero
+    from sadm_fast.ranks.launch import distributed
 
     with distributed() as place:
         from sadm_fast.encoding import check_autoencoder, encode

@@ -25,7 +25,8 @@ from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
 from sadm_fast.files import write_json
 from sadm_fast.models.autoencoder import Autoencoder
-from sadm_fast.ranks.launch import Place, barrier, first_on_rank_zero
+from sadm_fast.ranks.collectives import barrier, first_on_rank_zero
+from sadm_fast.ranks.launch import Place
 from sadm_fast.scales import pixels_to_float
 
 _BATCHES_AHEAD = 2

@@ -44,7 +44,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from sadm_fast.generation import load_trained
     from sadm_fast.metrics.evaluator import build_evaluator, evaluation_images
     from sadm_fast.pretrain import prepare_judge
-    from sadm_fast.ranks.launch import distributed, first_on_rank_zero
+    from sadm_fast.ranks.collectives import first_on_rank_zero
+    from sadm_fast.ranks.launch import distributed
     from sadm_fast.run.folder import RunFolder
 
     changes = {"samples": arguments.samples, "steps": arguments.steps}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.feed import load_samples, make_feed
 from sadm_fast.metrics.judges import ClassifierJudge
 from sadm_fast.models.structure_encoder import collect_statistics
-from sadm_fast.ranks.collectives import broadcast_json, broadcast_state, is_rank_zero
+from sadm_fast.ranks.collectives import broadcast_json, broadcast_state, is_rank_zero, rank_and_world_size
 
 _HELD_OUT = 0.1  # share of the images that tells the accuracy of Psi and of the judge
 _HELD_OUT_AT_MOST = 5000
@@ -92,7 +91,7 @@ def _trained(
     device: torch.device,
     console: Console,
 ) -> tuple[Any, dict[str, Any]]:
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world_size()
 
     def train(module: Any) -> dict[str, Any]:
         rest, held_out = split(images, _HELD_OUT, config.seed)

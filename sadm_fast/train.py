@@ -88,7 +88,8 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
     folder.check(config)
 
     from sadm_fast.console import Console
-    from sadm_fast.ranks.launch import barrier, distributed, first_on_rank_zero
+    from sadm_fast.ranks.collectives import barrier, first_on_rank_zero
+    from sadm_fast.ranks.launch import distributed
 
     with distributed() as place:
         from sadm_fast.build import resolve_classes

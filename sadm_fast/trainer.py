@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from sadm_fast.build import Undrawn, build_denoiser, load_weights, resolve_classes, start_from_weights
@@ -32,7 +31,7 @@ from sadm_fast.metrics.evaluator import build_evaluator, evaluation_images
 from sadm_fast.models import DiT
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.pretrain import prepare_judge, prepare_psi
-from sadm_fast.ranks.launch import barrier
+from sadm_fast.ranks.collectives import barrier, rank_and_world_size
 from sadm_fast.ranks.stopping import StopRequest
 from sadm_fast.ranks.vote import NotFinite, Vote
 from sadm_fast.ranks.watchdog import Watchdog
@@ -62,7 +61,7 @@ class Trainer:
         """autoencoder: of the latents in `source`, on rank 0, which makes the pictures; None elsewhere."""
         self.config, self.folder, self.device, self.console = config, folder, device, console
         self.source, self.autoencoder = source, autoencoder
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = rank_and_world_size()
         self.num_classes = resolve_classes(config, source)
         self.samples_per_step = config.train.micro_batch * config.train.grad_accumulation * self.world_size
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sadm_fast.config import Config
 from sadm_fast.errors import UserError
+from sadm_fast.ranks.collectives import rank_and_world_size
 from sadm_kernels import Queue
 
 
@@ -77,7 +78,7 @@ def _packed(samples: Queue) -> Tensor:
 
 def _of_all_ranks(rows: Tensor) -> Tensor:
     """[micro-batches, B, n] of each rank to [samples, n], by global sample number: micro-batch, rank, sample."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = rank_and_world_size()[1]
     if ranks == 1:
         return rows.flatten(0, 1)
     everybody = rows.new_empty((ranks, *rows.shape))

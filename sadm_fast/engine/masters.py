@@ -8,6 +8,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
+from sadm_fast.ranks.collectives import rank_and_world_size
+
 
 class Fragment(NamedTuple):
     """A piece of a parameter that this rank owns."""
@@ -112,7 +114,7 @@ def gather(fragments: Sequence[Fragment], like: Mapping[str, tuple[int, ...]]) -
     for fragment in fragments:
         mine.setdefault(fragment.name, []).append(fragment)
     device = fragments[0].value.device if fragments else torch.device("cpu")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world_size()
     full = {}
     for name, shape in like.items():
         value = torch.zeros(shape, device=device).flatten()

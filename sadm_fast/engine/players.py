@@ -24,6 +24,7 @@ from sadm_fast.engine.masters import undo_trial_step
 from sadm_fast.engine.optimizers import build_optimizer, deepspeed_dict, is_guarded, learning_rate
 from sadm_fast.engine.state import Snapshot
 from sadm_fast.game import Batch, Rules, discriminator_loss, frozen, predict, structure_distance
+from sadm_fast.ranks.collectives import rank_and_world_size
 from sadm_fast.ranks.vote import NotFinite
 from sadm_kernels import Queue
 
@@ -50,7 +51,7 @@ class Players:
         self._device_type = device.type
         self.process = config.process
         self.mode = config.game.mode
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.world_size = rank_and_world_size()[1]
         self.denoiser = self._initialize(denoiser, config.denoiser_optimizer)
         self.discriminator: Any = None
         self.psi: Any = None

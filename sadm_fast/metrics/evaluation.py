@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sadm_fast.counters import Purpose, uniform
 from sadm_fast.metrics.frechet import FeatureStatistics, frechet_distance
 from sadm_fast.metrics.judges import Judge
+from sadm_fast.ranks.collectives import rank_and_world_size
 from sadm_fast.scales import float_to_pixels, pixels_to_float
 
 _BATCH = 256  # images a judge sees at once: bounds the memory, changes no number
@@ -67,9 +67,8 @@ class Evaluator:
         finite.
         """
         judges = [judge.to(device).eval() for judge in judges]
-        distributed = dist.is_available() and dist.is_initialized()
         # Places of different ranks never meet: 2^40 images a rank.
-        place = (dist.get_rank() << 40) if distributed else 0
+        place = rank_and_world_size()[0] << 40
         halves = [{j.metric: FeatureStatistics(j.feature_dim, device) for j in judges} for _ in range(2)]
         for images in _batches(real_images):
             coin = uniform(seed, Purpose.SPLIT, place + torch.arange(len(images)))[:, 0] < 0.5

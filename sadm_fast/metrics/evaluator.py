@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sadm_fast.config import Config
@@ -13,12 +12,13 @@ from sadm_fast.generation import generate
 from sadm_fast.metrics.evaluation import Evaluator
 from sadm_fast.metrics.judges import ClassifierJudge, PixelJudge, RandomJudge
 from sadm_fast.models import DiT
+from sadm_fast.ranks.collectives import rank_and_world_size
 
 
 def build_evaluator(config: Config, images: Source, judge: ClassifierJudge, device: torch.device) -> Evaluator:
     """Statistics of (an even choice of) the real images in the three feature spaces. Collective."""
     channels, resolution = config.data.channels, config.data.resolution
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world_size()
     stride = -(-len(images) // config.evaluate.real_images)
     mine = list(range(0, len(images), stride))[rank::world]
     real = (
@@ -35,7 +35,7 @@ def evaluation_images(config: Config, model: DiT, num_classes: int, device: torc
     Sample i is the same whatever the number of ranks.
     """
     evaluate = config.evaluate
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world_size()
     for first in range(rank * evaluate.batch, evaluate.samples, world * evaluate.batch):
         ids = torch.arange(first, min(first + evaluate.batch, evaluate.samples), device=device)
         # Other starting noise than the grids': those are looked at, these are counted.

@@ -6,8 +6,9 @@ Multivariate Analysis 12 (1982); as a distance between sets of images in a featu
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from sadm_fast.ranks.collectives import sum_over_ranks
 
 
 class FeatureStatistics:
@@ -49,16 +50,11 @@ class FeatureStatistics:
 
     def all_reduce(self) -> None:
         """Replace this rank's statistics by those of all ranks; does nothing outside torch.distributed."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
         # float64 holds integers up to 2^53 exactly, so the count travels with the sums.
-        count = torch.tensor([float(self.count)], dtype=torch.float64, device=device)
-        flat = torch.cat([count, self.sum.to(device), self.outer.flatten().to(device)])
-        dist.all_reduce(flat)
+        flat = sum_over_ranks(torch.cat([self.sum.new_tensor([float(self.count)]), self.sum, self.outer.flatten()]))
         self.count = int(flat[0].item())
-        self.sum = flat[1 : 1 + self.dimension].to(self.sum.device)
-        self.outer = flat[1 + self.dimension :].view(self.dimension, self.dimension).to(self.outer.device)
+        self.sum = flat[1 : 1 + self.dimension]
+        self.outer = flat[1 + self.dimension :].view(self.dimension, self.dimension)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean [d] and unbiased covariance [d, d], float64; ValueError for fewer than two feature vectors."""

@@ -1,29 +1,81 @@
-"""Collectives for small things: JSON values, whole modules. One rank, or none at all, is a group too."""
+"""Small collectives: which rank of how many, sums and maxima, JSON values, whole modules.
+
+Without torch.distributed, or with one rank, each of them returns what this rank has.
+"""
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This rank and the number of ranks; (0, 1) without torch.distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Whether there are several ranks."""
+    return rank_and_world_size()[1] > 1
 
 
 def is_rank_zero() -> bool:
-    return not is_distributed() or dist.get_rank() == 0
+    """Whether this rank writes what is written once."""
+    return rank_and_world_size()[0] == 0
 
 
 def communication_device() -> torch.device:
+    """The device that the backend of the process group can send from."""
     return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        dist.barrier()
+
+
+def first_on_rank_zero(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0, then on the others, which find the files that rank 0 has written. Collective."""
+    if is_rank_zero():
+        try:
+            return work()
+        finally:
+            barrier()
+    barrier()
+    return work()
+
+
+@torch.no_grad()
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The elementwise sum of all ranks' `values` (equal shapes and dtypes), on the device of `values`. Collective."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+@torch.no_grad()
+def max_over_ranks(values: Tensor) -> Tensor:
+    """The elementwise maximum of all ranks' `values` (equal shapes and dtypes), on their device. Collective."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def _reduce(values: Tensor, op: Any) -> Tensor:
+    if not is_distributed():
+        return values
+    reduced = values.detach().to(communication_device(), copy=True).contiguous()
+    dist.all_reduce(reduced, op=op)
+    return reduced.to(values.device)
 
 
 @torch.no_grad()
 def broadcast_state(modules: Iterable[nn.Module]) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
+    """Give every rank the parameters and buffers of rank 0. Collective."""
     if not is_distributed():
         return
     for module in modules:
@@ -34,11 +86,11 @@ def broadcast_state(modules: Iterable[nn.Module]) -> None:
 
 
 def broadcast_json(value: Any) -> Any:
-    """Rank 0's JSON value on every rank. As bytes: torch's own broadcast of objects would unpickle them."""
+    """Rank 0's JSON value on every rank, sent as bytes: torch's broadcast of objects would unpickle. Collective."""
     if not is_distributed():
         return value
     device = communication_device()
-    payload = json.dumps(value).encode() if dist.get_rank() == 0 else b""
+    payload = json.dumps(value).encode() if is_rank_zero() else b""
     length = torch.tensor([len(payload)], device=device)
     dist.broadcast(length, src=0)
     data = torch.zeros(int(length.item()), dtype=torch.uint8, device=device)

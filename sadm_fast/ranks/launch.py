@@ -5,17 +5,15 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from sadm_fast.errors import LostRank, UserError, sign_of_a_lost_rank
 from sadm_fast.ranks.rendezvous import all_ranks_are_here, check_alone, meet, stay_on_loopback
-
-T = TypeVar("T")
 
 # Rank 0 may train Psi or write the demo set while the others wait for it.
 _PATIENCE = datetime.timedelta(hours=2)
@@ -132,20 +130,3 @@ def _start_deepspeed(backend: str) -> None:
     # Shared-memory collectives for CPUs: compiled at the first start, for tens of seconds and not without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, verbose=False)
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.get_world_size() > 1:
-        dist.barrier()
-
-
-def first_on_rank_zero(work: Callable[[], T]) -> T:
-    """`work` on rank 0, then on the others, which find what it left behind."""
-    if dist.get_rank() == 0:
-        try:
-            return work()
-        finally:
-            barrier()
-    barrier()
-    return work()

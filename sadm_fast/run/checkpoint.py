@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sadm_fast.engine.feature_queue import FeatureQueue
 from sadm_fast.engine.state import SavedPieces, restore
 from sadm_fast.errors import UserError, sign_of_a_lost_rank
+from sadm_fast.ranks.collectives import max_over_ranks, rank_and_world_size
 
 MANIFEST = "COMPLETE"
 QUEUE = "queue"
@@ -105,17 +105,16 @@ def agreed(found: Path | None, identity: Mapping[str, Any]) -> Path | None:
     Raises:
         UserError: on every rank, if they have not: machines may have other files, or see shared ones too late.
     """
-    if dist.get_world_size() == 1:
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
         return found
     mine = [-1 if found is None else step_of(found), *map(_number, identity.values())]
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    ends = torch.tensor([mine, [-value for value in mine]], device=device)
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    ends = max_over_ranks(torch.tensor([mine, [-value for value in mine]]))
     differ = (ends[0] != -ends[1]).tolist()
     for key, differs in zip(identity, differ[1:], strict=True):
         if differs:
             raise UserError(
-                f"ranks disagree: {key} is {identity[key]!r} on rank {dist.get_rank()} and something else on another;"
+                f"ranks disagree: {key} is {identity[key]!r} on rank {rank} and something else on another;"
                 " all machines must read the same configuration and data (docs/scale.md)"
             )
     if differ[0]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +27,7 @@ from sadm_fast.engine.feature_queue import FeatureQueue
 from sadm_fast.engine.masters import Fragment
 from sadm_fast.engine.state import MASTER, MOMENTS, SavedPieces, key, pieces, steps_taken
 from sadm_fast.files import write_json
+from sadm_fast.ranks.collectives import barrier, max_over_ranks, rank_and_world_size
 from sadm_fast.run.checkpoint import FORMAT, MANIFEST, QUEUE, completed, folder_of, sha256, step_of
 
 _EMA = "ema"
@@ -62,7 +62,7 @@ class CheckpointWriter:
         self._checkpoints, self._engines, self._average = checkpoints, engines, average
         self._shapes, self._identity, self._queue = shapes, dict(identity), queue
         self._keep_last, self._keep_every, self._say = keep_last, keep_every, say
-        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._rank, self._world_size = rank_and_world_size()
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._part: Future[str | None] | None = None  # this rank's part of the save under way: what went wrong
         self._commit: Future[str | None] | None = None  # rank 0's last act
@@ -77,7 +77,7 @@ class CheckpointWriter:
             # A folder of this name without COMPLETE, or a .tmp, is what a killed run left behind.
             for leftover in (temporary, folder_of(self._checkpoints, step)):
                 shutil.rmtree(leftover, ignore_errors=True)
-        self._barrier()
+        barrier()
         parts = {}
         for name, engine in self._engines.items():
             parts[f"{name}/rank-{self._rank}.safetensors"] = self._copy(name, pieces(engine))
@@ -122,24 +122,17 @@ class CheckpointWriter:
         """Wait until the save under way is a checkpoint, or has failed. Collective."""
         if self._part is not None:
             failed = torch.tensor(int(self._part.result() is not None))
-            if self._world_size > 1:
-                failed = failed.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-                dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-            self.decide(writing=False, failed=bool(failed))
+            self.decide(writing=False, failed=bool(max_over_ranks(failed)))
         if self._commit is not None:
             problem, self._commit = self._commit.result(), None
             if problem is not None:
                 step = self._manifest["step"]
                 self._say(f"checkpoint of step {step}: not saved ({problem}); the one before is kept")
-        self._barrier()
+        barrier()
 
     def close(self) -> None:
         """End the thread; what it is writing is written to the end."""
         self._pool.shutdown()
-
-    def _barrier(self) -> None:
-        if self._world_size > 1:
-            dist.barrier()
 
     def _own_average(self) -> dict[str, Tensor]:
         """This rank's pieces of the average, by key; without ZeRO every rank owns everything, and rank 0 saves it."""

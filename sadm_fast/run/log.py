@@ -5,12 +5,12 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from sadm_fast.engine.players import Outcome
 from sadm_fast.files import append_json
+from sadm_fast.ranks.collectives import sum_over_ranks
 from sadm_fast.run.folder import RunFolder
 
 _QUARTILES = 4
@@ -59,9 +59,7 @@ class Interval:
         sums = torch.cat(
             [self._loss, self._count, self._game, self._loss.new_tensor([self._waited, 1.0, broken_images])]
         )
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
-        values = sums.tolist()
+        values = sum_over_ranks(sums).tolist()
         loss, count, game, (waited, ranks, broken) = values[:4], values[4:8], values[8:12], values[12:]
         return {
             "loss_denoise": _ratio(sum(loss), sum(count)),

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sadm_fast import rendezvous
 from sadm_fast.errors import LostRank, UserError
+from sadm_fast.ranks import rendezvous
 from sadm_fast.ranks.launch import distributed
 from tests.support.programs import free_port
 
