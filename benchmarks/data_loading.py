@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import dit_recipe, image_sets, measure  # noqa: E402
 from benchmarks.report import Row, aligned  # noqa: E402
 from benchmarks.structure_loss import environment  # noqa: E402
-from sadm_fast.data import ImageSource, make_loader, open_images  # noqa: E402
+from sadm_fast.data import LoaderSpec, MicroBatchPlan, make_loader, open_images  # noqa: E402
+from sadm_fast.data.source import ImageSource  # noqa: E402
 from sadm_fast.data.throughput import Closable, Throughput  # noqa: E402
 from sadm_fast.data.throughput import measure as measure_throughput  # noqa: E402
 
@@ -54,17 +55,9 @@ def factories(root: Path, source: ImageSource, case: Case, threads: int) -> dict
     """The loaders, each made anew with every call."""
 
     def ours(loader: str) -> Callable[[], Closable]:
-        return lambda: make_loader(
-            source,
-            loader=loader,
-            resolution=case.resolution,
-            channels=3,
-            flip=True,
-            enlarge=True,
-            seed=0,
-            micro_batch=case.micro_batch,
-            threads=threads,
-        )
+        plan = MicroBatchPlan(num_images=len(source), seed=0, flip=True, micro_batch=case.micro_batch)
+        spec = LoaderSpec(case.resolution, channels=3, enlarge=True, loader=loader, threads=threads)
+        return lambda: make_loader(source, plan, spec)
 
     def peer() -> Closable:
         return dit_recipe.batches(root, size=case.resolution, micro_batch=case.micro_batch, workers=threads)

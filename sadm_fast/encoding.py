@@ -20,7 +20,16 @@ from sadm_fast.console import Console
 from sadm_fast.data.adm_crop import read_crop
 from sadm_fast.data.batch import stack_crops
 from sadm_fast.data.checking import pixel_problem
-from sadm_fast.data.latents import ENCODING, MANIFEST, SHARDS, Encoding, shard_name, shard_record, write_shard
+from sadm_fast.data.latents import (
+    ENCODING,
+    MANIFEST,
+    SHARDS,
+    Encoding,
+    finite_rows,
+    shard_name,
+    shard_record,
+    write_shard,
+)
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
 from sadm_fast.files import write_json
@@ -178,12 +187,8 @@ def _encode_shard(
             # The mirror image is encoded for itself: an autoencoder's convolutions are not symmetric.
             posterior = autoencoder.encode(torch.cat([images, images.flip(-1)]))
             both = torch.stack([posterior.mean, posterior.std], dim=1).unflatten(0, (2, len(good))).transpose(0, 1)
-            if not torch.isfinite(both).all():
-                raise UserError(
-                    f"{source.name(good[0][0])}: the autoencoder gives values that are not finite for it or one of"
-                    f" the {len(good) - 1} after it; use --set latents.precision=fp32, or remove the image"
-                )
-            moments[len(kept) : len(kept) + len(good)] = both.cpu().numpy()
+            rows = moments[len(kept) : len(kept) + len(good)]
+            _store(both.cpu().numpy(), rows, source, [index for index, _ in good])
             kept += [index for index, _ in good]
         done += len(batch)
         progress(done)
@@ -195,6 +200,23 @@ def _encode_shard(
             " kept, make room and start again"
         ) from None
     return done
+
+
+def _store(latents: np.ndarray, out: np.ndarray, source: ImageSource, indices: list[int]) -> None:
+    """Cast float32 latents [n, ...] of the images at `indices` into `out`; UserError if values are not finite there."""
+    with np.errstate(over="ignore"):  # said below, in a line that helps
+        out[...] = latents
+    for row in np.flatnonzero(~finite_rows(out)).tolist():
+        name = source.name(indices[row])
+        if not np.isfinite(latents[row]).all():
+            raise UserError(
+                f"{name}: the autoencoder gives values that are not finite for it; use --set"
+                " latents.precision=fp32, or remove the image"
+            )
+        raise UserError(
+            f"{name}: its latents reach {np.abs(latents[row]).max():.4g}, and latents.dtype={out.dtype} ends at"
+            f" {np.finfo(out.dtype).max:.0f}; use --set latents.dtype=float32"
+        )
 
 
 def _crops(

@@ -16,9 +16,10 @@ from sadm_fast.build import build_psi, load_psi
 from sadm_fast.classifier import accuracy, train_classifier
 from sadm_fast.config import ClassifierTraining, Config, StructureEncoderConfig
 from sadm_fast.console import Console
+from sadm_fast.data import MicroBatchPlan, make_loader
 from sadm_fast.data.source import Source, split
 from sadm_fast.errors import UserError
-from sadm_fast.feed import load_samples, make_feed
+from sadm_fast.feed import load_samples, loader_spec
 from sadm_fast.metrics.judges import ClassifierJudge
 from sadm_fast.models.structure_encoder import collect_statistics
 from sadm_fast.ranks.collectives import broadcast_json, broadcast_state, is_rank_zero, rank_and_world_size
@@ -95,15 +96,15 @@ def _trained(
 
     def train(module: Any) -> dict[str, Any]:
         rest, held_out = split(images, _HELD_OUT, config.seed)
-        loader = make_feed(
-            config,
-            rest,
+        plan = MicroBatchPlan(
+            num_images=len(rest),
             seed=seed,
+            flip=config.data.flip,
             micro_batch=max(1, training.batch // world),
             rank=rank,
             world_size=world,
-            device=device,
         )
+        loader = make_loader(rest, plan, loader_spec(config), device)
         console.say(f"Training the {what} on {len(rest)} images ({len(held_out)} held out), {training.steps} steps")
         try:
             with console.bar(what, training.steps) as bar, collect_statistics(module):

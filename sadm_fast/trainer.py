@@ -14,6 +14,7 @@ from torch import nn
 from sadm_fast.build import Undrawn, build_denoiser, load_weights, resolve_classes, start_from_weights
 from sadm_fast.config import Config
 from sadm_fast.console import Console
+from sadm_fast.data import MicroBatchPlan, make_loader
 from sadm_fast.data.batch import Loader
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.source import Source
@@ -22,7 +23,7 @@ from sadm_fast.engine.masters import Fragment, gather, local_masters, trainable_
 from sadm_fast.engine.optimizers import learning_rate
 from sadm_fast.engine.players import Players, gradient_norm
 from sadm_fast.errors import UserError
-from sadm_fast.feed import make_feed
+from sadm_fast.feed import loader_spec
 from sadm_fast.files import append_json, write_json
 from sadm_fast.gallery import RelationView, grid_classes, real_grid, sample_grid, save_picture
 from sadm_fast.game import draw
@@ -177,17 +178,17 @@ class Trainer:
         config = self.config
         vote = Vote(lambda: request.asked, self.writer.status)
         log = TrainingLog(self.folder, self.rank, self.step)
-        loader = make_feed(
-            config,
-            self.source,
+        plan = MicroBatchPlan(
+            num_images=len(self.source),
             seed=config.seed,
+            flip=config.data.flip,
             micro_batch=config.train.micro_batch,
             grad_accumulation=config.train.grad_accumulation,
             rank=self.rank,
             world_size=self.world_size,
             first_sample=self.samples_seen,
-            device=self.device,
         )
+        loader = make_loader(self.source, plan, loader_spec(config), self.device)
         self._started = time.perf_counter()
         interval = Interval(self.device)
         try:

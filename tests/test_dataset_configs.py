@@ -15,7 +15,8 @@ from sadm_fast.config import Config, load_config
 from sadm_fast.console import Console
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.source import ImageSource
-from sadm_fast.feed import load_samples, make_feed, open_data, open_images_to_encode
+from sadm_fast.feed import load_samples, open_data, open_images_to_encode
+from tests.data.loaders import open_feed
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json") if path.stem != "schema")
@@ -155,7 +156,7 @@ def test_the_denoiser_fits_the_samples(name: str) -> None:
 @pytest.mark.parametrize("name", ["cifar10", "celeba64"])
 def test_pixels_are_trained_on_from_the_stand_in(name: str, tmp_path: Path) -> None:
     config = _load(name, _write_stand_in(LAYOUTS[name], tmp_path))
-    with make_feed(config, _open(config), seed=0, micro_batch=2) as feed:
+    with open_feed(config, _open(config), micro_batch=2) as feed:
         batch = next(feed)
     assert batch.images.shape == (2, *config.sample_shape)
     assert int(batch.labels.max()) < LAYOUTS[name].classes

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sadm_fast import encode
 from sadm_fast.data.adm_crop import read_crop
@@ -102,6 +103,20 @@ def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror_image(co
         torch.testing.assert_close(torch.from_numpy(out[:, 0]), posterior.mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(torch.from_numpy(out[:, 1]), posterior.std, rtol=1e-5, atol=1e-5)
     assert source.encoding.space == model.space
+
+
+@pytest.mark.filterwarnings("error")
+def test_latents_that_the_cached_dtype_cannot_hold_are_one_line_with_image_and_dtype(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    unusual = save_autoencoder(tmp_path / "unusual")
+    weights = load_file(unusual / "diffusion_pytorch_model.safetensors")
+    weights["quant_conv.bias"][1] = 70000.0  # the mean of one channel
+    save_file(weights, unusual / "diffusion_pytorch_model.safetensors")
+    here = f"latents.autoencoder={unusual}"
+    message = refusal(config, capfd, here)
+    assert "circle/0.png: its latents reach 7e+04, and latents.dtype=float16 ends at 65504" in message
+    assert encode.main(arguments(config, here, "latents.dtype=float32", f"data.path={tmp_path / 'wide'}")) == 0
 
 
 def test_the_manifest_says_what_was_made_of_what(config: Path) -> None:

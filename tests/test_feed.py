@@ -16,8 +16,9 @@ from sadm_fast.console import Console
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.errors import UserError
-from sadm_fast.feed import load_samples, make_feed, open_data
+from sadm_fast.feed import load_samples, open_data
 from tests.data.latent_caches import make_encoding, write_cache
+from tests.data.loaders import open_feed
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def test_latents_are_fed_as_the_denoiser_sees_them(tmp_path: Path) -> None:
     config = latent_config(write_cache(tmp_path / "latents"))
     source = open_data(config, Console())
     assert isinstance(source, LatentSource) and config.sample_shape == (4, 4, 4)
-    with make_feed(config, source, seed=1, micro_batch=4) as feed:
+    with open_feed(config, source, micro_batch=4) as feed:
         batch = next(feed)
     assert batch.images.shape == (4, *config.sample_shape) and batch.images.dtype == torch.float32
     assert feed.broken == {}
@@ -67,7 +68,7 @@ def test_images_are_fed_from_a_folder_by_either_loader(tmp_path: Path) -> None:
     both = []
     for loader in ("dali", "torch"):
         config = image_config(root, loader=loader)
-        with make_feed(config, open_data(config, Console()), seed=1, micro_batch=4) as feed:
+        with open_feed(config, open_data(config, Console()), micro_batch=4) as feed:
             both.append(torch.cat([batch.images for batch in islice(feed, 4)]))
     assert torch.equal(*both)
 
@@ -118,7 +119,7 @@ def test_a_broken_image_is_refused_at_start_or_replaced_and_counted(tmp_path: Pa
         open_data(image_config(root), Console())
     config = image_config(root, broken="skip", loader="torch")
     source = open_data(config, Console())
-    with make_feed(config, source, seed=1, micro_batch=12) as feed:
+    with open_feed(config, source, micro_batch=12) as feed:
         images = next(feed).images
         assert len(feed.broken) == 1 and "is an empty file" in next(iter(feed.broken.values()))
     whole = load_samples(config, source, [i for i in range(12) if i != 3])
@@ -148,17 +149,17 @@ def test_the_wrong_kind_of_data_is_one_line(tmp_path: Path, case: str) -> None:
 def test_an_order_sorted_by_class_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = image_config(write_images(tmp_path / "images", count=40))
     source = open_data(config, Console())
-    make_feed(config, source, seed=1, micro_batch=8).close()
+    open_feed(config, source, micro_batch=8).close()
     monkeypatch.setattr("sadm_fast.data.order.permutation", lambda seed, epoch, n: torch.arange(n))
     assert len(set(source.labels[MicroBatchPlan(num_images=80, seed=1, flip=False, micro_batch=8)[0].indices])) == 1
     with pytest.raises(RuntimeError, match="32 samples in a row are of one class"):
-        make_feed(config, source, seed=1, micro_batch=8)
+        open_feed(config, source, micro_batch=8)
 
 
 def test_a_cache_of_one_class_may_come_in_any_order(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "latents", make_encoding(classes=("only",), images=40))
     config = latent_config(root)
-    make_feed(config, open_data(config, Console()), seed=1, micro_batch=8).close()
+    open_feed(config, open_data(config, Console()), micro_batch=8).close()
 
 
 def test_the_manifest_may_not_be_edited_to_another_scale(tmp_path: Path) -> None:

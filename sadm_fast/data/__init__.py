@@ -1,163 +1,138 @@
 """Images in, batches out: list a source, then iterate over micro-batches in an order fixed by the seed.
 
-Pixels are uint8 on disk and in the loaders, float32 in [-1, 1] in a batch (sadm_fast.scales).
+A source says what there is (sadm_fast.data.source), a MicroBatchPlan in which order it is read, a LoaderSpec how.
+Nothing here knows of configurations: sadm_fast.feed makes these three from one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sadm_fast.data.batch import ImageBatch, stack_crops
-from sadm_fast.data.broken import CropSpec, read_all_or_replace
-from sadm_fast.data.checking import CheckReport, Progress, check, checked, forget, require_sound
+from sadm_fast.data import checking, latents
+from sadm_fast.data.batch import Loader, LoaderSpec, stack_crops
+from sadm_fast.data.broken import read_all_or_replace
+from sadm_fast.data.checking import Progress
 from sadm_fast.data.demo import PREFIX, demo_folder
 from sadm_fast.data.image_folder import ImageFolder
+from sadm_fast.data.latent_loader import LatentLoader
 from sadm_fast.data.latents import ENCODING, MANIFEST, LatentSource
 from sadm_fast.data.order import MicroBatchPlan
-from sadm_fast.data.source import ImageSource, Source, split
+from sadm_fast.data.source import ImageSource, Source
 from sadm_fast.data.webdataset import TarShards
 from sadm_fast.errors import UserError
 from sadm_fast.scales import pixels_to_float
 
-if TYPE_CHECKING:  # importing DALI takes a second, the loaders are imported when one is made
-    from sadm_fast.data.dali_loader import DaliLoader
-    from sadm_fast.data.torch_loader import TorchLoader
-
 __all__ = [
-    "CheckReport",
-    "ImageBatch",
-    "ImageFolder",
-    "ImageSource",
-    "Source",
-    "TarShards",
-    "check",
-    "checked",
-    "forget",
-    "load_images",
+    "LoaderSpec",
+    "MicroBatchPlan",
+    "load_samples",
     "make_loader",
+    "open_any",
     "open_images",
+    "open_source",
     "require_sound",
-    "split",
 ]
 
 
-def open_images(
-    path: str | Path, *, kind: Literal["folder", "webdataset"] = "folder", progress: Progress | None = None
-) -> ImageSource:
-    """The images at `path`, listed but not opened (that is require_sound).
+def open_source(path: str | Path, kind: str, progress: Progress | None = None) -> Source:
+    """List what lies at `path`, of a kind that data.source names; "latents", or a kind of images. See open_images."""
+    return LatentSource.open(path) if kind == "latents" else open_images(path, kind, progress)
+
+
+def open_images(path: str | Path, kind: str = "folder", progress: Progress | None = None) -> ImageSource:
+    """List the images at `path` without opening them (that is require_sound).
 
     kind "folder": root/class/name.ext, or "demo:mnist5k"; "webdataset": tar shards, whose index is made if it is
     missing (progress is called with shards done, shards). Raises UserError (ImageFolder.scan, TarShards.scan).
     """
     if kind == "webdataset":
         return TarShards.scan(path, progress)
+    if kind != "folder":
+        raise ValueError(f"kind={kind!r}: must be 'folder' or 'webdataset'")
     if str(path).startswith(PREFIX):
         path = demo_folder(str(path))
     return ImageFolder.scan(path)
 
 
-def make_loader(
-    source: ImageSource,
-    *,
-    loader: str = "dali",
-    resolution: int,
-    channels: int,
-    flip: bool,
-    enlarge: bool = False,
-    seed: int,
-    micro_batch: int,
-    grad_accumulation: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    first_sample: int = 0,
-    threads: int = 2,
-    prefetch: int = 2,
-    decode: str = "auto",
-    device: str | torch.device = "cpu",
-) -> "DaliLoader | TorchLoader":
-    """An endless iterator of this rank's ImageBatch from global sample first_sample on; call close() after use.
+def open_any(path: str, progress: Progress | None = None) -> ImageSource | LatentSource:
+    """List cached latents, WebDataset tar shards or an image folder, by what lies at `path`; UserError as theirs."""
+    root = Path(path).expanduser()
+    if (root / MANIFEST).exists() or (root / ENCODING).exists():
+        return LatentSource.open(root)
+    shards = root.suffix == ".tar" or (root.is_dir() and any(root.glob("*.tar")))
+    return open_images(path, "webdataset" if shards else "folder", progress)
 
-    loader: "dali", or "torch" (Pillow in worker processes; pixel-exact). channels: 1 or 3. flip: mirror half
-    of the samples, chosen by (seed, counter). enlarge: images smaller than the crop are enlarged; otherwise they
-    count as broken. first_sample: where an earlier run stopped, counted over all its ranks. threads: DALI
-    threads or worker processes. prefetch: micro-batches to work ahead. decode: "mixed" (JPEG on the GPU, DALI
-    only), "cpu", or "auto": mixed where there is a GPU. device: where the batch's tensors are.
 
-    Broken images are replaced and listed in the loader's `broken` (sadm_fast.data.broken). Raises ValueError for
-    arguments out of range, UserError when DALI is not installed or "mixed" is impossible.
+def require_sound(
+    source: Source, spec: LoaderSpec, policy: Literal["refuse", "skip"], progress: Progress | None = None
+) -> None:
+    """UserError unless `source` can be trained on.
+
+    policy "refuse": every image decodes and is large enough, every shard of latents is as it was written; looked at
+    once, then remembered. "skip": more than half of a sample of images look sound; latents are not looked at.
+    """
+    if isinstance(source, ImageSource):
+        checking.require_sound(
+            source, spec.resolution, enlarge=spec.enlarge, policy=policy, threads=spec.threads, progress=progress
+        )
+    elif isinstance(source, LatentSource) and policy == "refuse":
+        problems = latents.checked_shards(source, threads=spec.threads, progress=progress)
+        if problems:
+            raise UserError(problems[0] + (f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""))
+
+
+def make_loader(source: Source, plan: MicroBatchPlan, spec: LoaderSpec, device: str | torch.device = "cpu") -> Loader:
+    """An endless iterator of the plan's micro-batches, as ImageBatch on `device`; call close() after use.
+
+    Broken images are replaced and listed in the loader's `broken` (sadm_fast.data.broken). Raises UserError when DALI
+    is not installed or spec.decode="mixed" is impossible.
     """
     device = torch.device(device)
-    if channels not in (1, 3):
-        raise ValueError(f"channels={channels}: must be 1 or 3")
-    if threads < 1 or prefetch < 1:
-        raise ValueError(f"threads={threads}, prefetch={prefetch}: must be at least 1")
-    if loader not in ("dali", "torch"):
-        raise ValueError(f"loader={loader!r}: must be 'dali' or 'torch'")
-    if decode not in ("auto", "mixed", "cpu"):
-        raise ValueError(f"decode={decode!r}: must be 'auto', 'mixed' or 'cpu'")
-    if decode == "mixed" and device.type != "cuda":
+    _require_mixed(source, plan)
+    if isinstance(source, LatentSource):
+        return LatentLoader(source, plan, spec, device)
+    if not isinstance(source, ImageSource):
+        raise TypeError(f"{type(source).__name__}: there is no loader for this kind of source")
+    if spec.decode == "mixed" and device.type != "cuda":
         raise UserError("data.decode=mixed: needs a GPU, and this run is on the CPU; use --set data.decode=auto")
-    if decode == "mixed" and loader == "torch":
+    if spec.decode == "mixed" and spec.loader == "torch":
         raise UserError("data.decode=mixed: data.loader=torch decodes on the CPU; use --set data.loader=dali")
-    plan = MicroBatchPlan(
-        num_images=len(source),
-        seed=seed,
-        flip=flip,
-        micro_batch=micro_batch,
-        grad_accumulation=grad_accumulation,
-        rank=rank,
-        world_size=world_size,
-        first_sample=first_sample,
-    )
-    spec = CropSpec(resolution, channels, enlarge)
-    if loader == "torch":
+    if spec.loader == "torch":
         from sadm_fast.data.torch_loader import TorchLoader
 
-        return TorchLoader(source, plan, spec, threads=threads, prefetch=prefetch, device=device)
+        return TorchLoader(source, plan, spec, device)
     try:
-        from sadm_fast.data.dali_loader import DaliLoader
+        from sadm_fast.data.dali_loader import DaliLoader  # importing DALI takes a second
     except ImportError as error:
         raise UserError(
             f"data.loader=dali: NVIDIA DALI cannot be imported ({error}); "
             "install nvidia-dali-cuda130 or use --set data.loader=torch"
         ) from error
-    return DaliLoader(
-        source,
-        plan,
-        spec,
-        threads=threads,
-        prefetch=prefetch,
-        mixed_decode=device.type == "cuda" and decode != "cpu",
-        device=device,
-    )
+    return DaliLoader(source, plan, spec, device)
 
 
-def load_images(
-    source: ImageSource,
-    indices: Sequence[int] | np.ndarray,
-    resolution: int,
-    channels: int,
-    enlarge: bool = False,
-    threads: int = 2,
-) -> Tensor:
-    """The ADM crops of the images at `indices`, unflipped: float32 [N, C, resolution, resolution] in [-1, 1].
+def _require_mixed(source: Source, plan: MicroBatchPlan) -> None:
+    """RuntimeError if batches are sorted by class: the game compares samples of one batch, Psi would learn nothing."""
+    shares = np.bincount(source.labels, minlength=len(source.classes)) / len(source)
+    together = np.concatenate([source.labels[plan[i].indices] for i in range(4)])
+    if shares.max() <= 0.5 and len(together) >= 32 and (together == together[0]).all():  # by chance: under 2^-31
+        raise RuntimeError(f"{source.where}: {len(together)} samples in a row are of one class; the order is not mixed")
+
+
+def load_samples(source: Source, indices: Sequence[int] | np.ndarray, spec: LoaderSpec) -> Tensor:
+    """Samples at `indices`, not mirrored: float32 [N, C, H, W], images in [-1, 1] or means of scaled latents.
 
     Broken images are replaced as in a loader. Raises UserError when many in a row are.
     """
-    with ThreadPoolExecutor(threads) as pool:
-        crops = read_all_or_replace(source, indices, CropSpec(resolution, channels, enlarge), pool)
+    if isinstance(source, LatentSource):
+        return source.means(np.asarray(indices, dtype=np.int64))
+    if not isinstance(source, ImageSource):
+        raise TypeError(f"{type(source).__name__}: there is no reader for this kind of source")
+    with ThreadPoolExecutor(spec.threads) as pool:
+        crops = read_all_or_replace(source, indices, spec, pool)
     return pixels_to_float(stack_crops([crop.pixels for crop in crops]))
-
-
-def open_any(path: str, progress: Callable[[int, int], None] | None = None) -> ImageSource | LatentSource:
-    """Cached latents, WebDataset tar shards or an image folder, by what the folder holds; UserError as theirs."""
-    root = Path(path).expanduser()
-    if (root / MANIFEST).exists() or (root / ENCODING).exists():
-        return LatentSource.open(root)
-    shards = root.suffix == ".tar" or (root.is_dir() and any(root.glob("*.tar")))
-    return open_images(path, kind="webdataset" if shards else "folder", progress=progress)

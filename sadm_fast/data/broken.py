@@ -9,26 +9,18 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from sadm_fast.data.adm_crop import read_crop
+from sadm_fast.data.batch import LoaderSpec
 from sadm_fast.data.checking import examine, read_problem, refused_kind, too_small
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
 
 _NEIGHBOURS = 100  # so many unreadable images in a row are no accident
 _LIMIT, _LIMIT_SHARE = 100, 0.01  # a run ends after more broken images than both
-
-
-class CropSpec(NamedTuple):
-    """What a crop looks like (sadm_fast.data.adm_crop)."""
-
-    resolution: int
-    channels: int
-    enlarge: bool
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,7 @@ class Crop:
     broken: dict[int, str]  # those before it that could not be: index -> reason
 
 
-def read_or_replace(source: ImageSource, index: int, spec: CropSpec) -> Crop:
+def read_or_replace(source: ImageSource, index: int, spec: LoaderSpec) -> Crop:
     """The ADM crop of image `index`, or of the next one that can be read. Raises UserError if many cannot."""
     broken: dict[int, str] = {}
     for neighbour in range(index, index + min(_NEIGHBOURS, len(source))):
@@ -55,13 +47,13 @@ def read_or_replace(source: ImageSource, index: int, spec: CropSpec) -> Crop:
 
 
 def read_all_or_replace(
-    source: ImageSource, indices: Iterable[int], spec: CropSpec, pool: ThreadPoolExecutor
+    source: ImageSource, indices: Iterable[int], spec: LoaderSpec, pool: ThreadPoolExecutor
 ) -> list[Crop]:
     """read_or_replace for each index, in the threads of `pool`."""
     return list(pool.map(lambda index: read_or_replace(source, int(index), spec), indices))
 
 
-def _read(source: ImageSource, index: int, spec: CropSpec) -> np.ndarray | str:
+def _read(source: ImageSource, index: int, spec: LoaderSpec) -> np.ndarray | str:
     """The crop, or why there is none."""
     try:
         encoded = source.read(index)

@@ -24,8 +24,8 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
 from sadm_fast.data.adm_crop import fast_crop
-from sadm_fast.data.batch import ImageBatch, ImageMemory, stack_crops
-from sadm_fast.data.broken import BrokenImages, CropSpec, read_all_or_replace
+from sadm_fast.data.batch import ImageBatch, ImageMemory, LoaderSpec, stack_crops
+from sadm_fast.data.broken import BrokenImages, read_all_or_replace
 from sadm_fast.data.checking import too_small
 from sadm_fast.data.dali_graph import crop_pipeline, decode_pipeline
 from sadm_fast.data.image_folder import ImageFolder
@@ -45,9 +45,9 @@ Feed = Callable[[int], tuple[Any, ...]]  # what DALI calls for run 0, 1, ... (da
 class DaliLoader:
     """An endless iterator of ImageBatch on `device`: the micro-batches of `plan`, decoded by DALI.
 
-    mixed_decode: JPEG is decoded by nvJPEG and cropped on the GPU, which `device` then has to be; otherwise on
-    the CPU, and the crops are copied. `threads` are DALI's CPU threads (and as many that crop or read shards),
-    `prefetch` the micro-batches that are decoded ahead. Broken images are replaced (sadm_fast.data.broken) and listed
+    On a GPU, unless spec.decode is "cpu", JPEG is decoded by nvJPEG and cropped there; otherwise on the CPU, and
+    the crops are copied. spec.threads are DALI's CPU threads (and as many that crop or read shards), spec.prefetch
+    the micro-batches that are decoded ahead. Broken images are replaced (sadm_fast.data.broken) and listed
     in `broken`; UserError when there are too many. Call close() (or leave the `with` block) to end its threads.
     """
 
@@ -55,22 +55,18 @@ class DaliLoader:
         self,
         source: ImageSource,
         plan: MicroBatchPlan,
-        spec: CropSpec,
-        *,
-        threads: int = 2,
-        prefetch: int = 2,
-        mixed_decode: bool = False,
-        device: str | torch.device = "cpu",
+        spec: LoaderSpec,
+        device: torch.device,
     ) -> None:
-        self._source, self._plan, self._spec = source, plan, spec
-        self._threads, self._prefetch, self._mixed_decode = threads, prefetch, mixed_decode
-        self._device = torch.device(device)
+        self._source, self._plan, self._spec, self._device = source, plan, spec, device
+        self._threads, self._prefetch = spec.threads, spec.prefetch
+        self._mixed_decode = device.type == "cuda" and spec.decode != "cpu"
         self._memory = ImageMemory()
         size, runs = plan.micro_batch, -(-plan.micro_batch // _MAX_RUN)
         self._parts = [slice(size * run // runs, size * (run + 1) // runs) for run in range(runs)]
         self._broken = BrokenImages(source)
-        self._readers = ThreadPoolExecutor(threads, "shards")  # starts no thread before it is used
-        self._croppers = ThreadPoolExecutor(threads, "crops")
+        self._readers = ThreadPoolExecutor(spec.threads, "shards")  # starts no thread before it is used
+        self._croppers = ThreadPoolExecutor(spec.threads, "crops")
         self._ahead = ThreadPoolExecutor(1, "micro-batch")  # all below belongs to its thread, once it is started
         self._coming: Future[ImageBatch] | None = None
         self._position = 0

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sadm_fast.counters import Purpose, normal
-from sadm_fast.data.batch import ImageBatch, ImageMemory
+from sadm_fast.data.batch import ImageBatch, ImageMemory, LoaderSpec
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.order import MicroBatch, MicroBatchPlan
 
@@ -22,7 +22,7 @@ _CACHED = 2**17  # numbers drawn at once on a CPU, so that they stay in its cach
 class LatentLoader:
     """An endless iterator of ImageBatch on `device`, images being scaled latents float32 [B, c, h, w].
 
-    `threads` copy rows, `prefetch` micro-batches ahead: on a slow file system that is how many reads are under way.
+    spec.threads copy rows, spec.prefetch micro-batches ahead: as many reads as a slow file system needs under way.
     Call close() (or leave the `with` block) to end the threads. Reading a cache that vanishes under it ends the
     process with SIGBUS, as with any mapped file.
     """
@@ -31,14 +31,12 @@ class LatentLoader:
         self,
         source: LatentSource,
         plan: MicroBatchPlan,
-        *,
-        threads: int = 2,
-        prefetch: int = 2,
-        device: str | torch.device = "cpu",
+        spec: LoaderSpec,
+        device: torch.device,
     ) -> None:
-        self._source, self._plan, self._device = source, plan, torch.device(device)
-        self._prefetch = prefetch
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "latents")
+        self._source, self._plan, self._device = source, plan, device
+        self._prefetch = spec.prefetch
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(spec.threads, "latents")
         self._under_way: deque[tuple[MicroBatch, np.ndarray, list[Future[None]]]] = deque()
         self._used: list[np.ndarray] = []  # room for moments that is free again
         self._memory = ImageMemory()

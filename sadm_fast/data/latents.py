@@ -41,6 +41,8 @@ SHARDS = "shards"
 Progress = Callable[[int, int], None]  # shards done, of how many
 
 _DTYPES = {"float16": np.float16, "float32": np.float32}
+_CHECKS = 2  # the checks a remembered result stands for; 1 did not ask whether values are finite
+_AT_ONCE = 256  # latents that a check holds in memory
 _SAFETENSORS_DTYPES = {"float16": "F16", "float32": "F32"}
 
 
@@ -144,6 +146,7 @@ class LatentSource(Source):
         self.scale = LatentScale(encoding.scale, encoding.shift)
         self.shards, self._manifest = shards, manifest
         mapped = [_map_shard(root / shard["file"], shard["count"], encoding) for shard in shards]
+        self.moments = [moments for moments, _ in mapped]  # of each shard [n, 2, 2, c, h, w], read-only
         self._maps = [moments.reshape(-1, *moments.shape[2:]) for moments, _ in mapped]  # row 2i: image, 2i+1: mirror
         self.labels = np.concatenate([labels for _, labels in mapped])
         self._rows = np.arange(len(self.labels))
@@ -274,48 +277,60 @@ def _map_shard(path: Path, count: int, encoding: Encoding) -> tuple[np.ndarray, 
     return moments, labels
 
 
-def check_shards(source: LatentSource, *, threads: int, progress: Progress | None = None) -> list[str]:
-    """Read all shards and compare their hashes: one line for each that differs. A clean result is remembered."""
+def finite_rows(moments: np.ndarray) -> np.ndarray:
+    """Which of float [n, ...] hold finite values only: bool [n]."""
+    return np.isfinite(moments).reshape(len(moments), -1).all(axis=1)
 
-    def damage(shard: dict[str, Any]) -> str | None:
+
+def check_shards(source: LatentSource, *, threads: int, progress: Progress | None = None) -> list[str]:
+    """Read all shards: one line for each whose hash differs or whose values are not finite. [] is remembered."""
+
+    def damage(shard: dict[str, Any], moments: np.ndarray) -> str | None:
         path = source.root / shard["file"]
         try:
             with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]:
-                    return None
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            return f"{path}: cannot be read ({error.strerror or error})"
-        return f"{path}: does not match its hash in {MANIFEST}"
+            return f"{path}: cannot be read ({error.strerror or error}); delete it and encode again"
+        if digest != shard["sha256"]:
+            return f"{path}: does not match its hash in {MANIFEST}; delete it and encode again, it alone is made anew"
+        bad = sum(int((~finite_rows(moments[i : i + _AT_ONCE])).sum()) for i in range(0, len(moments), _AT_ONCE))
+        if not bad:
+            return None
+        return (
+            f"{path}: {bad} of {len(moments)} latents hold values that are not finite; encode into another folder "
+            + ("with latents.dtype=float32" if source.encoding.dtype == "float16" else "with latents.precision=fp32")
+        )
 
-    state = _state(source)
+    state = _states(source)
     problems = []
     with ThreadPoolExecutor(threads) as pool:
-        for done, problem in enumerate(pool.map(damage, source.shards), start=1):
+        for done, problem in enumerate(pool.map(damage, source.shards, source.moments), start=1):
             if problem:
                 problems.append(problem)
             if progress is not None:
                 progress(done, len(source.shards))
     if not problems:
-        remember(_path(source), json.dumps(state).encode())
+        remember(_note(source), json.dumps([_CHECKS, state]).encode())
     return problems
 
 
 def checked_shards(source: LatentSource, *, threads: int, progress: Progress | None = None) -> list[str]:
     """As `check_shards`, but nothing is read if these files were found whole before and have not changed since."""
     try:
-        if json.loads(_path(source).read_bytes()) == _state(source):
+        if json.loads(_note(source).read_bytes()) == [_CHECKS, _states(source)]:
             return []
     except (OSError, ValueError):
         pass  # never checked, or the note is damaged
     return check_shards(source, threads=threads, progress=progress)
 
 
-def _path(source: LatentSource) -> Path:
+def _note(source: LatentSource) -> Path:
     identity = f"{source.fingerprint()} {source.root.absolute()}"
     return default_cache() / "checked" / f"latents-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
 
 
-def _state(source: LatentSource) -> list[list[int]]:
+def _states(source: LatentSource) -> list[list[int]]:
     """Size and time of change of each shard."""
     stats = [(source.root / shard["file"]).stat() for shard in source.shards]
     return [[stat.st_size, stat.st_mtime_ns] for stat in stats]

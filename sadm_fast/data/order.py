@@ -23,10 +23,6 @@ class SampleOrder:
         self.seed = seed
         self._permutations: dict[int, np.ndarray] = {}
 
-    def epoch(self, sample_ids: np.ndarray) -> np.ndarray:
-        """The epoch of each counter: int64, shaped as sample_ids."""
-        return np.asarray(sample_ids, dtype=np.int64) // self.num_images
-
     def images(self, sample_ids: np.ndarray) -> np.ndarray:
         """The image index of each counter: int64 [m] for int64 [m]; a batch may span epochs."""
         sample_ids = np.asarray(sample_ids, dtype=np.int64)

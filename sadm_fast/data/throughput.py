@@ -4,16 +4,15 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from sadm_fast.data import make_loader
-from sadm_fast.data.latent_loader import LatentLoader
+from sadm_fast.data import LoaderSpec, MicroBatchPlan, make_loader
 from sadm_fast.data.latents import LatentSource
-from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource
 
 _WARMUP, _BATCHES, _LATENT_BATCHES = 4, 12, 100
@@ -81,19 +80,19 @@ def bench_table(
     the same with the posterior drawn (what training gets), and for comparison plain copies of mapped memory.
     """
     factories: dict[str, Callable[[], Closable]]
+    plan = MicroBatchPlan(num_images=len(source), seed=0, flip=True, micro_batch=micro_batch)
+    spec = LoaderSpec(resolution, channels=3, enlarge=True, threads=threads)
     if isinstance(source, LatentSource):
-        plan = MicroBatchPlan(num_images=len(source), seed=0, flip=True, micro_batch=micro_batch)
         factories = {
-            "latents": partial(LatentLoader, source, plan, threads=threads),
+            "latents": partial(make_loader, source, plan, spec),
             "latents, without the draw": partial(_Rows, source, plan),
             "memory copy of as many bytes": partial(_Copies, source, micro_batch),
         }
         what = f"{source.encoding.latent_shape} {source.encoding.dtype}"
         batches = _LATENT_BATCHES
     else:
-        common: dict[str, Any] = {"resolution": resolution, "channels": 3, "enlarge": True, "flip": True, "seed": 0}
         factories = {
-            name: partial(make_loader, source, loader=name, micro_batch=micro_batch, threads=threads, **common)
+            name: partial(make_loader, source, plan, replace(spec, loader=name))
             for name in (["dali"] if importlib.util.find_spec("nvidia.dali") else []) + ["torch"]
         }
         what = f"{resolution}x{resolution} pixels"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sadm_fast.data.batch import ImageBatch, stack_crops
-from sadm_fast.data.broken import BrokenImages, CropSpec, read_or_replace
+from sadm_fast.data.batch import ImageBatch, LoaderSpec, stack_crops
+from sadm_fast.data.broken import BrokenImages, read_or_replace
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource
 from sadm_fast.data.workers import worker_context
@@ -55,7 +55,7 @@ def _close_forgotten() -> None:
 class TorchLoader:
     """An endless iterator of ImageBatch on `device`: the micro-batches of `plan`, read by worker processes.
 
-    `threads` is their number; 0 reads in this process. Each worker works `prefetch` micro-batches ahead.
+    spec.threads is their number. Each worker works spec.prefetch micro-batches ahead.
     Broken images are replaced (sadm_fast.data.broken) and listed in `broken`; UserError when there are too
     many. Call close() (or leave the `with` block) to end the processes.
     """
@@ -64,20 +64,17 @@ class TorchLoader:
         self,
         source: ImageSource,
         plan: MicroBatchPlan,
-        spec: CropSpec,
-        *,
-        threads: int = 2,
-        prefetch: int = 2,
-        device: str | torch.device = "cpu",
+        spec: LoaderSpec,
+        device: torch.device,
     ) -> None:
-        self._device = torch.device(device)
+        self._device = device
         self._broken = BrokenImages(source)
         loader: DataLoader[Sample | str] = DataLoader(
             _Crops(source, spec),
             batch_sampler=_Requests(plan),
-            num_workers=threads,
-            multiprocessing_context=worker_context(__name__) if threads else None,
-            prefetch_factor=prefetch if threads else None,
+            num_workers=spec.threads,
+            multiprocessing_context=worker_context(__name__),
+            prefetch_factor=spec.prefetch,
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # otherwise each start would draw from the program's own generator
@@ -147,7 +144,7 @@ class _Crops(Dataset[Sample | str]):
     Raised in a worker, it would be buried in DataLoader's traceback.
     """
 
-    def __init__(self, source: ImageSource, spec: CropSpec) -> None:
+    def __init__(self, source: ImageSource, spec: LoaderSpec) -> None:
         self._source, self._spec = source, spec
 
     def __getitem__(self, request: Request) -> Sample | str:

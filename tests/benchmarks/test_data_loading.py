@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import data_loading, dit_recipe, image_sets
-from sadm_fast.data import load_images, open_images
+from sadm_fast.data import LoaderSpec, load_samples, open_images
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_the_peer_lists_and_crops_as_we_do(root: Path, monkeypatch: pytest.Monke
     source, peer = open_images(root), dit_recipe.FolderOfImages(root, 64)
     assert [path for path, _ in peer.samples] == [source.name(i) for i in range(len(source))]
     monkeypatch.setattr(dit_recipe.torch, "rand", lambda _: torch.ones(1))  # no flip
-    ours = load_images(source, range(6), 64, 3)
+    ours = load_samples(source, range(6), LoaderSpec(64, 3))
     for index in range(6):
         image, label = peer[index]
         assert label == source.labels[index]

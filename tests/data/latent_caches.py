@@ -38,10 +38,11 @@ def make_moments(encoding: Encoding, seed: int = 0) -> tuple[np.ndarray, np.ndar
     return moments.astype(encoding.dtype), np.sort(rng.integers(0, len(encoding.classes), encoding.images))
 
 
-def write_cache(root: Path, encoding: Encoding | None = None, seed: int = 0) -> Path:
-    """A finished cache of `make_moments`; returns root."""
+def write_cache(root: Path, encoding: Encoding | None = None, seed: int = 0, moments: np.ndarray | None = None) -> Path:
+    """A finished cache of `make_moments`, or with other moments; returns root."""
     encoding = encoding or make_encoding()
-    moments, labels = make_moments(encoding, seed)
+    drawn, labels = make_moments(encoding, seed)
+    moments = drawn if moments is None else moments
     (root / SHARDS).mkdir(parents=True)
     for shard in range(encoding.shards):
         part = slice(shard * encoding.shard_size, (shard + 1) * encoding.shard_size)

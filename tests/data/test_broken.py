@@ -15,18 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sadm_fast.data import LoaderSpec, dali_loader, load_samples, open_images
 from sadm_fast.data import broken as broken_module
-from sadm_fast.data import dali_loader, load_images, make_loader, open_images
 from sadm_fast.data.batch import ImageBatch
-from sadm_fast.data.broken import BrokenImages, CropSpec, read_or_replace
+from sadm_fast.data.broken import BrokenImages, read_or_replace
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource
 from sadm_fast.data.webdataset import TarShards
 from sadm_fast.errors import UserError
+from tests.data.loaders import open_loader
 
 LOADERS = ["dali", "torch"]
-SPEC = CropSpec(8, 1, enlarge=False)
+SPEC = LoaderSpec(8, 1)
 quick = settings(deadline=None, max_examples=50)
 
 
@@ -60,8 +61,7 @@ class Pictures(ImageSource):
 
 
 def _loader(source: ImageSource, loader: str, **changes: Any) -> Any:
-    options = {"resolution": 8, "channels": 1, "flip": True, "seed": 1, "micro_batch": 4, "threads": 2} | changes
-    return make_loader(source, loader=loader, **options)
+    return open_loader(source, loader=loader, **{"threads": 2} | changes)
 
 
 def _batches(source: ImageSource, count: int, loader: str, **changes: Any) -> tuple[list[ImageBatch], dict[str, str]]:
@@ -149,7 +149,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_both_loaders_show_the_next_image_and_its_label(small_folder: Path, what: str) -> None:
     folder = ImageFolder.scan(small_folder)
-    pictures = load_images(folder, range(11), 8, 1)
+    pictures = load_samples(folder, range(11), SPEC)
     damage, reason = DAMAGE[what]
     stands_in = list(range(11))
     for index, stand_in in [(2, 3), (6, 7), (9, 0), (10, 0)]:  # 7 is of another class, 0 is behind the end
@@ -211,7 +211,7 @@ def test_a_shard_that_becomes_shorter_while_training(small_shards: Path, loader:
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_stand_in_that_breaks_later_is_replaced_in_turn(small_folder: Path, loader: str) -> None:
     folder = ImageFolder.scan(small_folder)
-    pictures = load_images(folder, range(11), 8, 1)
+    pictures = load_samples(folder, range(11), SPEC)
     _truncate(Path(folder.path(2)))
     with _loader(folder, loader, flip=False, micro_batch=11) as batches:
         first = next(batches)
@@ -256,14 +256,14 @@ def test_a_source_of_our_own_is_read_in_either_loader(loader: str) -> None:
     assert sorted(broken) == ["picture 20", "picture 5", "picture 6"]
 
 
-def test_load_images_replaces_as_the_loaders_do(small_folder: Path) -> None:
+def test_load_samples_replaces_as_the_loaders_do(small_folder: Path) -> None:
     folder = open_images(small_folder)
-    pictures = load_images(folder, range(11), 8, 1)
+    pictures = load_samples(folder, range(11), SPEC)
     (small_folder / "cat/2.png").write_bytes(b"")
-    assert torch.equal(load_images(folder, [0, 2], 8, 1), pictures[[0, 3]])
+    assert torch.equal(load_samples(folder, [0, 2], SPEC), pictures[[0, 3]])
     shutil.rmtree(small_folder)
     with pytest.raises(UserError, match=r"cat/2\.png: cannot be read .*for the next 10 images"):
-        load_images(folder, [2], 8, 1)
+        load_samples(folder, [2], SPEC)
 
 
 class Refusing:

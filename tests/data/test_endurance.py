@@ -26,7 +26,8 @@ def _output(program: str, *arguments: object, **environment: str) -> list[str]:
 EPOCHS = """
 import multiprocessing, sys
 from pathlib import Path
-from sadm_fast.data import make_loader, open_images
+from sadm_fast.data import open_images
+from tests.data.loaders import open_loader
 
 def resident():
     processes = ["self", *(child.pid for child in multiprocessing.active_children())]
@@ -34,7 +35,7 @@ def resident():
 
 path, kind, loader = sys.argv[1:]
 source = open_images(path, kind=kind)
-with make_loader(source, loader=loader, resolution=32, channels=3, flip=True, seed=1, micro_batch=25) as batches:
+with open_loader(source, loader=loader, resolution=32, channels=3, micro_batch=25, threads=2) as batches:
     for epoch in range(20):
         lowest = []
         for _ in range(len(source) // 25):
@@ -65,13 +66,11 @@ def test_memory_does_not_grow_over_twenty_epochs(make_folder: Any, make_shard: A
 LATENT_EPOCHS = """
 import sys
 from pathlib import Path
-from sadm_fast.data.latent_loader import LatentLoader
 from sadm_fast.data.latents import LatentSource
-from sadm_fast.data.order import MicroBatchPlan
+from tests.data.loaders import open_loader
 
 source = LatentSource.open(sys.argv[1])
-plan = MicroBatchPlan(num_images=len(source), seed=1, flip=True, micro_batch=25)
-with LatentLoader(source, plan) as batches:
+with open_loader(source, micro_batch=25, threads=2) as batches:
     for epoch in range(20):
         lowest = []
         for _ in range(len(source) // 25):
@@ -92,9 +91,9 @@ IMAGENET = """
 import pickle, resource, time
 from pathlib import Path
 import numpy as np
-from sadm_fast.data import ImageFolder, split
+from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.order import MicroBatchPlan
-from sadm_fast.data.source import PackedNames
+from sadm_fast.data.source import PackedNames, split
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -121,11 +120,12 @@ def test_starting_with_a_million_files_takes_seconds_and_little_memory() -> None
 DAMAGED = """
 import sys
 from itertools import islice
-from sadm_fast.data import make_loader, open_images
+from sadm_fast.data import open_images
+from tests.data.loaders import open_loader
 
 source = open_images(sys.argv[1])
 for seed in range(30):
-    with make_loader(source, resolution=8, channels=1, flip=True, seed=seed, micro_batch=64) as batches:
+    with open_loader(source, seed=seed, micro_batch=64, threads=2) as batches:
         print(*(len(batch.labels) for batch in islice(batches, 2)), len(batches.broken))
 """
 

@@ -9,10 +9,10 @@ import torch
 
 from sadm_fast.counters import Purpose, normal
 from sadm_fast.data.batch import ImageBatch
-from sadm_fast.data.latent_loader import LatentLoader
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.order import MicroBatchPlan
 from tests.data.latent_caches import make_encoding, make_moments, write_cache
+from tests.data.loaders import open_loader
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def plan(**changes: Any) -> MicroBatchPlan:
 
 
 def batches(source: LatentSource, count: int, threads: int = 2, prefetch: int = 2, **changes: Any) -> list[ImageBatch]:
-    with LatentLoader(source, plan(**changes), threads=threads, prefetch=prefetch) as loader:
+    with open_loader(source, seed=7, threads=threads, prefetch=prefetch, **changes) as loader:
         return list(islice(loader, count))
 
 
@@ -83,7 +83,7 @@ def test_resume_at_any_world_size_goes_on_with_the_next_sample(
 
 
 def test_batches_are_the_callers_own(source: LatentSource) -> None:
-    with LatentLoader(source, plan()) as loader:
+    with open_loader(source) as loader:
         first = next(loader)
         kept = first.images.clone()
         for _ in range(5):
@@ -92,7 +92,7 @@ def test_batches_are_the_callers_own(source: LatentSource) -> None:
 
 
 def test_after_close_the_iteration_is_over(source: LatentSource) -> None:
-    with LatentLoader(source, plan()) as loader:
+    with open_loader(source) as loader:
         next(loader)
     assert list(loader) == []
     loader.close()

@@ -194,6 +194,9 @@ def test_a_missing_folder_says_how_to_make_it(tmp_path: Path) -> None:
         LatentSource.open(tmp_path / "nothing")
 
 
+ANEW = "delete it and encode again, it alone is made anew"
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -206,8 +209,26 @@ def test_a_flipped_bit_is_found_by_its_hash(cache: Path, tmp_path: Path, monkeyp
     flip_a_bit(cache / "shards/00001.safetensors")
     calls: list[tuple[int, int]] = []
     problems = check_shards(LatentSource.open(cache), threads=2, progress=lambda *done: calls.append(done))
-    assert problems == [f"{cache / 'shards/00001.safetensors'}: does not match its hash in manifest.json"]
+    assert problems == [f"{cache / 'shards/00001.safetensors'}: does not match its hash in manifest.json; {ANEW}"]
     assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_values_that_are_not_finite_are_found_though_their_hash_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SADM_CACHE", str(tmp_path / "remembered"))
+    encoding = make_encoding(dtype="float16")
+    moments, _ = make_moments(encoding)
+    moments[6, 1, 0, 3, 2, 1] = np.inf
+    moments[7, 0, 1, 0, 0, 0] = np.nan
+    root = write_cache(tmp_path / "cache", encoding, moments=moments)
+    source = LatentSource.open(root)
+    for _ in range(2):  # a second time as well: only what is whole is remembered
+        (problem,) = checked_shards(source, threads=1)
+        assert problem.startswith(
+            f"{root / 'shards/00001.safetensors'}: 2 of 4 latents hold values that are not finite"
+        )
+        assert "latents.dtype=float32" in problem
 
 
 def test_a_clean_check_is_remembered_until_a_file_changes(

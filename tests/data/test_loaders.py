@@ -15,28 +15,21 @@ import pytest
 import torch
 from PIL import Image
 
-from sadm_fast.data import load_images, make_loader, open_images
+from sadm_fast.data import LoaderSpec, load_samples, open_images
 from sadm_fast.data.adm_crop import adm_crop
 from sadm_fast.data.batch import ImageBatch, stack_crops
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
 from sadm_fast.scales import pixels_to_float
+from tests.data.loaders import open_loader
 
 LOADERS = ["dali", "torch"]
 FLOOR = 65.0  # dB, DALI's loader against Pillow: one level in every fiftieth value; test_adm_crop.py has photographs
 
 
 def _batches(source: ImageSource, count: int, **changes: Any) -> list[ImageBatch]:
-    options = {
-        "resolution": 8,
-        "channels": 1,
-        "flip": False,
-        "seed": 1,
-        "micro_batch": 4,
-        "threads": 1,
-    } | changes
-    with make_loader(source, **options) as loader:
+    with open_loader(source, **{"flip": False} | changes) as loader:
         return list(islice(loader, count))
 
 
@@ -70,7 +63,7 @@ def test_an_epoch_shows_every_image_with_its_own_label(small_folder: Path, loade
     ids = torch.cat([batch.sample_ids for batch in batches])
     assert torch.equal(ids, torch.arange(44))
     images, labels = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
-    known = load_images(folder, range(11), 8, 1)
+    known = load_samples(folder, range(11), LoaderSpec(8, 1))
     for epoch in range(4):
         found = [int((known == image).all(dim=(1, 2, 3)).nonzero()) for image in images[11 * epoch : 11 * epoch + 11]]
         assert sorted(found) == list(range(11))
@@ -147,7 +140,7 @@ def test_flip_mirrors_left_to_right_about_half_of_the_samples(small_folder: Path
 
 
 def test_batches_stay_valid_while_more_are_loaded(small_folder: Path) -> None:
-    with make_loader(open_images(small_folder), resolution=8, channels=1, flip=False, seed=1, micro_batch=4) as loader:
+    with open_loader(open_images(small_folder), flip=False) as loader:
         first = next(loader)
         copy = first.images.clone(), first.labels.clone(), first.sample_ids.clone()
         for _ in range(8):
@@ -214,15 +207,7 @@ def test_jpeg_decodes_exactly_like_pillow(photo: Any, make_folder: Any, options:
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_after_close_the_iteration_is_over(small_folder: Path, loader: str) -> None:
-    with make_loader(
-        open_images(small_folder),
-        loader=loader,
-        resolution=8,
-        channels=1,
-        flip=False,
-        seed=1,
-        micro_batch=4,
-    ) as batches:
+    with open_loader(open_images(small_folder), loader=loader) as batches:
         next(batches)
     assert list(batches) == []
     batches.close()
@@ -231,9 +216,9 @@ def test_after_close_the_iteration_is_over(small_folder: Path, loader: str) -> N
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_program_that_forgets_to_close_ends(small_folder: Path, loader: str) -> None:
     program = (
-        "from sadm_fast.data import make_loader, open_images\n"
-        f"loader = make_loader(open_images({str(small_folder)!r}), loader={loader!r}, resolution=8,"
-        " channels=1, flip=True, seed=1, micro_batch=4)\n"
+        "from sadm_fast.data import open_images\n"
+        "from tests.data.loaders import open_loader\n"
+        f"loader = open_loader(open_images({str(small_folder)!r}), loader={loader!r})\n"
         "print(next(loader).images.shape)\n"
     )
     done = subprocess.run(
@@ -248,9 +233,7 @@ def test_a_program_that_forgets_to_close_ends(small_folder: Path, loader: str) -
 
 
 def test_workers_outlive_a_signal_to_the_whole_process_tree(small_folder: Path) -> None:
-    with make_loader(
-        open_images(small_folder), loader="torch", resolution=8, channels=1, flip=True, seed=1, micro_batch=4, threads=2
-    ) as batches:
+    with open_loader(open_images(small_folder), loader="torch", threads=2) as batches:
         next(batches)
         workers = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
         servers = {worker.parent() for worker in workers}  # what they are forked from
@@ -261,9 +244,7 @@ def test_workers_outlive_a_signal_to_the_whole_process_tree(small_folder: Path) 
 
 
 def test_a_worker_that_is_killed_is_one_clear_line(small_folder: Path) -> None:
-    with make_loader(
-        open_images(small_folder), loader="torch", resolution=8, channels=1, flip=True, seed=1, micro_batch=4
-    ) as batches:
+    with open_loader(open_images(small_folder), loader="torch") as batches:
         next(batches)
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -278,9 +259,9 @@ def test_names_that_are_not_ascii_are_read(small_folder: Path) -> None:
     _assert_equal(*(_batches(folder, 3, loader=loader) for loader in LOADERS))
 
 
-def test_load_images_gives_the_asked_images_in_order(demo_root: Path) -> None:
+def test_load_samples_gives_the_asked_images_in_order(demo_root: Path) -> None:
     folder = ImageFolder.scan(demo_root)
-    images = load_images(folder, np.array([4000, 3]), 28, 1)
+    images = load_samples(folder, np.array([4000, 3]), LoaderSpec(28, 1))
     assert images.shape == (2, 1, 28, 28) and images.dtype == torch.float32
     with Image.open(folder.path(4000)) as image:
         expected = torch.from_numpy(np.array(image)).float() / 127.5 - 1
@@ -331,7 +312,7 @@ def test_small_images_are_enlarged_when_asked(photo: Any, make_folder: Any, load
     (batch,) = _batches(source, 1, loader=loader, resolution=32, channels=3, micro_batch=1, enlarge=True)
     expected = pixels_to_float(stack_crops([adm_crop(image, 32, enlarge=True)]))
     assert _psnr(batch.images, expected) >= FLOOR
-    assert torch.equal(load_images(source, [0], 32, 3, enlarge=True), expected)
+    assert torch.equal(load_samples(source, [0], LoaderSpec(32, 3, enlarge=True)), expected)
 
 
 def test_missing_dali_is_one_clear_line(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ quick = settings(deadline=None, max_examples=30)
 def test_every_image_comes_once_an_epoch(num_images: int, seed: int, epoch: int) -> None:
     order = SampleOrder(num_images, seed)
     ids = np.arange(epoch * num_images, (epoch + 1) * num_images)
-    assert (order.epoch(ids) == epoch).all()
     np.testing.assert_array_equal(np.sort(order.images(ids)), np.arange(num_images))
 
 

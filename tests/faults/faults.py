@@ -101,7 +101,7 @@ AT_A_RESUME: list[Fault] = [
 IN_A_STEP: list[Fault] = [
     Fault(f"{TRAINER}:Players", rank=1),
     Fault(f"{TRAINER}:Players", when="after"),
-    Fault(f"{TRAINER}:make_feed", rank=1),
+    Fault(f"{TRAINER}:make_loader", rank=1),
     Fault(f"{TRAINER}:draw"),
     Fault(f"{TRAINER}:draw", 2, rank=1, when="after"),
     Fault(f"{ENGINE}:predict", 2),
