@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sadm_fast.config_errors import explain, override
+from sadm_fast.config_errors import explain, override, refuse_deepspeed_format
 from sadm_fast.diffusion import EDM, VP, Flow, Process
 from sadm_fast.errors import UserError
 from sadm_fast.models.dit import parse_name
@@ -411,13 +411,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: one line with the key's path, its value and what is allowed.
     """
     try:
-        raw = json.loads(Path(path).read_text())
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"--config {path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise UserError(f"--config {path}: must hold one JSON object")
+    refuse_deepspeed_format(path, raw)
     for text in overrides:
         override(raw, text)
     return check_config(raw)

@@ -9,6 +9,25 @@ from pydantic import BaseModel
 
 from sadm_fast.errors import UserError
 
+# Keys at the top of DeepSpeed's own configuration files, none of them a key of ours.
+_OF_DEEPSPEED = frozenset({
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print",
+    "optimizer", "scheduler", "zero_optimization", "zero_allow_untested_optimizer", "gradient_clipping",
+    "prescale_gradients", "fp16", "bf16", "amp", "wall_clock_breakdown", "activation_checkpointing", "flops_profiler",
+    "communication_data_type",
+})  # fmt: skip
+
+
+def refuse_deepspeed_format(path: object, raw: dict[str, Any]) -> None:
+    """UserError if `raw` (the content of the file `path`) is DeepSpeed's configuration instead of this program's."""
+    found = [key for key in raw if key in _OF_DEEPSPEED]
+    if found and "name" not in raw:
+        raise UserError(
+            f"--config {path}: is in DeepSpeed's format ({', '.join(found[:3])}); expected is a file as in configs/,"
+            " for example configs/mnist.json: DeepSpeed's settings are derived from it, and its"
+            " deepspeed.zero_optimization block is passed on"
+        )
+
 
 def override(raw: dict[str, Any], text: str) -> None:
     path, equals, value_text = text.partition("=")

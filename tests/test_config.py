@@ -278,6 +278,22 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, text: str, messa
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"train_batch_size": 64, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 2}},
+        {"train_micro_batch_size_per_gpu": "auto"},
+        {"zero_optimization": {"stage": 3}},
+        {"bf16": {"enabled": True}, "steps_per_print": 10},
+    ],
+)
+def test_a_file_in_deepspeeds_format_is_told_from_one_of_ours(tmp_path: Path, content: dict[str, Any]) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"ds\.json: is in DeepSpeed's format \({next(iter(content))}.*configs/mnist"):
+        load_config(path)
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.json", tmp_path):
         with pytest.raises(UserError, match=f"^--config {path}: "):
