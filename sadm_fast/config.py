@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sadm_fast.config_errors import explain, override, refuse_deepspeed_format
 from sadm_fast.diffusion import EDM, VP, Flow, Process
+from sadm_fast.diffusion.samplers import find_sampler
 from sadm_fast.errors import UserError
 from sadm_fast.models.dit import parse_name
 
@@ -210,6 +211,7 @@ class TrainConfig(Block):
 
 
 class SamplingConfig(Block):
+    sampler: Literal["auto", "heun", "ddim"] = Field("auto", description="auto: heun for edm and flow, ddim for vp")
     steps: int = Field(18, ge=1, description="steps of the deterministic sampler")
     guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance on all channels; 1: none")
     columns: int = Field(10, ge=1, description="classes of the grid, at most")
@@ -305,6 +307,10 @@ class Config(Block):
                 "evaluate.every: the judges compare pixels; with data.source=latents it must be null"
                 " (sample.py --folder writes images for other evaluators)"
             )
+        try:
+            find_sampler(self.sampling.sampler, self.process)
+        except ValueError as error:
+            raise ValueError(f"sampling.sampler={error}") from None
         if self.game.mode != "plain" and self.train.micro_batch < 2 and not self.game.queue:
             raise ValueError(
                 "train.micro_batch=1: the game compares pairs, so it needs at least 2"

@@ -89,4 +89,4 @@ def generate(config: Config, model: DiT, labels: Tensor, ids: Tensor, *, steps: 
     """Samples of `labels` [B] from starting noise that is a function of (seed, id): float32 [B, C, H, W]."""
     noise = normal(config.seed, Purpose.SAMPLE_NOISE, ids, config.sample_shape)
     denoise = guided(config.process, model, labels, model.null_class, guidance_scale)
-    return sample(config.process, denoise, noise, steps)
+    return sample(config.process, denoise, noise, steps, config.sampling.sampler)

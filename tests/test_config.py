@@ -168,6 +168,10 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
             {"data": {"resolution": 36}, "denoiser": {"name": "DiT-S/8"}},
             "data.resolution=36: must be a multiple of the patch size 8",
         ),
+        (
+            {"diffusion": {"process": "vp"}, "sampling": {"sampler": "heun"}},
+            "sampling.sampler=heun: does not fit VP; must be one of auto, ddim",
+        ),
         ({"game": {"queue": 64, "mode": "plain"}}, "game.queue=64: game.mode=plain compares nothing; it must be 0"),
         (
             {"game": {"queue": 15}, "train": {"micro_batch": 8, "grad_accumulation": 2}},

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from sadm_fast.diffusion.process import Process, per_sample
 
-# DiT's sinusoidal embedding resolves integers from 0 to 999; ln sigma in [-6, 4.4] is stretched to a like range.
+# DiT's sinusoidal embedding tells integers from 0 to 999 apart. ln sigma lies in [-6, 4.4]: stretch it alike.
 _TIME_SCALE = 100.0
 
 
 @dataclass(frozen=True)
 class EDM(Process):
-    """t is sigma itself, alpha = 1; ln sigma ~ N(p_mean, p_std^2) in training; preconditioned network."""
+    """t is sigma itself and alpha = 1. In training ln sigma ~ N(p_mean, p_std^2); the network is preconditioned."""
 
     sigma_data: float = 0.5
     p_mean: float = -1.2
@@ -36,13 +36,22 @@ class EDM(Process):
         return per_sample(c_in, x_t) * x_t, _TIME_SCALE * sigma.log()
 
     def to_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """D(x; sigma) = c_skip x + c_out F (eq. 7)."""
+        """Return xhat0 = D(x; sigma) = c_skip x + c_out F (eq. 7)."""
         sigma = t.float()
         total = sigma.square() + self.sigma_data**2
         c_skip, c_out = self.sigma_data**2 / total, sigma * self.sigma_data * total.rsqrt()
         return per_sample(c_skip, x_t) * x_t.float() + per_sample(c_out, x_t) * model_output.float()
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2."""
+        """Return lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2."""
         sigma = t.float()
         return (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
+
+    def sampling_levels(self, steps: int) -> Tensor:
+        """Return sigmas from sigma_max to sigma_min, evenly spaced in sigma^(1/rho) (eq. 5): float64 [steps]."""
+        fraction = torch.linspace(0, 1, steps, dtype=torch.float64)
+        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return (high + fraction * (low - high)) ** self.rho
+
+    def start(self, noise: Tensor, t: Tensor) -> Tensor:
+        return noise * t.item()

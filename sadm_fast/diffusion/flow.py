@@ -7,15 +7,15 @@ from torch import Tensor
 
 from sadm_fast.diffusion.process import Process, per_sample
 
-_TIME_SCALE = 1000.0  # DiT's sinusoidal embedding resolves integers from 0 to 999
+_TIME_SCALE = 1000.0  # DiT's sinusoidal embedding tells integers from 0 to 999 apart
 
 
 @dataclass(frozen=True)
 class Flow(Process):
-    """t in (0, 1): x_t = (1 - t) x0 + t eps; the network predicts the velocity v = eps - x0.
+    """x_t = (1 - t) x0 + t eps with t in (0, 1); the network predicts the velocity v = eps - x0.
 
-    Training t follows a logit-normal (Esser et al. 2024) with mean `t_mean` and deviation `t_std`; `t_std = 0`
-    means uniform t.
+    In training t is logit-normal (Esser et al. 2024) with mean `t_mean` and deviation `t_std`, or uniform if `t_std` is
+    0.
     """
 
     t_mean: float = 0.0
@@ -38,5 +38,9 @@ class Flow(Process):
         return x_t.float() - per_sample(t.float(), x_t) * model_output.float()
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """1 / t^2: ||x0 - xhat0||^2 = t^2 ||v - vhat||^2, so the weighted error is the plain velocity error."""
+        """Return 1 / t^2: ||x0 - xhat0||^2 = t^2 ||v - vhat||^2, so the weighted error is the error of the velocity."""
         return t.float().reciprocal().square()
+
+    def sampling_levels(self, steps: int) -> Tensor:
+        """Return t from 1, evenly spaced: float64 [steps]."""
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]

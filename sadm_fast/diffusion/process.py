@@ -1,4 +1,4 @@
-"""What a diffusion process has to say: how noise is added, what the network sees, how its output becomes xhat0.
+"""The interface of a diffusion process: adding noise, the network's input, xhat0 from its output, the loss weight.
 
     x_t = alpha(t) x0 + sigma(t) eps,   lambda(t) = log(alpha^2 / sigma^2)
     L_den = mean_i w(t_i) ||x0_i - xhat0_i||^2,   the norm being the mean over pixels and channels
@@ -12,47 +12,58 @@ from torch import Tensor
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, ...] to multiply with `like` [B, ...]."""
+    """Reshape `value` [B] to [B, 1, 1, ...], so that it multiplies `like` [B, ...] sample by sample."""
     return value.reshape(-1, *([1] * (like.dim() - 1)))
 
 
 class Process(ABC):
-    """A forward process with the parametrisation of its network. Stateless: pure functions of tensors."""
+    """A forward process and what its network predicts. No state: every method is a pure function of tensors."""
 
     def output_channels(self, channels: int) -> int:
-        """Channels the network must return for images with `channels` channels."""
+        """Return how many channels the network has to put out for images of `channels` channels."""
         return channels
 
     @abstractmethod
     def sample_t(self, u: Tensor) -> Tensor:
-        """Training noise levels t [B] from uniform numbers u [B] in (0, 1), by the inverse distribution function."""
+        """Draw training noise levels t [B]: the inverse distribution function at uniform numbers u [B] in (0, 1)."""
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha(t), sigma(t): float32 [B] each."""
+        """Return alpha(t) and sigma(t), float32 [B] each."""
 
     @abstractmethod
     def model_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is called with: scaled images [B, C, H, W] and its time argument, float32 [B]."""
+        """Return the network's input: the scaled x_t [B, C, H, W] and its time argument, float32 [B]."""
 
     @abstractmethod
     def to_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """xhat0 from the network's output; float32 [B, C, H, W]."""
+        """Compute xhat0, float32 [B, C, H, W], from the network's output [B, output_channels, H, W]."""
 
     @abstractmethod
     def loss_weight(self, t: Tensor) -> Tensor:
-        """w(t) [B] of the squared error ||x0 - xhat0||^2 that equals the process's usual training loss."""
+        """Return w(t) [B], chosen so that w ||x0 - xhat0||^2 is the usual training loss of the process."""
+
+    @abstractmethod
+    def sampling_levels(self, steps: int) -> Tensor:
+        """Return the t [steps] that a sampler visits, from most noise to least; float64, or int64 for integer steps.
+
+        The end of the path, x0 without noise, is not among them.
+        """
+
+    def start(self, noise: Tensor, t: Tensor) -> Tensor:
+        """Scale standard normal noise [B, C, H, W] to x_t at t (0-d), the first of the sampling levels."""
+        return noise
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """lambda(t) = log(alpha^2 / sigma^2): float32 [B]."""
+        """Return lambda(t) = log(alpha^2 / sigma^2), float32 [B]."""
         alpha, sigma = self.alpha_sigma(t)
         return 2.0 * (alpha.log() - sigma.log())
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha(t) x0 + sigma(t) noise."""
+        """Return x_t = alpha(t) x0 + sigma(t) noise, [B, C, H, W]."""
         alpha, sigma = self.alpha_sigma(t)
         return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * noise
 
     def variance_loss(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
-        """Loss [B] of what the network predicts besides xhat0 (a learned variance); None where there is nothing."""
+        """Return the loss [B] of a learned variance; None if the network predicts xhat0 only."""
         return None

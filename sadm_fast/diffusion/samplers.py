@@ -1,7 +1,7 @@
 """Deterministic samplers: from noise to images along the probability-flow ODE.
 
-A `Denoise` maps (x_t, t) to xhat0; `guided` makes one from a network. EDM and flow share Heun's method, because both
-have dx/dt = (x - xhat0) / t (EDM: x = x0 + t eps; flow: x = (1 - t) x0 + t eps). VP uses DDIM.
+A `Denoise` maps x_t [B, C, H, W] and t [B] to xhat0; `guided` makes one from a network. A `Sampler` walks with it along
+`process.sampling_levels(steps)`. To add one: write the function, name it in SAMPLERS and in config.SamplingConfig.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,19 @@ from sadm_fast.diffusion.process import Process, per_sample
 from sadm_fast.diffusion.vp import VP
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+Sampler = Callable[[Process, Denoise, Tensor, int], Tensor]  # (process, denoise, noise, steps) -> images
 
 
 def denoise(process: Process, model: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """xhat0 [B, C, H, W] of the network `model(x, time, labels)` at noise levels t [B]."""
+    """Compute xhat0 [B, C, H, W] by the network `model(x, time, labels)` at noise levels t [B]."""
     x_in, time = process.model_input(x_t, t)
     return process.to_x0(model(x_in, time, labels), x_t, t)
 
 
 def guided(process: Process, model: nn.Module, labels: Tensor, null_class: int, guidance_scale: float = 1.0) -> Denoise:
-    """Classifier-free guidance (Ho & Salimans 2022) on all channels: x0_null + scale (x0_label - x0_null).
+    """Guide on all channels: xhat0 = x0_null + scale (x0_label - x0_null); classifier-free, Ho & Salimans 2022.
 
-    Scale 1 calls the network once a step; any other scale twice (as one batch of 2B).
+    Scale 1 calls the network once a step with B samples, any other scale once with 2B.
     """
     if guidance_scale == 1.0:
         return lambda x, t: denoise(process, model, x, t, labels)
@@ -39,15 +40,17 @@ def guided(process: Process, model: nn.Module, labels: Tensor, null_class: int, 
     return call
 
 
-def edm_times(process: EDM, steps: int) -> Tensor:
-    """Noise levels from sigma_max to sigma_min, then 0 (Karras et al. 2022, eq. 5): float64 [steps + 1]."""
-    fraction = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1, dtype=torch.float64)
-    high, low = process.sigma_max ** (1 / process.rho), process.sigma_min ** (1 / process.rho)
-    return torch.cat([(high + fraction * (low - high)) ** process.rho, torch.zeros(1, dtype=torch.float64)])
+def heun(process: Process, denoise_fn: Denoise, noise: Tensor, steps: int) -> Tensor:
+    """Heun's second-order method for dx/dt = (x - xhat0) / t; 2 steps - 1 network calls.
+
+    EDM (x = x0 + t eps) and flow (x = (1 - t) x0 + t eps) both have this ODE; VP's levels are no times of it.
+    """
+    levels = process.sampling_levels(steps)
+    return heun_along(denoise_fn, process.start(noise, levels[0]), torch.cat([levels, levels.new_zeros(1)]))
 
 
-def heun(denoise_fn: Denoise, x: Tensor, times: Tensor) -> Tensor:
-    """Heun's second-order method along falling `times` [N + 1], last one 0; 2N - 1 network calls."""
+def heun_along(denoise_fn: Denoise, x: Tensor, times: Tensor) -> Tensor:
+    """Take x [B, C, H, W] from times[0] to times[-1] by Heun's method; `times` falls, and may end at 0."""
     for now, then in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
         slope = (x - denoise_fn(x, x.new_full((len(x),), now))) / now
         ahead = x + (then - now) * slope
@@ -58,29 +61,40 @@ def heun(denoise_fn: Denoise, x: Tensor, times: Tensor) -> Tensor:
     return x
 
 
-def ddim(process: VP, denoise_fn: Denoise, x: Tensor, steps: int) -> Tensor:
-    """DDIM with eta = 0 (Song et al. 2020, eq. 12) over `steps` timesteps evenly spread over the process."""
-    times = torch.linspace(process.num_steps - 1, 0, steps, dtype=torch.float64).round().long()
-    for i, now in enumerate(times.tolist()):
-        t = torch.full((len(x),), now, device=x.device)
+def ddim(process: Process, denoise_fn: Denoise, noise: Tensor, steps: int) -> Tensor:
+    """DDIM with eta = 0 (Song et al. 2020, eq. 12): keep eps, lower the noise level; first order, `steps` calls."""
+    levels = process.sampling_levels(steps)
+    x = process.start(noise, levels[0])
+    for i, level in enumerate(levels.tolist()):
+        t = torch.full((len(x),), level, dtype=levels.dtype, device=x.device)
         x0 = denoise_fn(x, t)
-        if i + 1 == len(times):
+        if i + 1 == steps:
             return x0
         alpha, sigma = process.alpha_sigma(t)
-        alpha_then, sigma_then = process.alpha_sigma(torch.full_like(t, int(times[i + 1])))
+        alpha_then, sigma_then = process.alpha_sigma(torch.full_like(t, levels[i + 1].item()))
         eps = (x - per_sample(alpha, x) * x0) / per_sample(sigma, x)
         x = per_sample(alpha_then, x) * x0 + per_sample(sigma_then, x) * eps
     return x
 
 
+# Names in the configuration, with the processes that a sampler fits. "auto" is the first that fits.
+SAMPLERS: dict[str, tuple[Sampler, tuple[type[Process], ...]]] = {
+    "heun": (heun, (EDM, Flow)),
+    "ddim": (ddim, (VP, EDM, Flow)),
+}
+
+
+def find_sampler(name: str, process: Process) -> Sampler:
+    """Return the sampler `name`, or the process's own for "auto"; ValueError if there is none that fits."""
+    fitting = {known: sampler for known, (sampler, processes) in SAMPLERS.items() if isinstance(process, processes)}
+    if not fitting:
+        raise ValueError(f"no sampler for {type(process).__name__}")
+    if name != "auto" and name not in fitting:
+        raise ValueError(f"{name}: does not fit {type(process).__name__}; must be one of auto, {', '.join(fitting)}")
+    return next(iter(fitting.values())) if name == "auto" else fitting[name]
+
+
 @torch.no_grad()
-def sample(process: Process, denoise_fn: Denoise, noise: Tensor, steps: int) -> Tensor:
-    """Images [B, C, H, W] from standard normal `noise`, with the process's own sampler (Heun or DDIM)."""
-    if isinstance(process, EDM):
-        times = edm_times(process, steps)
-        return heun(denoise_fn, noise * times[0].item(), times)
-    if isinstance(process, Flow):
-        return heun(denoise_fn, noise, torch.linspace(1, 0, steps + 1, dtype=torch.float64))
-    if isinstance(process, VP):
-        return ddim(process, denoise_fn, noise, steps)
-    raise TypeError(f"no sampler for {type(process).__name__}")
+def sample(process: Process, denoise_fn: Denoise, noise: Tensor, steps: int, sampler: str = "auto") -> Tensor:
+    """Draw images [B, C, H, W] from standard normal `noise` [B, C, H, W] in `steps` steps."""
+    return find_sampler(sampler, process)(process, denoise_fn, noise, steps)

@@ -12,12 +12,12 @@ from sadm_fast.diffusion.process import Process, per_sample
 
 @cache
 def _tables(num_steps: int, beta_start: float, beta_end: float) -> dict[str, Tensor]:
-    """alpha_t, sigma_t and the posterior q(x_{t-1} | x_t, x0) (Ho et al., eq. 6-7) for every t, in float64."""
+    """Tabulate alpha_t, sigma_t, the posterior q(x_{t-1} | x_t, x0) (Ho et al., eq. 6-7): float64 [num_steps] each."""
     betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
     bar = torch.cumprod(1.0 - betas, dim=0)
     bar_before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
     variance = betas * (1.0 - bar_before) / (1.0 - bar)
-    # The variance at t = 0 is 0; its logarithm is taken from t = 1, as in improved DDPM.
+    # The variance at t = 0 is 0 and has no logarithm: use that of t = 1, as improved DDPM does.
     log_variance = torch.cat([variance[1:2], variance[1:]]).log()
     return {
         "alpha": bar.sqrt(),
@@ -31,10 +31,10 @@ def _tables(num_steps: int, beta_start: float, beta_end: float) -> dict[str, Ten
 
 @dataclass(frozen=True)
 class VP(Process):
-    """t = 0 .. num_steps-1 with linear betas; the network predicts eps, and with `learn_sigma` also a variance.
+    """t is an integer, 0 to num_steps-1, with linear betas; the network predicts eps.
 
-    With `learn_sigma` the output has 2C channels, [eps | v]; v in [-1, 1] interpolates log sigma^2 between the
-    posterior variance and beta (Nichol & Dhariwal 2021, eq. 15).
+    With `learn_sigma` it predicts a variance too: the output has 2C channels, [eps | v], and v in [-1, 1] interpolates
+    log sigma^2 between the posterior variance and beta (Nichol & Dhariwal 2021, eq. 15).
     """
 
     num_steps: int = 1000
@@ -59,18 +59,22 @@ class VP(Process):
         return x_t, t.float()
 
     def to_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """xhat0 = (x_t - sigma eps) / alpha."""
+        """Return xhat0 = (x_t - sigma eps) / alpha."""
         eps = model_output[:, : x_t.shape[1]].float()
         alpha, sigma = self.alpha_sigma(t)
         return (x_t.float() - per_sample(sigma, x_t) * eps) / per_sample(alpha, x_t)
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """alpha^2 / sigma^2: ||x0 - xhat0||^2 = (sigma/alpha)^2 ||eps - epshat||^2, so this is DDPM's simple loss."""
+        """Return alpha^2 / sigma^2: ||x0 - xhat0||^2 = (sigma/alpha)^2 ||eps - epshat||^2, which is DDPM's loss."""
         alpha, sigma = self.alpha_sigma(t)
         return (alpha / sigma).square()
 
+    def sampling_levels(self, steps: int) -> Tensor:
+        """Return `steps` integers from num_steps-1 to 0, evenly spread: int64 [steps]."""
+        return torch.linspace(self.num_steps - 1, 0, steps, dtype=torch.float64).round().long()
+
     def variance_loss(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
-        """The variational bound in bits a dimension [B], with the mean detached: it trains v only.
+        """Compute the variational bound, in bits a dimension [B], with the mean detached: it trains v only.
 
         KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for t > 0, and -log p(x0 | x_1) of 8-bit values in [-1, 1] at 0.
         """
@@ -100,7 +104,7 @@ class VP(Process):
 
 
 def _log_prob_8bit(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """log of the mass that N(mean, scale^2) puts on the 8-bit bin around x in [-1, 1]; the end bins are open."""
+    """Return the log of the mass that N(mean, scale^2) puts on x's 8-bit bin; x in [-1, 1], the end bins are open."""
     z, half = (x - mean), 1.0 / 255.0
     scale = (-log_scale).exp()
     upper = torch.special.ndtr(scale * (z + half))

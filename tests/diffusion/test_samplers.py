@@ -1,14 +1,16 @@
 """Samplers on data whose denoiser is known exactly: Gaussians and points."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sadm_fast.config import SamplingConfig
 from sadm_fast.diffusion import EDM, VP, Flow, Process, denoise, guided, sample
 from sadm_fast.diffusion.process import per_sample
-from sadm_fast.diffusion.samplers import Denoise, edm_times, heun
+from sadm_fast.diffusion.samplers import SAMPLERS, Denoise, find_sampler, heun_along
 
 MEAN, STD = 0.3, 0.5
 PROCESSES: list[Process] = [EDM(sigma_data=STD), Flow(), VP()]
@@ -123,12 +125,12 @@ def test_ddim_visits_evenly_spread_steps_from_last_to_first() -> None:
 
 def test_edm_levels_are_those_of_the_paper() -> None:
     process = EDM(sigma_min=0.002, sigma_max=80.0, rho=7.0)
-    times = edm_times(process, 18)
-    assert times.dtype == torch.float64 and len(times) == 19 and times[-1] == 0
+    levels = process.sampling_levels(18)
+    assert levels.dtype == torch.float64 and len(levels) == 18
     for i in range(18):
         root = 80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))
-        assert float(times[i]) == pytest.approx(root**7, rel=1e-12)
-    assert edm_times(process, 1).tolist() == pytest.approx([80.0, 0.0])
+        assert float(levels[i]) == pytest.approx(root**7, rel=1e-12)
+    assert process.sampling_levels(1).tolist() == pytest.approx([80.0])
 
 
 def test_edm_starts_from_noise_of_the_greatest_level() -> None:
@@ -148,7 +150,7 @@ def test_heun_without_a_last_zero_stays_second_order() -> None:
     c, x = 0.3, torch.ones(1, 1, 1, 1, dtype=torch.float64)
     errors = []
     for steps in (32, 64):
-        end = heun(lambda x, t: c * x, x, torch.linspace(2, 1, steps + 1, dtype=torch.float64))
+        end = heun_along(lambda x, t: c * x, x, torch.linspace(2, 1, steps + 1, dtype=torch.float64))
         errors.append(abs(float(end) - 0.5 ** (1 - c)))
     assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.1)
 
@@ -232,7 +234,28 @@ class Unknown(Process):
     def loss_weight(self, t: Tensor) -> Tensor:
         return t
 
+    def sampling_levels(self, steps: int) -> Tensor:
+        return torch.ones(steps)
+
 
 def test_a_process_without_a_sampler_is_named() -> None:
-    with pytest.raises(TypeError, match="no sampler for Unknown"):
+    with pytest.raises(ValueError, match="no sampler for Unknown"):
         sample(Unknown(), lambda x, t: x, torch.zeros(1, 1, 1, 1), 2)
+
+
+def test_a_sampler_that_does_not_fit_is_refused_with_those_that_do() -> None:
+    with pytest.raises(ValueError, match="heun: does not fit VP; must be one of auto, ddim"):
+        find_sampler("heun", VP())
+
+
+def test_the_configuration_offers_every_sampler() -> None:
+    assert get_args(SamplingConfig.model_fields["sampler"].annotation) == ("auto", *SAMPLERS)
+
+
+@pytest.mark.parametrize("process", [EDM(sigma_data=STD), Flow()], ids=["EDM", "Flow"])
+def test_ddim_follows_the_flow_of_every_process_in_first_order(process: Process) -> None:
+    z = noise(64)
+    errors = [
+        float((sample(process, gaussian(process), z, n, "ddim") - exact(process, z)).abs().max()) for n in (100, 200)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.25) and errors[1] < 0.05
