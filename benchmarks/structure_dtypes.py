@@ -23,7 +23,7 @@ from benchmarks import measure  # noqa: E402
 from benchmarks.report import aligned  # noqa: E402
 from benchmarks.structure_loss import environment  # noqa: E402
 from sadm_kernels import native  # noqa: E402
-from sadm_kernels.problem import Problem  # noqa: E402
+from sadm_kernels.samples import Pairs, Samples  # noqa: E402
 
 TARGET = 1.8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,10 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def one_pass(rows: int, width: int, dtype: torch.dtype, both: bool) -> measure.Call:
     """The kernel on rows of its own, with the options that the loss has by default."""
     real, fake = torch.randn(2, rows, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    problem = Problem(
-        real, fake, real, fake, 0, None, None, None, None, "euclidean", "squared", unit=True, tau=1.0, delta=1.0
-    )
-    return partial(native.loss_and_gradients, problem, None, both, True)
+    return partial(native.loss_and_gradients, Pairs(Samples(real, fake), range(rows)), None, both, True)
 
 
 def measure_case(rows: int, width: int, both: bool, repeats: int) -> list[str]:

@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import measure, peers  # noqa: E402
 from benchmarks.peers import FLOOR, Case, Unavailable  # noqa: E402
 from benchmarks.report import MEANS, Row, picture, table  # noqa: E402
-from sadm_kernels import reference  # noqa: E402
+from sadm_kernels import structure_loss  # noqa: E402
+from sadm_kernels.reference import NORMALIZATIONS, PENALTIES, RELATIONS  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DENSE_MATRICES = 20  # float32 B x B matrices that eager code holds at its peak (12 to 18 were measured), rounded up
@@ -100,7 +101,7 @@ def errors(loss: peers.Loss, case: Case) -> Row:
         real, fake = case.features(mean)
         exact = [x.detach().double().requires_grad_(x.requires_grad) for x in (real, fake)]
         want, want_grads = peers.value_and_gradients(
-            lambda f, g: reference.structure_loss(f, g, **case.options), exact[0], exact[1]
+            lambda f, g: structure_loss(f, g, **case.options, impl="reference"), exact[0], exact[1]
         )
         got, got_grads = peers.value_and_gradients(loss, real, fake)
         grads = torch.stack(want_grads)
@@ -173,9 +174,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sizes", nargs="+", type=int, default=[64, 256, 1024, 4096, 8192], metavar="B", help="batch sizes")
     add("--dims", nargs="+", type=int, default=[128, 512], metavar="D", help="feature widths")
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="of the features")
-    add("--relation", choices=reference.RELATIONS, default="euclidean")
-    add("--penalty", choices=reference.PENALTIES, default="squared")
-    add("--normalize", choices=reference.NORMALIZATIONS, default="unit")
+    add("--relation", choices=RELATIONS, default="euclidean")
+    add("--penalty", choices=PENALTIES, default="squared")
+    add("--normalize", choices=NORMALIZATIONS, default="unit")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     add("--providers", nargs="+", choices=peers.PROVIDERS, help="default: the device's fused loss, and all peers")

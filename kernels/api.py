@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sadm_kernels import native, ops, reference, triton
-from sadm_kernels.columns import Queue, Shared, compute_dtype, send
+from sadm_kernels.gathering import Shared, send
+from sadm_kernels.samples import Options, Queue, Samples, compute_dtype
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
@@ -270,20 +271,11 @@ def structure_loss(
     if group is not None and shared is None:
         weight = _check_group(real, labels, weight, some_weight, queue, group)
     evaluate = reference.structure_loss if backend == "reference" else partial(ops.structure_loss, backend)
-    return evaluate(
-        real,
-        fake,
-        weight=weight,
-        labels=labels,
-        relation=relation,
-        penalty=penalty,
-        normalize=normalize,
-        tau=float(tau),
-        delta=float(delta),
-        queue=queue,
-        group=group,
-        shared=shared,
+    batch, options = (
+        Samples(real, fake, weight, labels),
+        Options(relation, penalty, normalize, float(tau), float(delta)),
     )
+    return evaluate(batch, options, queue=queue, group=group, shared=shared)
 
 
 class StructureLoss(nn.Module):

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sadm_kernels import native, triton
-from sadm_kernels.columns import Columns, Gathering, Queue, Shared, append, compute_dtype, send
-from sadm_kernels.problem import Problem
+from sadm_kernels.gathering import Gathering, Shared, send
+from sadm_kernels.samples import Options, Pairs, Samples, compute_dtype
 
 _BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton}
 _TINY = torch.finfo(torch.float64).tiny
@@ -30,22 +30,23 @@ def _add_nothing(sums: Tensor) -> Tensor:
     return sums
 
 
-def _both_ways(sums: Callable[[Problem], Tensor], p: Problem) -> Tensor:
-    """The sums of a pass over every pair with a row in it, a queue's pairs both ways."""
+def _both_ways(sums: Callable[[Pairs], Tensor], p: Pairs) -> Tensor:
+    """Sums over all ordered pairs. A (row, queue) pair is visited once but counts twice."""
     return sums(p) if not p.queued else 2.0 * sums(p) - sums(p.without_queue)
 
 
 def _evaluate(
-    backend: str, p: Problem, normalize: str, need: tuple[bool, bool], add_ranks: Callable[[Tensor], Tensor]
+    backend: str, p: Pairs, need: tuple[bool, bool], add_ranks: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """S (0-d), 1 / sum(omega) (0-d), and the gradients of S * sum(omega): [b, d], or None where not needed."""
-    dtype, device = compute_dtype(p.real), p.real.device
-    if len(p.all_real) < 2 or p.real.numel() == 0:
-        nothing = (p.all_real.sum() + p.all_fake.sum()).to(dtype) * 0.0  # no pair; NaN for NaN
-        no_real, no_fake = (torch.zeros(p.real.shape, dtype=dtype, device=device) if n else None for n in need)
+    real, fake, *_ = p.samples
+    dtype = compute_dtype(real)
+    if len(real) < 2 or not p.own or real.numel() == 0:
+        nothing = (real.sum() + fake.sum()).to(dtype) * 0.0  # no pair; NaN for NaN
+        no_real, no_fake = (real.new_zeros(len(p.own), real.shape[1], dtype=dtype) if n else None for n in need)
         return nothing, torch.ones_like(nothing), no_real, no_fake
     module, moments = _BACKENDS[backend], None
-    if normalize == "mean" and p.relation != "cosine":
+    if p.options.normalize == "mean" and p.options.relation != "cosine":
         sums = add_ranks(_both_ways(module.distance_sums, p))
         mean = sums[:2] / sums[2].clamp_min(_TINY)
         moments = torch.cat([1.0 / torch.where(mean == 0, 1.0, mean), torch.zeros_like(mean)])
@@ -81,9 +82,9 @@ def _structure_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     queue = None
     if queue_real is not None and queue_fake is not None:
-        queue = Queue(queue_real, queue_fake, queue_weight, queue_labels)
-    p = _problem(real, fake, weight, labels, queue, relation, penalty, normalize, tau, delta)
-    loss, inverse_total, *grads = _evaluate(backend, p, normalize, (need_real, need_fake), _add_nothing)
+        queue = Samples(queue_real, queue_fake, queue_weight, queue_labels)
+    p = _pairs(Samples(real, fake, weight, labels), Options(relation, penalty, normalize, tau, delta), queue)
+    loss, inverse_total, *grads = _evaluate(backend, p, (need_real, need_fake), _add_nothing)
     grad_real, grad_fake = (loss.new_empty(0) if grad is None else grad for grad in grads)
     return loss, inverse_total, grad_real, grad_fake
 
@@ -154,8 +155,8 @@ class _Eager(torch.autograd.Function):
         fake: Tensor,
         weight: Tensor | None,
         labels: Tensor | None,
-        queue: Queue | None,
-        options: dict[str, Any],
+        options: Options,
+        queue: Samples | None,
         backend: str,
         shared: Shared | None,
         needed: tuple[bool, bool],
@@ -165,10 +166,10 @@ class _Eager(torch.autograd.Function):
             dist.all_reduce(sums, group=None if shared is None else shared.group)
             return sums
 
-        p = _problem(real, fake, weight, labels, queue, **options, shared=shared)
+        p = _pairs(Samples(real, fake, weight, labels), options, queue, shared)
         ctx.needed, ctx.dtype = needed, real.dtype  # not needs_input_grad, which is set without autograd as well
         reduce = _add_nothing if shared is None else add_ranks
-        loss, *saved = _evaluate(backend, p, options["normalize"], needed, reduce)
+        loss, *saved = _evaluate(backend, p, needed, reduce)
         ctx.save_for_backward(*saved)
         return loss
 
@@ -177,74 +178,41 @@ class _Eager(torch.autograd.Function):
         return (*_scaled(ctx, grad), *([None] * 7))
 
 
-def _problem(
-    real: Tensor,
-    fake: Tensor,
-    weight: Tensor | None,
-    labels: Tensor | None,
-    queue: Queue | None,
-    relation: str,
-    penalty: str,
-    normalize: str,
-    tau: float,
-    delta: float,
-    shared: Shared | None = None,
-) -> Problem:
-    real, fake = real.contiguous(), fake.contiguous()
-    if weight is not None:
-        weight = weight.to(compute_dtype(real)).contiguous()
-    if labels is not None:
-        labels = labels.long().contiguous()
-    columns = Columns(real, fake, weight, labels)
+def _pairs(batch: Samples, options: Options, queue: Samples | None, shared: Shared | None = None) -> Pairs:
+    """The pairs of a batch's rows with the batch (that of all ranks, if `shared`) and the queue."""
+    batch = columns = batch.plain()
+    first = 0
     if shared is not None:
-        all_fake = Gathering(fake, shared.group)  # on its way before the others are waited for
+        all_fake = Gathering(batch.fake, shared.group)  # on its way before the others are waited for
         all_real, all_weight, all_labels = shared.wait()
-        columns = Columns(all_real, all_fake.wait(), all_weight, all_labels)
+        columns = Samples(all_real, all_fake.wait(), all_weight, all_labels)
+        first = dist.get_rank(shared.group) * len(batch.real)
+    queued = 0
     if queue is not None:
-        columns = append(columns, queue)
-    return Problem(
-        real=real,
-        fake=fake,
-        all_real=columns.real,
-        all_fake=columns.fake,
-        first=0 if shared is None else dist.get_rank(shared.group) * len(real),
-        weight=weight,
-        all_weight=columns.weight,
-        labels=labels,
-        all_labels=columns.labels,
-        relation=relation,
-        penalty=penalty,
-        unit=normalize == "unit" or relation == "cosine",
-        tau=tau,
-        delta=delta,
-        queued=columns.queued,
-    )
+        columns, queued = columns.followed_by(queue), len(queue.real)
+    return Pairs(columns, range(first, first + len(batch.real)), options, queued)
 
 
 def structure_loss(
     backend: str,
-    real: Tensor,
-    fake: Tensor,
+    batch: Samples,
+    options: Options,
     *,
-    weight: Tensor | None,
-    labels: Tensor | None,
-    queue: Queue | None,
-    group: dist.ProcessGroup | None,
-    shared: Shared | None,
-    **options: Any,
+    queue: Samples | None = None,
+    group: dist.ProcessGroup | None = None,
+    shared: Shared | None = None,
 ) -> Tensor:
     """S by the fused `backend`; arguments as in sadm_kernels.structure_loss, which has checked them."""
+    real, fake, weight, labels = batch
     grad = torch.is_grad_enabled()
     need = (grad and real.requires_grad, grad and fake.requires_grad)
     if shared is None and group is not None:
         shared = send(real, weight, labels, queue, group)
     if shared is not None or not (torch.compiler.is_compiling() or _traced(real) or _traced(fake)):
-        loss: Tensor = _Eager.apply(real, fake, weight, labels, queue, options, backend, shared, need)
+        loss: Tensor = _Eager.apply(*batch, options, queue, backend, shared, need)
         return loss
     past = (None,) * 4 if queue is None else queue
-    return _structure_loss(
-        real, fake, weight, labels, *past, **options, backend=backend, need_real=need[0], need_fake=need[1]
-    )[0]
+    return _structure_loss(*batch, *past, *options, backend, *need)[0]
 
 
 def _traced(x: Tensor) -> bool:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sadm_kernels.columns import Columns, Gathering, Queue, Shared, append, compute_dtype
+from sadm_kernels.gathering import Gathering, Shared
+from sadm_kernels.samples import Options, Samples, compute_dtype
 
 RELATIONS = ("euclidean", "cosine", "gaussian")
 PENALTIES = ("squared", "absolute", "huber")
@@ -139,17 +140,10 @@ def relation_matrix(
 
 
 def structure_loss(
-    real: Tensor,
-    fake: Tensor,
+    batch: Samples,
+    options: Options,
     *,
-    relation: str = "euclidean",
-    penalty: str = "squared",
-    normalize: str = "unit",
-    weight: Tensor | None = None,
-    labels: Tensor | None = None,
-    tau: float = 1.0,
-    delta: float = 1.0,
-    queue: Queue | None = None,
+    queue: Samples | None = None,
     group: dist.ProcessGroup | None = None,
     shared: Shared | None = None,
 ) -> Tensor:
@@ -159,26 +153,28 @@ def structure_loss(
     the S of the whole batch, and the gradient of its rows is the gradient one process with the whole batch would get.
     `shared`: what has been sent already, and need not be again.
     """
+    real, fake, weight, labels = batch
+    relation, penalty, normalize, tau, delta = options
     dtype = compute_dtype(real)
     with _no_autocast(real.device.type):
         f, g = real.to(dtype), fake.to(dtype)
-        batch = len(f)
-        w = torch.ones(batch, dtype=dtype, device=f.device) if weight is None else weight.to(dtype)
+        w = torch.ones(len(f), dtype=dtype, device=f.device) if weight is None else weight.to(dtype)
         labels = None if labels is None else labels.long()
-        columns, first = Columns(f, g, w, labels), 0
+        columns, first = Samples(f, g, w, labels), 0
         if group is not None:
-            columns, first = _of_all_ranks(columns, group, shared), dist.get_rank(group) * batch
+            columns, first = _of_all_ranks(columns, group, shared), dist.get_rank(group) * len(f)
+        now = len(columns.real)
         if queue is not None:
-            columns = append(columns, queue)
+            columns = columns.followed_by(queue)
         assert columns.weight is not None
         # A queue's pairs count both ways, (i, k) and (k, i), and only one of them is here.
         ways = torch.ones_like(columns.weight)
-        ways[len(ways) - columns.queued :] = 2.0
+        ways[now:] = 2.0
 
         pair_weight = w[:, None] * (ways * columns.weight)[None, :]
         if labels is not None and columns.labels is not None:
             pair_weight = pair_weight * (labels[:, None] == columns.labels[None, :])
-        own = torch.arange(batch, device=f.device)
+        own = torch.arange(len(f), device=f.device)
         pair_weight = pair_weight.index_put((own, own + first), pair_weight.new_zeros(()))
 
         def matrix(rows: Tensor, columns: Tensor) -> Tensor:
@@ -191,7 +187,7 @@ def structure_loss(
         return sums[0] / torch.where(sums[1] == 0, 1.0, sums[1])
 
 
-def _of_all_ranks(own: Columns, group: dist.ProcessGroup, shared: Shared | None) -> Columns:
+def _of_all_ranks(own: Samples, group: dist.ProcessGroup, shared: Shared | None) -> Samples:
     """The batch of all ranks; what is in `shared` need not travel again, unless a gradient has to travel back."""
     if shared is None:
         real, weight = _Gather.apply(own.real, group), _Gather.apply(own.weight, group)
@@ -200,4 +196,4 @@ def _of_all_ranks(own: Columns, group: dist.ProcessGroup, shared: Shared | None)
         real, weight, labels = shared.wait()
         real = _Gather.apply(own.real, group) if own.real.requires_grad else real.to(own.real.dtype)
         weight = torch.ones_like(real[:, 0]) if weight is None else weight
-    return Columns(real, _Gather.apply(own.fake, group), weight, labels)
+    return Samples(real, _Gather.apply(own.fake, group), weight, labels)

@@ -12,7 +12,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from sadm_kernels import has_streams, philox_uniform
+from sadm_kernels.streams import has_streams, philox_uniform
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

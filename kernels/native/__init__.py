@@ -5,12 +5,13 @@ float16 is widened first. Results are the same to the last bit for every number 
 """
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sadm_kernels.problem import Problem
+from sadm_kernels.samples import Pairs
 
 _INTERFACE = 2  # kInterface of structure.h
 _FOLDER = Path(__file__).parent
@@ -106,20 +107,21 @@ def _narrow(labels: Tensor) -> Tensor:
 
 
 def _pass(
-    p: Problem, stage: int, moments: Tensor | None, need_real: bool, need_fake: bool
+    p: Pairs, stage: int, moments: Tensor | None, need_real: bool, need_fake: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One pass of the library: float64 sums [3] and the gradients [b, d] that are needed."""
+    """One pass of the library: float64 sums [3] and the gradients [b, d] that are needed, b = len(p.own)."""
     if _library is None:
         raise RuntimeError(_status)
-    # Own rows are rows of the columns, so the columns are all that the library needs.
-    real, fake = (x.float() if x.dtype == torch.float16 else x for x in (p.all_real, p.all_fake))
+    real, fake = (x.float() if x.dtype == torch.float16 else x for x in (p.samples.real, p.samples.fake))
     compute = torch.float64 if real.dtype == torch.float64 else torch.float32
-    labels = p.all_labels
+    labels = p.samples.labels
     if labels is not None and compute == torch.float32:
         labels = _narrow(labels)
-    rows, width = p.real.shape
-    gradients = [torch.empty(rows, width, dtype=compute) if need else None for need in (need_real, need_fake)]
-    sums = torch.empty(3, dtype=torch.float64)
+    rows, width = len(p.own), real.shape[1]
+    # torch.set_default_device must not reach what the library writes to.
+    empty = partial(torch.empty, device="cpu")
+    gradients = [empty(rows, width, dtype=compute) if need else None for need in (need_real, need_fake)]
+    sums = empty(3, dtype=torch.float64)
     inverse_mean, mean_slope = (1.0, 1.0), (0.0, 0.0)
     if moments is not None:
         values = moments.tolist()
@@ -130,22 +132,22 @@ def _pass(
 
     task = _StructurePass(
         features=(real.data_ptr(), fake.data_ptr()),
-        weight=address(p.all_weight),
+        weight=address(p.samples.weight),
         labels=address(labels),
         gradients=(address(gradients[0]), address(gradients[1])),
         sums=sums.data_ptr(),
         columns=len(real),
         width=width,
-        first=p.first,
+        first=p.own.start,
         rows=rows,
-        tau=p.tau,
-        delta=p.delta,
+        tau=p.options.tau,
+        delta=p.options.delta,
         inverse_mean=inverse_mean,
         mean_slope=mean_slope,
         dtype=_DTYPES[real.dtype],
-        relation=_RELATIONS[p.relation],
-        penalty=_PENALTIES[p.penalty],
-        unit=int(p.unit),
+        relation=_RELATIONS[p.options.relation],
+        penalty=_PENALTIES[p.options.penalty],
+        unit=int(p.options.unit),
         stage=stage,
         threads=torch.get_num_threads(),
     )
@@ -154,18 +156,18 @@ def _pass(
     return sums, gradients[0], gradients[1]
 
 
-def distance_sums(p: Problem) -> Tensor:
+def distance_sums(p: Pairs) -> Tensor:
     """float64 [3]: the sums of omega D of real, of fake, and of omega, over own rows x all columns."""
     return _pass(p, _DISTANCE_SUMS, None, False, False)[0]
 
 
-def slope_sums(p: Problem, moments: Tensor) -> Tensor:
+def slope_sums(p: Pairs, moments: Tensor) -> Tensor:
     """float64 [3]: the sums of (dS/du) u of real, of fake, and of omega; u is the distance over its mean."""
     return _pass(p, _SLOPE_SUMS, moments, False, False)[0]
 
 
 def loss_and_gradients(
-    p: Problem, moments: Tensor | None, need_real: bool, need_fake: bool
+    p: Pairs, moments: Tensor | None, need_real: bool, need_fake: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """float64 [2]: the sums of omega rho and of omega; the gradients of the first, [b, d], None where not needed."""
     sums, grad_real, grad_fake = _pass(p, _LOSS, moments, need_real, need_fake)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sadm_kernels.problem import Problem
+from sadm_kernels.samples import Options, Pairs, Samples
 from sadm_kernels.triton import launch
 
 ARCHITECTURES = (80, 90, 100)
@@ -65,8 +65,8 @@ class _Recorder:
         return Kernel
 
 
-def _problem(dtype: torch.dtype, size: int, d: int, *, rest: bool, **options: Any) -> Problem:
-    """A problem without data; `rest`: with weights and labels."""
+def _pairs(dtype: torch.dtype, size: int, d: int, *, rest: bool, **options: Any) -> Pairs:
+    """All pairs of samples without data; `rest`: with weights and labels."""
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -74,8 +74,7 @@ def _problem(dtype: torch.dtype, size: int, d: int, *, rest: bool, **options: An
     real, fake = empty(size, d), empty(size, d)
     weight = empty(size, of=torch.float32) if rest else None
     labels = empty(size, of=torch.int64) if rest else None
-    settings: dict[str, Any] = {"relation": "euclidean", "penalty": "squared", "unit": True, "tau": 1.0, "delta": 1.0}
-    return Problem(real, fake, real, fake, 0, weight, weight, labels, labels, **(settings | options))
+    return Pairs(Samples(real, fake, weight, labels), range(size), Options(**options))
 
 
 class Variant(NamedTuple):
@@ -115,8 +114,8 @@ def record(variant: Variant, capability: int) -> Launch:
     """The launch of `variant.kernel` on a GPU of that compute capability (times ten)."""
     recorder = _Recorder()
     machine = launch.Machine(recorder, capability)
-    options = {} if variant.plain else {"relation": "gaussian", "penalty": "huber", "unit": False}
-    p = _problem(variant.dtype, variant.size, variant.d, rest=not variant.plain, **options)
+    options = {} if variant.plain else {"relation": "gaussian", "penalty": "huber", "normalize": "none"}
+    p = _pairs(variant.dtype, variant.size, variant.d, rest=not variant.plain, **options)
     moments = None if variant.plain else torch.empty(4, dtype=torch.float64, device="meta")
     if variant.call == "distance_sums":
         launch.distance_sums(p, machine=machine)

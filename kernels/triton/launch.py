@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sadm_kernels.problem import Problem
+from sadm_kernels.samples import Pairs
 
 
 class Tile(NamedTuple):
@@ -109,10 +109,10 @@ def strip_height(b: int, n: int) -> int:
 
 
 class _Run(NamedTuple):
-    """A problem as the kernels take it; `tile` is that of its main kernel."""
+    """Pairs as the kernels take them; `tile` is that of the main kernel."""
 
     machine: Machine
-    problem: Problem
+    pairs: Pairs
     tile: Tile
     features: tuple[Tensor, Tensor]
     stats: Tensor
@@ -130,11 +130,12 @@ class _Run(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int]:
         """first, b, n, d (padded)."""
         n, d = self.features[0].shape
-        return self.problem.first, len(self.problem.real), n, d
+        return self.pairs.own.start, len(self.pairs.own), n, d
 
     @property
     def floats(self) -> tuple[float, float]:
-        return 0.5 / self.problem.tau**2, self.problem.delta
+        options = self.pairs.options
+        return 0.5 / options.tau**2, options.delta
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.stats.device)
@@ -149,12 +150,13 @@ def _padded(d: int) -> int:
     return math.ceil(d / 16) * 16
 
 
-def _check(p: Problem) -> None:
-    n, d = p.all_real.shape
+def _check(p: Pairs) -> None:
+    n, d = p.samples.real.shape
     d = _padded(d)
-    if p.real.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    dtype = p.samples.real.dtype
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise RuntimeError(
-            f"impl='triton': features are {p.real.dtype}, must be float16, bfloat16 or float32; use impl='reference'"
+            f"impl='triton': features are {dtype}, must be float16, bfloat16 or float32; use impl='reference'"
         )
     if n * d >= 2**31:
         raise RuntimeError(
@@ -172,22 +174,22 @@ def _device(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _start(p: Problem, moments: Tensor | None, kernel: str, machine: Machine) -> _Run:
+def _start(p: Pairs, moments: Tensor | None, kernel: str, machine: Machine) -> _Run:
     """Choose the tile, and launch the norms."""
-    n, d = p.all_real.shape
+    real, fake, weight, labels = p.samples
+    n, d = real.shape
     # Rows have to start on 16 bytes, or they are loaded a feature at a time, through more registers than there are.
     padding = (0, _padded(d) - d)
-    features = (F.pad(p.all_real, padding), F.pad(p.all_fake, padding)) if any(padding) else (p.all_real, p.all_fake)
+    features = (F.pad(real, padding), F.pad(fake, padding)) if any(padding) else (real, fake)
     d = _padded(d)
-    tile = tile_of(kernel, p.real.element_size(), d, machine.capability)
-    stats = torch.empty((2, n), dtype=torch.float32, device=p.real.device)
-    unit = p.unit or p.relation == "cosine"
+    tile = tile_of(kernel, real.element_size(), d, machine.capability)
+    stats = torch.empty((2, n), dtype=torch.float32, device=real.device)
     shape = {
         "BLOCK_K": tile.k,
         "EVEN_K": d % tile.k == 0,
         # float32 features: three products of tf32 parts, which keep float32's precision. One would lose it, and exact
         # products ("ieee") are left without tensor cores. Narrower features are exact in any case.
-        "PRECISION": "tf32x3" if p.real.dtype == torch.float32 else "ieee",
+        "PRECISION": "tf32x3" if real.dtype == torch.float32 else "ieee",
     }
     _launch(
         machine.kernels.row_norms,
@@ -197,7 +199,7 @@ def _start(p: Problem, moments: Tensor | None, kernel: str, machine: Machine) ->
         stats,
         n,
         d,
-        UNIT=unit,
+        UNIT=p.options.unit,
         BLOCK=tile.m,
         **shape,
     )
@@ -208,16 +210,16 @@ def _start(p: Problem, moments: Tensor | None, kernel: str, machine: Machine) ->
         features,
         stats,
         # What a kernel does not read is stood in for by what is at hand.
-        weight=stats if p.all_weight is None else p.all_weight.contiguous(),
-        labels=stats if p.all_labels is None else p.all_labels.contiguous(),
+        weight=stats if weight is None else weight,
+        labels=stats if labels is None else labels,
         moments=stats if moments is None else moments.to(torch.float32),
         options={
-            "RELATION": p.relation,
-            "PENALTY": p.penalty,
-            "UNIT": unit,
-            "MEAN": moments is not None and p.relation != "cosine",
-            "WEIGHTED": p.all_weight is not None,
-            "LABELLED": p.all_labels is not None,
+            "RELATION": p.options.relation,
+            "PENALTY": p.options.penalty,
+            "UNIT": p.options.unit,
+            "MEAN": moments is not None and p.options.relation != "cosine",
+            "WEIGHTED": weight is not None,
+            "LABELLED": labels is not None,
         },
         shape={"BLOCK_M": tile.m, "BLOCK_N": tile.n, **shape},
     )
@@ -352,27 +354,27 @@ def _strip_gradients(run: _Run, needed: tuple[bool, bool]) -> tuple[Tensor, list
     return loss, gradients
 
 
-def distance_sums(p: Problem, *, machine: Machine | None = None) -> Tensor:
+def distance_sums(p: Pairs, *, machine: Machine | None = None) -> Tensor:
     """[sum omega D(real), sum omega D(fake), sum omega] over own rows and all columns, float64 [3].
 
     RuntimeError, from all functions here: float64 features, 2^31 or more of them, or no GPU that runs the kernels.
     """
     _check(p)
-    machine = machine or machine_of(p.real.device)
-    with _device(p.real.device):
+    machine = machine or machine_of(p.samples.real.device)
+    with _device(p.samples.real.device):
         return _pair_sums(_start(p, None, "sums", machine), "distances")
 
 
-def slope_sums(p: Problem, moments: Tensor, *, machine: Machine | None = None) -> Tensor:
+def slope_sums(p: Pairs, moments: Tensor, *, machine: Machine | None = None) -> Tensor:
     """[sum Q u of real, of fake, sum omega], float64 [3]; of `moments` [4] only 1/m is read."""
     _check(p)
-    machine = machine or machine_of(p.real.device)
-    with _device(p.real.device):
+    machine = machine or machine_of(p.samples.real.device)
+    with _device(p.samples.real.device):
         return _pair_sums(_start(p, moments, "sums", machine), "slopes")
 
 
 def loss_and_gradients(
-    p: Problem, moments: Tensor | None, need_real: bool, need_fake: bool, *, machine: Machine | None = None
+    p: Pairs, moments: Tensor | None, need_real: bool, need_fake: bool, *, machine: Machine | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """[numerator, denominator] of S over own rows, float64 [2], and the needed gradients [b, d] float32.
 
@@ -380,21 +382,21 @@ def loss_and_gradients(
     `moments` [4] = (1/m_F, 1/m_G, kappa_F, kappa_G) stays on the device; None unless normalize="mean".
     """
     _check(p)
-    machine = machine or machine_of(p.real.device)
+    machine = machine or machine_of(p.samples.real.device)
     needed = (need_real, need_fake)
-    b, n = len(p.real), len(p.all_real)
-    with _device(p.real.device):
+    b, n = len(p.own), len(p.samples.real)
+    with _device(p.samples.real.device):
         if not any(needed):
             return _pair_sums(_start(p, moments, "sums", machine), "loss"), None, None
         # Strips take W times X out of the kernel, so W must have the features' dtype and bfloat16's range: float16
         # would need its powers of two (row_gradient), and a float32 GEMM would follow torch's allow_tf32.
-        if p.real.dtype == torch.bfloat16 and min(b, n) >= STRIPS_FROM:
+        if p.samples.real.dtype == torch.bfloat16 and min(b, n) >= STRIPS_FROM:
             run = _start(p, moments, "strip", machine)
             loss, gradients = _strip_gradients(run, needed)
         else:
             run = _start(p, moments, "few" if b <= FEW_ROWS else "rows", machine)
             loss, gradients = _row_gradients(run, needed)
         sums = torch.stack([loss.sum(dtype=torch.float64), _denominator(run)])
-    d = p.real.shape[1]
+    d = p.samples.real.shape[1]
     grad_real, grad_fake = (x if x is None else x[:, :d].contiguous() for x in gradients)
     return sums, grad_real, grad_fake

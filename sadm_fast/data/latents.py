@@ -31,7 +31,7 @@ from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
 from sadm_fast.files import default_cache, remember, write_json
 from sadm_fast.scales import LatentScale
-from sadm_kernels import copy_rows, has_streams
+from sadm_kernels.streams import copy_rows, has_streams
 
 FORMAT = "sadm_fast.latents/1"
 MANIFEST = "manifest.json"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sadm_kernels import backends, native, structure_loss
-from sadm_kernels.problem import Problem
 from sadm_kernels.reference import NORMALIZATIONS, PENALTIES, RELATIONS
+from sadm_kernels.samples import Options, Pairs, Samples
 
 needs_kernel = pytest.mark.skipif(backends()["native"] != "ok", reason=backends()["native"])
 EPS = torch.finfo(torch.float32).eps
@@ -173,23 +173,10 @@ def test_rows_against_all_columns_are_a_part_of_the_whole(relation: str, normali
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     weight, labels = torch.linspace(0, 1, size, dtype=compute), torch.arange(size) % 3
 
-    def part(first: int, end: int) -> Problem:
-        return Problem(
-            real=real[first:end],
-            fake=fake[first:end],
-            all_real=real,
-            all_fake=fake,
-            first=first,
-            weight=weight[first:end],
-            all_weight=weight,
-            labels=labels[first:end],
-            all_labels=labels,
-            relation=relation,
-            penalty="huber",
-            unit=normalize == "unit" or relation == "cosine",
-            tau=0.8 if normalize != "none" else width**0.5,  # of the order of the distances, or nothing is left of exp
-            delta=0.2,
-        )
+    def part(first: int, end: int) -> Pairs:
+        tau = 0.8 if normalize != "none" else width**0.5  # of the order of the distances, or nothing is left of exp
+        options = Options(relation, "huber", normalize, tau, delta=0.2)
+        return Pairs(Samples(real, fake, weight, labels), range(first, end), options)
 
     moments = None
     if normalize == "mean" and relation != "cosine":

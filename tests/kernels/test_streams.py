@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sadm_kernels
 from sadm_fast import counters
 from sadm_fast.counters import Purpose
-from sadm_kernels import copy_rows, has_streams, philox_uniform
+from sadm_kernels.streams import copy_rows, has_streams, philox_uniform
 from tests.support.ranks import ROOT, clean_environment
 
 pytestmark = pytest.mark.skipif(not has_streams(), reason="the C++ library was not built")
@@ -65,10 +64,10 @@ def test_rows_are_copied_in_the_order_asked_for(rows: list[int], width: int) -> 
 def test_without_the_library_they_say_so() -> None:
     program = (
         "import sadm_kernels.native as n; n._library = None; n._status = 'not built: try';"
-        "import torch, sadm_kernels as k; assert not k.has_streams();"
+        "import torch, sadm_kernels.streams as k; assert not k.has_streams();"
         "k.philox_uniform(0, 0, torch.arange(2), 3)"
     )
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True)
     assert done.returncode == 1 and "RuntimeError: not built: try" in done.stderr
-    assert sadm_kernels.has_streams()
+    assert has_streams()

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sadm_kernels import Queue, ops, reference
-from sadm_kernels.problem import Problem
+from sadm_kernels import Queue, ops, structure_loss
 from sadm_kernels.reference import NORMALIZATIONS, PENALTIES, RELATIONS
+from sadm_kernels.samples import Options, Pairs, Samples
 from sadm_kernels.triton import distance_sums, launch, loss_and_gradients, slope_sums
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -64,45 +64,29 @@ def some_labels(size: int, device: str) -> Tensor:
     return (torch.arange(size, device=device) % 3 << 33) + 7
 
 
-def problem(
+def pairs(
     real: Tensor,
     fake: Tensor,
     *,
     rows: slice = slice(None),
-    relation: str = "euclidean",
-    penalty: str = "squared",
-    normalize: str = "unit",
     weight: Tensor | None = None,
     labels: Tensor | None = None,
-) -> Problem:
-    """The problem of a rank that has `rows` of the batch."""
-    return Problem(
-        real[rows],
-        fake[rows],
-        real,
-        fake,
-        rows.start or 0,
-        None if weight is None else weight[rows],
-        weight,
-        None if labels is None else labels[rows],
-        labels,
-        relation,
-        penalty,
-        normalize == "unit",
-        TAU,
-        DELTA,
-    )
+    **options: str,
+) -> Pairs:
+    """The pairs of a rank that has `rows` of the batch."""
+    own = range(*rows.indices(len(real)))
+    return Pairs(Samples(real, fake, weight, labels), own, Options(tau=TAU, delta=DELTA, **options))
 
 
-def moments_of(problems: list[Problem], normalize: str) -> Tensor | None:
+def moments_of(parts: list[Pairs], normalize: str) -> Tensor | None:
     """What the caller makes of both passes, over all ranks."""
-    if normalize != "mean" or problems[0].relation == "cosine":
+    if normalize != "mean" or parts[0].options.relation == "cosine":
         return None
-    sums = sum(distance_sums(p) for p in problems)
+    sums = sum(distance_sums(p) for p in parts)
     assert isinstance(sums, Tensor)
     mean = sums[:2] / torch.where(sums[2] == 0, 1.0, sums[2])
     moments = torch.cat([1.0 / torch.where(mean == 0, 1.0, mean), torch.full_like(mean, math.nan)])
-    slopes = sum(slope_sums(p, moments) for p in problems)
+    slopes = sum(slope_sums(p, moments) for p in parts)
     assert isinstance(slopes, Tensor)
     moments[2:] = slopes[:2] / torch.where(slopes[2] == 0, 1.0, slopes[2])
     return moments
@@ -112,7 +96,7 @@ Result = tuple[Tensor, Tensor, Tensor]  # loss, gradients of real and fake
 
 
 def fused(real: Tensor, fake: Tensor, **options: Any) -> Result:
-    p = problem(real, fake, **options)
+    p = pairs(real, fake, **options)
     sums, grad_real, grad_fake = loss_and_gradients(p, moments_of([p], options.get("normalize", "unit")), True, True)
     assert sums.dtype == torch.float64 and sums.shape == (2,)
     assert grad_real is not None and grad_fake is not None
@@ -123,7 +107,7 @@ def fused(real: Tensor, fake: Tensor, **options: Any) -> Result:
 
 def by_definition(real: Tensor, fake: Tensor, dtype: torch.dtype, **options: Any) -> Result:
     real, fake = (x.detach().to(dtype).requires_grad_(True) for x in (real, fake))
-    loss = reference.structure_loss(real, fake, tau=TAU, delta=DELTA, **options)
+    loss = structure_loss(real, fake, tau=TAU, delta=DELTA, impl="reference", **options)
     grad_real, grad_fake = torch.autograd.grad(loss, (real, fake))
     return loss.detach().double(), grad_real.double(), grad_fake.double()
 
@@ -175,10 +159,8 @@ def test_every_dtype(place, dtype, relation, normalize) -> None:
 
 def through_ops(real: Tensor, fake: Tensor, queue: Queue | None = None, **options: Any) -> Tensor:
     """What the public function calls on a GPU."""
-    settings = {"weight": None, "labels": None, "penalty": "squared", **options}
-    return ops.structure_loss(
-        "triton", real, fake, queue=queue, group=None, shared=None, tau=TAU, delta=DELTA, **settings
-    )
+    batch = Samples(real, fake, options.pop("weight", None), options.pop("labels", None))
+    return ops.structure_loss("triton", batch, Options(tau=TAU, delta=DELTA, **options), queue=queue)
 
 
 @pytest.mark.parametrize("strips", [False, True])
@@ -219,7 +201,7 @@ def test_through_the_operator(place, relation, compiled) -> None:
 def test_the_loss_alone_is_that_of_the_gradients(place, dtype, relation, normalize) -> None:
     real, fake = features(place.size, place.d, dtype, place.device)
     options = {"relation": relation, "normalize": normalize, "weight": some_weight(place.size, place.device)}
-    p = problem(real, fake, **options)
+    p = pairs(real, fake, **options)
     moments = moments_of([p], normalize)
     alone, *nothing = loss_and_gradients(p, moments, False, False)
     assert nothing == [None, None]
@@ -233,7 +215,7 @@ def test_the_loss_alone_is_that_of_the_gradients(place, dtype, relation, normali
 def test_a_gradient_does_not_depend_on_the_other_one_being_asked_for(place, monkeypatch, normalize, strips) -> None:
     monkeypatch.setattr(launch, "STRIPS_FROM", 0 if strips else 10**9)
     real, fake = features(place.size, place.d, BF16, place.device)
-    p = problem(real, fake, normalize=normalize)
+    p = pairs(real, fake, normalize=normalize)
     moments = moments_of([p], normalize)
     both = loss_and_gradients(p, moments, True, True)
     only_real, only_fake = loss_and_gradients(p, moments, True, False), loss_and_gradients(p, moments, False, True)
@@ -268,8 +250,8 @@ def test_the_ranks_of_a_group_share_the_work(place, monkeypatch, normalize, stri
     real, fake = features(size, place.d, BF16, place.device)
     options = {"normalize": normalize, "weight": some_weight(size, place.device)}
     options |= {"labels": some_labels(size, place.device)}
-    whole = problem(real, fake, **options)
-    ranks = [problem(real, fake, rows=slice(i, i + size // 3), **options) for i in range(0, size, size // 3)]
+    whole = pairs(real, fake, **options)
+    ranks = [pairs(real, fake, rows=slice(i, i + size // 3), **options) for i in range(0, size, size // 3)]
     moments = moments_of([whole], normalize)
     eps = torch.finfo(FP32).eps
     if moments is not None:
@@ -309,7 +291,7 @@ def test_equal_rows_rows_of_zeros_and_ties(place, dtype, relation, normalize) ->
 def test_a_batch_of_equal_rows_has_no_distances_and_no_gradient(place, dtype) -> None:
     real, fake = features(place.size, place.d, dtype, place.device)
     fake[:] = fake[0]
-    sums = distance_sums(problem(real, fake, normalize="none"))
+    sums = distance_sums(pairs(real, fake, normalize="none"))
     assert sums[0] > 0 and sums[1] == 0
     assert not fused(real, fake, normalize="none")[2].any()
 
@@ -320,7 +302,7 @@ def test_a_nan_reaches_the_loss(place, relation, part) -> None:
     real, fake = features(place.size, place.d, BF16, place.device)
     weight = torch.ones(place.size, device=place.device)
     {"real": real[2], "fake": fake[-1], "weight": weight}[part][1] = math.nan
-    p = problem(real, fake, relation=relation, normalize="none", weight=weight)
+    p = pairs(real, fake, relation=relation, normalize="none", weight=weight)
     for need in (False, True):
         assert loss_and_gradients(p, None, need, need)[0][0].isnan()
     assert relation == "cosine" or distance_sums(p)[2 if part == "weight" else ("real", "fake").index(part)].isnan()
@@ -371,7 +353,7 @@ def test_float16_features_may_have_any_scale_and_weights_of_any_size(place, norm
 
 def test_one_sample_and_one_feature(place) -> None:
     one = torch.ones(1, 1, dtype=BF16, device=place.device)
-    p = problem(one, 2 * one, normalize="none", weight=torch.ones(1, device=place.device))
+    p = pairs(one, 2 * one, normalize="none", weight=torch.ones(1, device=place.device))
     assert distance_sums(p).tolist() == [0.0, 0.0, 0.0]
     sums, grad_real, grad_fake = loss_and_gradients(p, None, True, True)
     assert sums.tolist() == [0.0, 0.0]
@@ -394,14 +376,14 @@ def test_results_are_the_same_bits_each_time(place, monkeypatch, strips) -> None
 def test_what_cannot_run_says_what_can() -> None:
     real, fake = features(4, 3, torch.float64)
     with pytest.raises(RuntimeError, match=r"float64, must be .* use impl='reference'"):
-        loss_and_gradients(problem(real, fake), None, True, True)
+        loss_and_gradients(pairs(real, fake), None, True, True)
     with pytest.raises(RuntimeError, match=r"on cpu, must be on a CUDA device; use impl='reference'"):
-        distance_sums(problem(real.float(), fake.float()))
+        distance_sums(pairs(real.float(), fake.float()))
     large = torch.empty(2**20, 2047, dtype=BF16, device="meta")
     with pytest.raises(
         RuntimeError, match=r"1048576 x 2048 features, must be fewer than 2\^31 .* use impl='reference'"
     ):
-        loss_and_gradients(problem(large, large), None, True, True)
+        loss_and_gradients(pairs(large, large), None, True, True)
 
 
 def test_the_table_fits_the_kernels() -> None:

@@ -1,0 +1,89 @@
+"""The one container of feature rows, from the caller's queue to the kernels, and what is asked of it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64 input, float32 for everything narrower."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class Samples(NamedTuple):
+    """Features of n samples, row i of everything belonging to sample i: a batch, a queue, or both as columns.
+
+    As a queue they are samples of earlier batches, without a gradient. S then runs over all ordered pairs with at
+    least one sample of the batch B: each of its two sums is sum_{i, j in B, i != j} + 2 sum_{i in B, k in Q}. Pairs
+    inside the queue do not depend on the batch: left out.
+    """
+
+    real: Tensor  # [n, d], any float dtype; a queue's are converted to the batch's
+    fake: Tensor  # [n, d]
+    weight: Tensor | None = None  # [n], non-negative; None: ones
+    labels: Tensor | None = None  # integers [n]; a queue has them if and only if the batch does
+
+    def plain(self) -> "Samples":
+        """The same, contiguous, with float32 weights (float64 for float64 features) and int64 labels."""
+        return Samples(
+            self.real.contiguous(),
+            self.fake.contiguous(),
+            None if self.weight is None else self.weight.to(compute_dtype(self.real)).contiguous(),
+            None if self.labels is None else self.labels.long().contiguous(),
+        )
+
+    def first(self, n: int) -> "Samples":
+        """The first n samples, as views."""
+        weight, labels = (None if x is None else x[:n] for x in self[2:])
+        return Samples(self.real[:n], self.fake[:n], weight, labels)
+
+    def followed_by(self, queue: "Samples") -> "Samples":
+        """These samples and behind them a queue's, converted to their dtypes."""
+        weight, labels = self.weight, self.labels
+        if weight is not None or queue.weight is not None:
+            dtype = compute_dtype(self.real)
+            now = self.real.new_ones(len(self.real), dtype=dtype) if weight is None else weight
+            past = self.real.new_ones(len(queue.real)) if queue.weight is None else queue.weight
+            weight = torch.cat([now, past.to(dtype)])
+        if labels is not None and queue.labels is not None:
+            labels = torch.cat([labels, queue.labels.to(labels.dtype)])
+        real = torch.cat([self.real, queue.real.to(self.real.dtype)])
+        fake = torch.cat([self.fake, queue.fake.to(self.fake.dtype)])
+        return Samples(real, fake, weight, labels)
+
+
+Queue = Samples
+
+
+class Options(NamedTuple):
+    """How relations are compared; the meaning of each is in `sadm_kernels.structure_loss`."""
+
+    relation: str = "euclidean"
+    penalty: str = "squared"
+    normalize: str = "unit"
+    tau: float = 1.0
+    delta: float = 1.0
+
+    @property
+    def unit(self) -> bool:
+        """Whether rows are scaled to length 1 first."""
+        return self.normalize == "unit" or self.relation == "cosine"
+
+
+class Pairs(NamedTuple):
+    """What a fused backend is asked for: sums over the pairs of this rank's rows with all samples.
+
+    Sums are over own x samples as they stand, a row's pair with itself excepted; gradients are those of a loss that
+    counts every pair both ways, (i, j) and (j, i), whichever rank has row j.
+    """
+
+    samples: Samples  # n: the batch of all ranks, and behind it a queue; as `Samples.plain` makes them
+    own: range  # which of them are this rank's rows
+    options: Options = Options()
+    queued: int = 0  # how many samples at the end are a queue's
+
+    @property
+    def without_queue(self) -> "Pairs":
+        """The same rows against the batch alone."""
+        return self._replace(samples=self.samples.first(len(self.samples.real) - self.queued), queued=0)
