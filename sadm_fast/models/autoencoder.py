@@ -6,7 +6,8 @@ format, and everything that was made with an autoencoder (latents, checkpoints) 
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,24 +60,27 @@ class Autoencoder:
         """From a local folder, the local hub cache, or the hub, in that order; only safetensors are read.
 
         precision: "fp32" or "bf16", of the arithmetic. scale: instead of the configuration's scaling_factor.
-        Raises UserError when there is none, or it is not an AutoencoderKL in safetensors.
+        Raises UserError when there is none, it is not an AutoencoderKL in safetensors, its weights are not exactly
+        those of its configuration, or it scales latents in a way that is not known here.
         """
         from diffusers import AutoencoderKL  # takes seconds to import
+        from diffusers.utils import logging
 
         options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "torch_dtype": torch.float32}
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # its warnings about keys are errors here
         try:
-            try:
-                module = AutoencoderKL.from_pretrained(path, local_files_only=True, **options)
-            except OSError:
-                if Path(path).is_dir():
-                    raise
-                module = AutoencoderKL.from_pretrained(path, **options)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            _require_known(_local_first(AutoencoderKL.load_config, path), scale)
+            module, keys = _local_first(AutoencoderKL.from_pretrained, path, output_loading_info=True, **options)
+            _require_whole(module, keys)
+        except Exception as error:  # diffusers raises nearly anything for a damaged configuration
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"latents.autoencoder={path}: cannot be loaded ({reason}); give a folder with config.json and"
                 " diffusion_pytorch_model.safetensors of a diffusers AutoencoderKL, or a hub id that is in the cache"
             ) from None
+        finally:
+            logging.set_verbosity(verbosity)
         loaded = cls(module, module.config, name=path, scale=scale)
         nn.Module.to(module, device=device, dtype=_DTYPES[precision])  # diffusers' own `to` warns about nothing
         return loaded
@@ -110,6 +114,49 @@ class Autoencoder:
         """Images float32 [B, C, H, W], about [-1, 1], of scaled latents [B, c, h, w]."""
         weights = next(self.module.parameters())
         return self.module.decode(self.scale.to_raw(latents).to(weights)).sample.float()
+
+
+def _local_first(load: Callable[..., Any], path: str, **options: Any) -> Any:
+    """`load(path)` from a folder or the local hub cache, then from the hub."""
+    try:
+        return load(path, local_files_only=True, **options)
+    except OSError:
+        if Path(path).is_dir():
+            raise
+        return load(path, **options)
+
+
+def _require_known(configuration: Any, scale: float | None) -> None:
+    """ValueError unless config.json is that of an AutoencoderKL whose scale is one factor and one shift."""
+    if not isinstance(configuration, Mapping):
+        raise ValueError("its config.json holds no JSON object")
+    kind = configuration.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise ValueError(f"its class is {kind}")
+    for key in ("latents_mean", "latents_std"):
+        if configuration.get(key) is not None:
+            raise ValueError(
+                f"its config.json has {key}, a scale for each channel, which is not supported: in a copy of it, remove"
+                " latents_mean and latents_std and set scaling_factor and shift_factor for all channels"
+            )
+    factor = configuration.get("scaling_factor", 1.0) if scale is None else scale
+    shift = configuration.get("shift_factor") or 0.0
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in (factor, shift)) or factor <= 0:
+        raise ValueError(
+            f"its scaling_factor={factor} and shift_factor={shift} must be numbers, the first above 0;"
+            " correct its config.json, or give latents.scale"
+        )
+
+
+def _require_whole(module: nn.Module, keys: Mapping[str, Sequence[str]]) -> None:
+    """ValueError unless the file held every weight of the model, nothing else, and finite values only."""
+    for what, names in (("lacks", keys["missing_keys"]), ("has the unknown", keys["unexpected_keys"])):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"its safetensors file {what} {min(names)}{more}: it is damaged or of another model")
+    for name, tensor in module.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"its {name} holds values that are not finite: it is damaged")
 
 
 def _identity(module: nn.Module, configuration: Mapping[str, Any]) -> str:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +102,87 @@ def test_what_is_missing_is_one_line(
     with pytest.raises(UserError, match=r"^latents\.autoencoder=.*cannot be loaded .*; give a folder with") as caught:
         Autoencoder.load(str(folder))
     assert "\n" not in str(caught.value)
+
+
+def change_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    state = load_file(folder / WEIGHTS)
+    for name, value in changes.items():
+        state.pop(name, None)
+        if value is not None:
+            state[name] = value
+    save_file(state, folder / WEIGHTS, {"format": "pt"})
+
+
+def cut_short(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:5000])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a weight is missing": (
+        lambda folder: change_weights(folder, **{"encoder.conv_out.weight": None}),
+        r"its safetensors file lacks encoder\.conv_out\.weight: it is damaged or of another model",
+    ),
+    "two weights are missing": (
+        lambda folder: change_weights(folder, **{"quant_conv.weight": None, "quant_conv.bias": None}),
+        r"lacks quant_conv\.bias and 1 more",
+    ),
+    "a weight too many": (
+        lambda folder: change_weights(folder, **{"loss.logvar": torch.zeros(1)}), r"has the unknown loss\.logvar: ",
+    ),
+    "a weight of another shape": (
+        lambda folder: change_weights(folder, **{"quant_conv.bias": torch.zeros(3)}),
+        "size mismatch for quant_conv.bias",
+    ),
+    "a weight that is not finite": (
+        lambda folder: change_weights(folder, **{"quant_conv.bias": torch.full((8,), torch.nan)}),
+        r"its quant_conv\.bias holds values that are not finite",
+    ),
+    "cut short": (cut_short, "Unable to load weights"),
+    "another class": (
+        lambda folder: change_config(folder, _class_name="AutoencoderTiny"), "its class is AutoencoderTiny",
+    ),
+    "statistics of each channel": (
+        lambda folder: change_config(folder, latents_mean=[0.1] * 4, latents_std=[1.0] * 4),
+        "its config.json has latents_mean",
+    ),
+    "a deviation of each channel": (
+        lambda folder: change_config(folder, latents_std=[1.0] * 4), "its config.json has latents_std",
+    ),
+    "no scale": (lambda folder: change_config(folder, scaling_factor=None), "its scaling_factor=None"),
+    "a scale of zero": (lambda folder: change_config(folder, scaling_factor=0), "its scaling_factor=0"),
+    "a shift in words": (lambda folder: change_config(folder, shift_factor="x"), "shift_factor=x must be numbers"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "its config.json holds no JSON object"),
+    "no lists": (lambda folder: change_config(folder, block_out_channels=8), "object is not subscriptable"),
+    "unknown blocks": (lambda folder: change_config(folder, down_block_types=["Mystery"] * 2), "Mystery"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_or_foreign_autoencoder_is_one_line(
+    saved: Path, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    break_it, message = DAMAGES[damage]
+    folder = shutil.copytree(saved, tmp_path / "there")
+    break_it(folder)
+    with pytest.raises(UserError, match=r"^latents\.autoencoder=.*there: cannot be loaded \(.*" + message) as caught:
+        Autoencoder.load(str(folder))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # diffusers has nothing to add
+
+
+def test_a_scale_of_ones_own_stands_for_one_that_is_missing(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "there")
+    change_config(folder, scaling_factor=None)
+    assert Autoencoder.load(str(folder), scale=0.3).scale.scale == 0.3
+
+
+def test_the_names_that_older_versions_of_diffusers_wrote_are_known(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "there")
+    state = load_file(folder / WEIGHTS)
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        state = {name.replace(f".{new}.", f".{old}."): value for name, value in state.items()}
+    save_file(state, folder / WEIGHTS, {"format": "pt"})
+    assert Autoencoder.load(str(folder)).identity == Autoencoder.load(str(saved)).identity
 
 
 def test_a_pickle_is_not_read(saved: Path, tmp_path: Path) -> None:
