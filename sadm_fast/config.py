@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from sadm_fast.config_errors import explain, override, refuse_deepspeed_format
 from sadm_fast.diffusion import EDM, VP, Flow, Process
 from sadm_fast.diffusion.samplers import find_sampler
 from sadm_fast.errors import UserError
+from sadm_fast.files import expand_home
 from sadm_fast.models.dit import parse_name
 
 
@@ -21,8 +23,18 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def _expanded(path: str) -> str:
+    try:
+        return expand_home(path)
+    except UserError as error:
+        raise PydanticCustomError("home", "{reason}", {"reason": str(error).partition(": ")[2]}) from None
+
+
+FilePath = Annotated[str, AfterValidator(_expanded)]  # or a name that is no path: demo:mnist5k, a hub id
+
+
 class DataConfig(Block):
-    path: str = Field("demo:mnist5k", description="where the samples are; demo:mnist5k is the embedded demo set")
+    path: FilePath = Field("demo:mnist5k", description="where the samples are; demo:mnist5k is the embedded demo set")
     source: Literal["folder", "webdataset", "latents"] = Field(
         "folder", description="folder: class/name.png; webdataset: tar shards; latents: what encode.py wrote"
     )
@@ -44,13 +56,13 @@ class DataConfig(Block):
 class LatentsConfig(Block):
     """The latent space of data.source=latents, and how encode.py fills data.path."""
 
-    autoencoder: str = Field(
+    autoencoder: FilePath = Field(
         "stabilityai/sd-vae-ft-ema", description="diffusers AutoencoderKL: a local folder or a hub id"
     )
     channels: int = Field(4, ge=1, description="channels of a latent")
     downsample: int = Field(8, ge=1, description="pixels of the image a side of a latent's pixel")
     scale: float | None = Field(None, gt=0, description="scaled = scale * raw; null: the autoencoder's scaling_factor")
-    images: str | None = Field(None, description="encode.py: the images that data.path is made from")
+    images: FilePath | None = Field(None, description="encode.py: the images that data.path is made from")
     images_source: Literal["folder", "webdataset"] = "folder"
     dtype: Literal["float16", "float32"] = Field("float16", description="encode.py: of the cached mean and deviation")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="encode.py: of the autoencoder's arithmetic")
@@ -96,7 +108,7 @@ class DenoiserConfig(Block):
     num_heads: int = Field(4, ge=1)
     num_classes: int | None = Field(None, ge=1, description="null: the number of class folders")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by the null class")
-    weights: str | None = Field(
+    weights: FilePath | None = Field(
         None, description="safetensors file to start from (fine-tuning); labels of another number of classes start anew"
     )
 
@@ -136,7 +148,7 @@ class StructureEncoderConfig(Block):
     norm: Literal["group", "frozen"] = Field(
         "group", description="resnet18: frozen is needed for torchvision's weights"
     )
-    weights: str | None = Field(None, description="safetensors file to start from; null: train on the data first")
+    weights: FilePath | None = Field(None, description="safetensors file to start from; null: train on the data first")
     pretrain: ClassifierTraining = Field(default_factory=lambda: ClassifierTraining())
 
 
@@ -230,7 +242,7 @@ class EvaluateConfig(Block):
 class OffloadConfig(Block):
     device: Literal["none", "cpu", "nvme"] = "none"
     pin_memory: bool = False
-    nvme_path: str | None = None
+    nvme_path: FilePath | None = None
 
 
 class ZeroConfig(Block):
@@ -417,7 +429,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: one line with the key's path, its value and what is allowed.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = json.loads(Path(expand_home(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
     except ValueError as error:

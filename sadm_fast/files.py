@@ -7,6 +7,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sadm_fast.errors import UserError
+
+
+def expand_home(path: str | Path) -> str:
+    """`path` with `~` or `~name` at its start as the home folder meant; UserError if there is none of that name.
+
+    A shell does it only where a word begins, so not in --run-dir=~/x or --set data.path=~/x, nor in a file.
+    """
+    given = str(path)
+    expanded = os.path.expanduser(given)
+    if given.startswith("~") and expanded == given:
+        user = given.split("/")[0]
+        raise UserError(f"{given}: there is no home folder {user}; write it in full, or ./{given} if it is a name")
+    return expanded
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole: readers see the old or the new one."""
@@ -37,7 +52,7 @@ def _finite(value: Any) -> Any:
 
 def default_cache() -> Path:
     """$SADM_CACHE, or ./datasets."""
-    return Path(os.environ.get("SADM_CACHE") or "datasets")
+    return Path(expand_home(os.environ.get("SADM_CACHE") or "datasets"))
 
 
 def remember(path: Path, content: bytes) -> bool:

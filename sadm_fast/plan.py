@@ -78,7 +78,7 @@ def _plan(arguments: argparse.Namespace) -> str:
 
     config = load_config(arguments.config, arguments.overrides)
 
-    from sadm_fast.files import write_json
+    from sadm_fast.files import expand_home, write_json
     from sadm_fast.planning.plan import make_plan
     from sadm_fast.planning.roofline import Assumptions
     from sadm_fast.planning.text import plan_text
@@ -97,7 +97,7 @@ def _plan(arguments: argparse.Namespace) -> str:
     )
     if arguments.json is not None:
         try:
-            write_json(arguments.json, plan)
+            write_json(Path(expand_home(arguments.json)), plan)
         except OSError as error:
             raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror})") from None
     return plan_text(plan)

@@ -51,6 +51,7 @@ def _sample(arguments: argparse.Namespace) -> Path:
     device = torch.device("cuda" if choose_accelerator() else "cpu")
 
     from sadm_fast.console import Console
+    from sadm_fast.files import expand_home
     from sadm_fast.gallery import picture_grid, save_picture
     from sadm_fast.generation import generate, load_trained, to_images
     from sadm_fast.scales import float_to_pixels
@@ -82,16 +83,17 @@ def _sample(arguments: argparse.Namespace) -> Path:
     pictures = torch.cat(images)
     try:
         if arguments.folder is None:
-            out: Path = arguments.out or arguments.run / "samples.png"
+            out = Path(expand_home(arguments.out or Path(arguments.run, "samples.png")))
             save_picture(picture_grid(pictures, min(len(names), arguments.count)), out)
             return out
+        folder = Path(expand_home(arguments.folder))
         for i, image in enumerate(pictures):
-            path = arguments.folder / names[i % len(names)] / f"{i:06d}.png"
+            path = folder / names[i % len(names)] / f"{i:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_picture(float_to_pixels(image), path)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
-    return Path(arguments.folder)
+    return folder
 
 
 if __name__ == "__main__":

@@ -192,6 +192,23 @@ def test_a_mistake_is_one_line_with_path_value_and_what_is_allowed(raw: dict[str
     assert refusal(raw).startswith(message)
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "data.path", "latents.images", "latents.autoencoder", "denoiser.weights", "structure_encoder.weights",
+        "deepspeed.zero_optimization.offload_optimizer.nvme_path",
+    ],
+)  # fmt: skip
+def test_a_tilde_in_a_path_is_the_home_folder(file: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    stage = "deepspeed.zero_optimization.stage=1"
+    latents = ["data.source=latents", 'latents={"downsample": 2}'] if path.startswith("latents") else []
+    config = load_config(file, [stage, *latents, f"{path}=~/x"])
+    assert flatten(config.resolved())[path] == "/home/of/mine/x"
+    with pytest.raises(UserError, match=rf'^{path}="~no-such-user/x": there is no home folder ~no-such-user; write it'):
+        load_config(file, [stage, *latents, f"{path}=~no-such-user/x"])
+
+
 def test_of_several_mistakes_the_first_is_told_and_the_others_are_counted() -> None:
     message = refusal({"train": {"steps": 0, "log_every": 0}, "dta": {}})
     assert message.startswith("train.steps=0: ") and message.endswith(" (and 2 more)")

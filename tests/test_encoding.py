@@ -128,6 +128,20 @@ def test_the_manifest_says_what_was_made_of_what(config: Path) -> None:
     assert (encoding["dtype"], encoding["resolution"], encoding["downsample"]) == ("float16", 16, 2)
 
 
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autoencoder: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(config.parent)
+    (tmp_path / "vae").symlink_to(autoencoder)
+    homes = ("data.path=~/home/latents", "latents.images=~/images", "latents.autoencoder=~/vae")
+    assert encode.main(arguments(Path("~/latents.json"), *homes)) == 0
+    assert len(LatentSource.open("~/home/latents")) == len(LatentSource.open(tmp_path / "home/latents")) == 21
+    for path in ("~/home/latents", "~/images"):
+        assert encode.main(["--check", path]) == 0
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_complete_cache_is_left_alone(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first = encoded(config)
     times = {path: path.stat().st_mtime_ns for path in (config.parent / "latents").rglob("*")}

@@ -1,16 +1,31 @@
-"""Files of the cache: whole or not at all."""
+"""Paths as a person writes them; files of the cache: whole or not at all."""
 
 import os
+import pwd
 from pathlib import Path
 
 import pytest
 
-from sadm_fast.files import default_cache, remember
+from sadm_fast.errors import UserError
+from sadm_fast.files import default_cache, expand_home, remember
+
+
+def test_a_tilde_at_the_start_is_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    assert expand_home("~") == "/home/of/mine" and expand_home(Path("~/a/b")) == "/home/of/mine/a/b"
+    assert expand_home("~root/x") == f"{pwd.getpwnam('root').pw_dir.rstrip('/')}/x"
+    for other in ("a/~/b", "./~a", "a~", "demo:mnist5k", "", "/x"):
+        assert expand_home(other) == other
+    with pytest.raises(UserError, match=r"^~no-such-user/x: there is no home folder ~no-such-user; write"):
+        expand_home("~no-such-user/x")
 
 
 def test_the_folder_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SADM_CACHE", str(tmp_path))
     assert default_cache() == tmp_path
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    monkeypatch.setenv("SADM_CACHE", "~/cache")
+    assert default_cache() == Path("/home/of/mine/cache")
     monkeypatch.delenv("SADM_CACHE")
     assert default_cache() == Path("datasets")
 

@@ -63,9 +63,19 @@ def test_single_pictures_go_into_class_folders(run: Path, tmp_path: Path):
     assert found == {"circle/000000.png", "square/000001.png", "triangle/000002.png", "circle/000003.png"}
 
 
+def test_a_tilde_is_the_home_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(run)
+    for arguments, made in (([], "run/samples.png"), (["--out=~/x.png"], "x.png"), (["--folder=~/x"], "x")):
+        assert sample.main(["~/run", "--count=1", *arguments]) == 0
+        assert (tmp_path / made).exists()
+    assert not list(run.glob("~*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--out", "~no-such-user/x.png"], "~no-such-user/x.png: there is no home folder"),
         (["--classes", "pentagon"], "pentagon: the run has circle, square, triangle"),
         (["--count", "0"], "--count 0"),
         (["--steps", "0"], "--steps 0"),

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sadm_fast import run_folder, train
+from sadm_fast import train
 from sadm_fast.config import load_config
 from sadm_fast.run.checkpoint import FORMAT
+from sadm_fast.run.folder import RunFolder
 from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, tree
 from tests.support.ranks import ROOT, clean_environment
 
@@ -309,7 +310,7 @@ def small_image(config: Path, run: Path) -> list[str]:
 
 
 def other_configuration(config: Path, run: Path) -> list[str]:
-    run_folder.RunFolder(run).claim(load_config(config))
+    RunFolder(run).claim(load_config(config))
     return ["game.lambda_s=0.7"]
 
 
@@ -320,7 +321,7 @@ def foreign_folder(config: Path, run: Path) -> list[str]:
 
 
 def damaged_config_in_folder(config: Path, run: Path) -> list[str]:
-    run_folder.RunFolder(run).claim(load_config(config))
+    RunFolder(run).claim(load_config(config))
     (run / "config.json").write_text("{")
     return []
 
@@ -348,7 +349,7 @@ def one_class_to_judge(config: Path, run: Path) -> list[str]:
 
 def checkpoint_of(manifest: dict[str, Any]) -> Spoil:
     def spoil(config: Path, run: Path) -> list[str]:
-        run_folder.RunFolder(run).claim(load_config(config))
+        RunFolder(run).claim(load_config(config))
         folder = run / "checkpoints" / "step-000003"
         folder.mkdir()
         (folder / "COMPLETE").write_text(json.dumps({"format": FORMAT, "step": 3, "files": {}, **manifest}))

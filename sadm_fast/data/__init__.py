@@ -25,6 +25,7 @@ from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource, Source
 from sadm_fast.data.webdataset import TarShards
 from sadm_fast.errors import UserError
+from sadm_fast.files import expand_home
 from sadm_fast.scales import pixels_to_float
 
 __all__ = [
@@ -50,18 +51,19 @@ def open_images(path: str | Path, kind: str = "folder", progress: Progress | Non
     kind "folder": root/class/name.ext, or "demo:mnist5k"; "webdataset": tar shards, whose index is made if it is
     missing (progress is called with shards done, shards). Raises UserError (ImageFolder.scan, TarShards.scan).
     """
+    path = expand_home(path)
     if kind == "webdataset":
         return TarShards.scan(path, progress)
     if kind != "folder":
         raise ValueError(f"kind={kind!r}: must be 'folder' or 'webdataset'")
-    if str(path).startswith(PREFIX):
-        path = demo_folder(str(path))
+    if path.startswith(PREFIX):
+        path = demo_folder(path)
     return ImageFolder.scan(path)
 
 
 def open_any(path: str, progress: Progress | None = None) -> ImageSource | LatentSource:
     """List cached latents, WebDataset tar shards or an image folder, by what lies at `path`; UserError as theirs."""
-    root = Path(path).expanduser()
+    root = Path(expand_home(path))
     if (root / MANIFEST).exists() or (root / ENCODING).exists():
         return LatentSource.open(root)
     shards = root.suffix == ".tar" or (root.is_dir() and any(root.glob("*.tar")))

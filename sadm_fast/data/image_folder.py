@@ -64,7 +64,7 @@ class ImageFolder(ImageSource):
         Raises UserError: missing or empty folder, no class subfolders, a class without images, a file that is
         not an image by its name, a folder inside a class, no permission.
         """
-        root = Path(path).expanduser()
+        root = Path(path)
         if not root.is_dir():
             what = "is a file, not a folder" if root.exists() else "no such folder"
             raise UserError(f"data.path={root}: {what}; give a folder of class folders of images")

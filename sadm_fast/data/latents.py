@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
-from sadm_fast.files import default_cache, remember, write_json
+from sadm_fast.files import default_cache, expand_home, remember, write_json
 from sadm_fast.scales import LatentScale
 from sadm_kernels.streams import copy_rows, has_streams
 
@@ -163,7 +163,7 @@ class LatentSource(Source):
 
         Raises UserError: no cache, an unfinished one, another format, a shard that is missing or cut short.
         """
-        root = Path(path).expanduser()
+        root = Path(expand_home(path))
         try:
             text = (root / MANIFEST).read_text()
             manifest = json.loads(text)

@@ -83,7 +83,7 @@ class TarShards(ImageSource):
         "0" to the largest label. Raises UserError: no such path, no *.tar in it, no permission, and all that
         build_index raises.
         """
-        root = Path(path).expanduser()
+        root = Path(path)
         shards = _list_shards(root)
         remembered = default_cache() / "index" / f"{hashlib.sha256(_stamp(shards).encode()).hexdigest()[:32]}.npz"
         index = load_index(remembered, len(shards))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sadm_fast.errors import UserError
+from sadm_fast.files import expand_home
 from sadm_fast.scales import LatentScale
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,6 +64,7 @@ class Autoencoder:
         Raises UserError when there is none, it is not an AutoencoderKL in safetensors, its weights are not exactly
         those of its configuration, or it scales latents in a way that is not known here.
         """
+        path = expand_home(path)
         from diffusers import AutoencoderKL  # takes seconds to import
         from diffusers.utils import logging
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from sadm_fast.config import CHANGEABLE, Config, flatten, without
 from sadm_fast.errors import UserError
-from sadm_fast.files import write_json, write_text
+from sadm_fast.files import expand_home, write_json, write_text
 
 
 class RunFolder:
     """Paths inside runs/NAME, and the few small files that are written as a whole."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        path = self.path = Path(expand_home(path))
         self.config = path / "config.json"
         self.facts = path / "run.json"
         self.metrics = path / "metrics.jsonl"

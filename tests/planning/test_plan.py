@@ -146,6 +146,7 @@ def test_every_mode_can_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--fraction-of-peak", "1.5"], "--fraction-of-peak 1.5: must be above 0 and at most 1"),
         (["--fraction-of-bandwidth", "0"], "--fraction-of-bandwidth 0: must be above 0 and at most 1"),
         (["--set", "train.micro_batch=0"], "train.micro_batch=0:"),
+        (["--json", "~no-such-user/plan.json"], "~no-such-user/plan.json: there is no home folder"),
         (["--json", "there/is/no/such/folder.json"], "--json there/is/no/such/folder.json: cannot be written"),
         (["--set", "denoiser.num_classes=null"], "nowhere"),
     ],

@@ -32,6 +32,11 @@ def test_a_free_folder_is_claimed_by_writing_the_configuration(tmp_path: Path):
     assert free.check(config()) is True
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    assert RunFolder("~/runs/x").config == Path("/home/of/mine/runs/x/config.json")
+
+
 def test_what_a_resumed_run_may_change_is_no_other_configuration(folder: RunFolder):
     longer = config(train={"steps": 9999, "log_every": 3}, data={"path": "elsewhere"}, sampling={"steps": 5})
     assert folder.check(longer) is True
