@@ -10,7 +10,7 @@ from sadm_fast.data.source import Source
 from sadm_fast.feed import load_samples
 from sadm_fast.generation import generate
 from sadm_fast.metrics.evaluation import Evaluator
-from sadm_fast.metrics.judges import ClassifierJudge, PixelJudge, RandomJudge
+from sadm_fast.metrics.judges import ClassifierJudge, judges_of
 from sadm_fast.models import DiT
 from sadm_fast.ranks.collectives import rank_and_world_size
 
@@ -25,8 +25,7 @@ def build_evaluator(config: Config, images: Source, judge: ClassifierJudge, devi
         load_samples(config, images, mine[i : i + config.evaluate.batch])
         for i in range(0, len(mine), config.evaluate.batch)
     )
-    judges = [judge, RandomJudge(channels), PixelJudge(channels, resolution, resolution)]
-    return Evaluator.build(real, judges, seed=config.seed, device=device)
+    return Evaluator.build(real, judges_of(channels, resolution, judge), seed=config.seed, device=device)
 
 
 def evaluation_images(config: Config, model: DiT, num_classes: int, device: torch.device) -> Iterator[Tensor]:

@@ -1,16 +1,14 @@
-"""Three feature spaces to judge generated images in, none of which is the structure encoder's.
+"""Judges: feature spaces in which generated images are compared with real ones; none is the structure encoder's.
 
-All take images float [B, C, H, W] in [-1, 1], of any size, to features float32 [B, feature_dim], and first
-bring the images to a bounded size, so that a judge costs the same at any resolution:
-- ClassifierJudge sees classes. Trained on the real images by sadm_fast.pretrain; of another family than both
-  Psis (patches and depthwise mixing with batch norm, against plain and residual convolutions with group
-  norm).
-- RandomJudge sees strokes, edges and textures. Never trained, the same weights for ever.
-- PixelJudge sees brightness and where it is.
-A gain in one space that is a loss in another is not a gain.
+A judge maps images, float [B, C, H, W] in [-1, 1] of any size, to features, float32 [B, feature_dim]. It first reduces
+large images, so that it costs the same at any resolution. A gain in one space that is a loss in another is not a gain.
+
+To add a judge: write the class with its three texts, and name it in JUDGES and `judges_of`. Evaluations, the terminal,
+TensorBoard and the report take names and texts from there.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,7 @@ _RANDOM_JUDGE_KEY = (0x5ADF, 0x1F1D)
 
 
 def bounded(images: Tensor, longest_side: int = _LONGEST_SIDE) -> Tensor:
-    """Images [B, C, H, W] as float32, averaged down in proportion if a side is longer than longest_side."""
+    """Average images [B, C, H, W] down, in proportion, until no side is longer than longest_side; float32."""
     height, width = images.shape[-2:]
     longest = max(height, width)
     images = images.float()
@@ -35,14 +33,23 @@ def bounded(images: Tensor, longest_side: int = _LONGEST_SIDE) -> Tensor:
 
 
 class Judge(nn.Module):
-    """What an evaluator needs of a feature space: the name of its number and the length of its features."""
+    """A feature space and what people read about it.
 
-    metric: str
+    Attributes:
+        metric: name of its Frechet distance in evaluations.jsonl, on the terminal and in the report.
+        space: what is compared, as part of a sentence.
+        text: whose features these are, and what they notice: one or two sentences.
+        feature_dim: length of a feature row.
+    """
+
+    metric: ClassVar[str]
+    space: ClassVar[str]
+    text: ClassVar[str]
     feature_dim: int
 
 
 class MixerBlock(nn.Module):
-    """Depthwise convolution with a skip, then a pointwise one: ConvMixer, Trockman and Kolter 2022."""
+    """Depthwise convolution with a skip connection, then a pointwise one: ConvMixer, Trockman and Kolter 2022."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -56,14 +63,20 @@ class MixerBlock(nn.Module):
 
 
 class ClassifierJudge(Judge):
-    """A small ConvMixer: overlapping patches of 7x7 every 4 pixels, mixer blocks, global mean; [B, width]
-    features.
+    """A small ConvMixer, which sees classes: 7x7 patches every 4 pixels, mixer blocks, global mean.
 
-    In train mode batch norm uses the batch's statistics; scores come from eval mode, where images do not mix.
-    Trained for 400 steps of 128 at lr 0.01 and decay 0.05 it knows about 98% of held-out MNIST-5k digits.
+    sadm_fast.pretrain trains it on the real images. It is of another family than both Psis: patches, depthwise mixing
+    and batch norm, where they have plain or residual convolutions and group norm. Scores come from eval mode, where
+    batch norm mixes no images. Trained for 400 steps of 128 at lr 0.01 and decay 0.05, it is right on about 98% of
+    held-out MNIST-5k digits.
     """
 
     metric = "fid_classifier"
+    space = "the features of a classifier"
+    text = (
+        "Features of a classifier that was trained in this repository on the same real images, apart from Ψ. It notices"
+        " wrong content."
+    )
 
     def __init__(self, channels: int, width: int = 64, depth: int = 4) -> None:
         super().__init__()
@@ -74,18 +87,17 @@ class ClassifierJudge(Judge):
         self.blocks = nn.Sequential(*[MixerBlock(width) for _ in range(depth)])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features float32 [B, feature_dim] of images [B, C, H, W] in [-1, 1]."""
+        """Compute features float32 [B, feature_dim] of images [B, C, H, W] in [-1, 1]."""
         # Channels last: depthwise convolutions on the CPU run about a third faster.
         x = bounded(images).contiguous(memory_format=torch.channels_last)
         return self.blocks(self.patches(x)).mean(dim=(2, 3))
 
 
 def _fixed_filters(layer: int, channels_out: int, channels_in: int, size: int) -> Tensor:
-    """Filters float32 [out, in, size, size], a function of the arguments alone: Philox integers, exact
-    arithmetic.
+    """Draw filters float32 [out, in, size, size] from Philox integers: the same on every machine.
 
-    Uniform with He's variance 2 / fan_in. Each filter has zero mean, so that what passes is contrast, not
-    brightness: in deep random networks the mean brightness otherwise drowns everything else.
+    Uniform with He's variance 2 / fan_in. Each filter has zero mean, so that contrast passes and brightness does not:
+    otherwise mean brightness would drown all else in deep random networks.
     """
     fan_in = channels_in * size * size
     index = torch.arange(channels_out * fan_in)
@@ -97,14 +109,18 @@ def _fixed_filters(layer: int, channels_out: int, channels_in: int, size: int) -
 
 
 class RandomJudge(Judge):
-    """Three random strided convolutions with ReLU; the mean of each layer's channels over the image, 160
-    features.
+    """Three random strided convolutions with ReLU, which see strokes, edges and textures; never trained.
 
-    Random networks rank generators much as trained ones do and carry no labels (Naeem et al. 2020, section
-    5).
+    160 features: the mean of each channel of each layer over the image. Random networks rank generators much as trained
+    ones do, and know no labels (Naeem et al. 2020, section 5).
     """
 
     metric = "fid_random"
+    space = "the features of a random network"
+    text = (
+        "Features of a convolutional network with fixed random weights, which knows no classes. It notices texture and"
+        " strokes."
+    )
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -116,7 +132,7 @@ class RandomJudge(Judge):
             channels_in = width
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features float32 [B, 160] of images [B, C, H, W] in [-1, 1]."""
+        """Compute features float32 [B, 160] of images [B, C, H, W] in [-1, 1]."""
         x = bounded(images)
         pooled = []
         for filters in self.buffers():
@@ -126,9 +142,11 @@ class RandomJudge(Judge):
 
 
 class PixelJudge(Judge):
-    """The image, averaged down by a whole factor to at most 512 values (14x14 for a 28x28 digit)."""
+    """The image itself, averaged down by a whole factor to at most 512 values (14x14 for a 28x28 digit)."""
 
     metric = "fid_pixels"
+    space = "pixels"
+    text = "The pixels themselves. It notices brightness, position and contrast."
 
     def __init__(self, channels: int, height: int, width: int) -> None:
         super().__init__()
@@ -139,5 +157,13 @@ class PixelJudge(Judge):
         self.feature_dim = channels * self.size[0] * self.size[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features float32 [B, feature_dim] of images [B, C, H, W] in [-1, 1]."""
+        """Compute features float32 [B, feature_dim] of images [B, C, H, W] in [-1, 1]."""
         return F.adaptive_avg_pool2d(images.float(), self.size).flatten(1)
+
+
+JUDGES: tuple[type[Judge], ...] = (ClassifierJudge, RandomJudge, PixelJudge)  # in the order of the report
+
+
+def judges_of(channels: int, resolution: int, classifier: ClassifierJudge) -> list[Judge]:
+    """Build the judges of a run on square images, one of each in JUDGES; `classifier` is the trained one."""
+    return [classifier, RandomJudge(channels), PixelJudge(channels, resolution, resolution)]

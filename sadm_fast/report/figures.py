@@ -253,9 +253,14 @@ def _mark_classes(axes: Axes, labels: np.ndarray, names: Sequence[str], color: s
     axes.tick_params(length=0, labelsize=8)
 
 
+def printable(text: str) -> str:
+    """Replace what matplotlib cannot draw or XML cannot hold (control characters, surrogates) by spaces."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def _short(class_names: Sequence[str], label: int) -> str:
     name = class_names[label] if 0 <= label < len(class_names) else str(label)
-    name = "".join(character if character.isprintable() else " " for character in name)
+    name = printable(name)
     return name if len(name) <= 12 else f"{name[:11]}…"
 
 

@@ -1,4 +1,4 @@
-"""runs/NAME/report.html: one self-contained page that shows a person what a training run did, at any time."""
+"""runs/NAME/report.html: one self-contained page that shows what a training run has done so far."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from sadm_fast.errors import UserError
 from sadm_fast.report import sections, texts
 from sadm_fast.report.markup import change, count, duration, escape, missing, show
-from sadm_fast.report.reading import FEATURE_SPACES, Run, number, read_run
+from sadm_fast.report.reading import JUDGE_OF, Run, number, read_run
 from sadm_fast.report.style import style_sheet
 
 # The page needs nothing but itself, and says so to the browser: no scripts, no requests.
@@ -17,9 +17,9 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write run_dir/report.html from what the folder holds so far and return its path.
+    """Write run_dir/report.html from the files in the folder so far, and return its path.
 
-    Replaces an earlier report in one step; what is missing or unreadable becomes a sentence on the page.
+    An earlier report is replaced as a whole. A file that is missing or unreadable becomes a sentence on the page.
     Raises UserError if the folder is missing or cannot be written.
     """
     if not run_dir.is_dir():
@@ -98,27 +98,30 @@ def _progress(run: Run) -> str:
 
 
 def _verdict(run: Run) -> str:
-    """The run in one sentence: the classifier's distance, then and now, against the floor."""
-    scored = _scored(run, "fid_classifier")
-    if not scored:
+    """Say the run in one sentence: the distance of the first judge, then and now, against the floor."""
+    metric = next(iter(run.scored), None)
+    scored = [] if metric is None else _scored(run, metric)
+    if metric is None or not scored:
         return "The samples of this run have not been evaluated yet."
     (first_step, first), (last_step, last) = scored[0], scored[-1]
-    space = "The Frechet distance between samples and real images, in the features of a classifier,"
+    judge = JUDGE_OF.get(metric)
+    compared = escape(f"as {metric} measures it" if judge is None else f"in {judge.space}")
+    distance = f"The Frechet distance between samples and real images, {compared},"
     if len(scored) == 1:
-        sentence = f"{space} is {show(last)} at step {last_step:,}, the only evaluation so far"
+        sentence = f"{distance} is {show(last)} at step {last_step:,}, the only evaluation so far"
     else:
         sentence = (
-            f"{space} went from {show(first)} at step {first_step:,} to {show(last)} at step "
+            f"{distance} went from {show(first)} at step {first_step:,} to {show(last)} at step "
             f"{last_step:,}: {change(first, last)}"
         )
-    floor = run.floor.get("fid_classifier")
+    floor = run.floor.get(metric)
     return f"{sentence}." if floor is None else f"{sentence}. Real images against real ones: {show(floor)}."
 
 
 def _tiles(run: Run) -> str:
     tiles = []
-    for space in FEATURE_SPACES:
-        scored = _scored(run, space)
+    for metric in run.scored:
+        scored = _scored(run, metric)
         if not scored:
             continue
         (first_step, first), (last_step, last) = scored[0], scored[-1]
@@ -129,15 +132,16 @@ def _tiles(run: Run) -> str:
                 if change(first, last) != "unchanged"
                 else f"unchanged since step {first_step:,}"
             )
-        floor = run.floor.get(space)
+        floor = run.floor.get(metric)
         lines.append("no floor recorded" if floor is None else f"floor, real versus real: {show(floor)}")
         tiles.append(
-            f'<div class="tile"><h3>{space}</h3><div class="score">{show(last)}</div><p>{"<br>".join(lines)}</p></div>'
+            f'<div class="tile"><h3>{escape(metric)}</h3><div class="score">{show(last)}</div>'
+            f"<p>{'<br>'.join(lines)}</p></div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
-def _scored(run: Run, space: str) -> list[tuple[int, float]]:
-    """Step and score of every evaluation with a finite score in this feature space."""
-    scores = [(row["step"], number(row.get(space))) for row in run.evaluations]
+def _scored(run: Run, metric: str) -> list[tuple[int, float]]:
+    """Return step and score of every evaluation with a finite score in this metric."""
+    scores = [(row["step"], number(row.get(metric))) for row in run.evaluations]
     return [(step, score) for step, score in scores if score is not None and math.isfinite(score)]

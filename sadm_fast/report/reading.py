@@ -1,4 +1,4 @@
-"""What a run's folder says so far, read without ever failing on what is missing, half-written or odd."""
+"""Read a run's folder as far as it is written; nothing missing, half-written or odd is an error."""
 
 import json
 import math
@@ -12,25 +12,26 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from sadm_fast.config import flatten
+from sadm_fast.metrics.judges import JUDGES
 
 Item = TypeVar("Item")
 MODES = ("plain", "structure", "sadm")
-FEATURE_SPACES = ("fid_classifier", "fid_random", "fid_pixels")
+JUDGE_OF = {judge.metric: judge for judge in JUDGES}
 
 
 class Relations(NamedTuple):
-    """One relations/step-N.npz: real, fake float64 [B, B], labels int64 [B], log_snr float64 [B] or None."""
+    """One relations/step-N.npz: real and fake float64 [B, B], labels int64 [B], log_snr float64 [B]."""
 
     step: int
     real: np.ndarray
     fake: np.ndarray
     labels: np.ndarray
-    log_snr: np.ndarray | None
+    log_snr: np.ndarray
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder in memory; every field is empty where the folder has nothing (yet)."""
+    """A run's folder in memory; a field is empty if the folder has nothing for it (yet)."""
 
     name: str
     config: dict[str, Any]
@@ -44,18 +45,18 @@ class Run:
     unreadable: list[str]  # sentences about files that are there but cannot be read
 
     def setting(self, path: str) -> Any:
-        """The config's value at a dotted path, None where there is none."""
+        """Return the config's value at a dotted path, or None."""
         return flatten(self.config).get(path)
 
     @property
     def mode(self) -> str | None:
-        """plain, structure or sadm."""
+        """plain, structure or sadm; None if the config does not say."""
         value = self.setting("game.mode")
         return value if value in MODES else None
 
     @property
     def step(self) -> int | None:
-        """The last step anything was written for."""
+        """The last step for which anything was written."""
         steps = [row["step"] for row in (*self.metrics[-1:], *self.evaluations[-1:])]
         return max([*steps, *self.raw_grids, *self.ema_grids], default=None)
 
@@ -75,7 +76,7 @@ class Run:
 
     @property
     def sample_grid(self) -> tuple[int, list[int]] | None:
-        """Columns of the sample grids and the class asked for in each cell, row by row."""
+        """The number of columns of a sample grid, and the label asked for in each cell, row by row."""
         layout = self.facts.get("sample_grid")
         if not isinstance(layout, dict):
             return None
@@ -86,16 +87,21 @@ class Run:
 
     @property
     def floor(self) -> dict[str, float]:
-        """Real images against other real images, by feature space: the last one recorded."""
+        """The distances of real images to other real images, by metric: those recorded last."""
         for row in reversed(self.evaluations):
             if isinstance(row.get("floor"), dict):
-                values = {space: number(row["floor"].get(space)) for space in FEATURE_SPACES}
-                return {space: value for space, value in values.items() if value is not None}
+                return {metric: value for metric, it in row["floor"].items() if (value := number(it)) is not None}
         return {}
+
+    @property
+    def scored(self) -> list[str]:
+        """The metrics that the evaluations wrote, in that order: names with a floor, and names of judges."""
+        known = JUDGE_OF.keys() | self.floor.keys()
+        return list(dict.fromkeys(key for row in self.evaluations for key in row if key in known))
 
 
 def read_run(run_dir: Path) -> Run:
-    """Everything the report shows except pixels and matrices, which are opened one at a time."""
+    """Read all that the report shows but pixels and matrices: those are opened one at a time, later."""
     unreadable: list[str] = []
     samples = run_dir / "samples"
     real_grid = samples / "real.png"
@@ -114,25 +120,24 @@ def read_run(run_dir: Path) -> Run:
 
 
 def read_relations(path: Path, step: int) -> Relations | None:
-    """The matrices, sorted by class and within a class from clean to noisy; None if unreadable or empty."""
+    """Read the matrices, sorted by class and in a class from clean to noisy; None if unreadable or empty."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             real, fake = (np.asarray(arrays[key], np.float64) for key in ("real", "fake"))
             labels = np.asarray(arrays["labels"], np.int64)
-            log_snr = np.asarray(arrays["log_snr"], np.float64) if "log_snr" in arrays else None
+            log_snr = np.asarray(arrays["log_snr"], np.float64)
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     size = labels.size
-    shapes_fit = real.shape == fake.shape == (size, size) and (log_snr is None or log_snr.shape == (size,))
-    if size < 2 or labels.ndim != 1 or not shapes_fit:
+    if size < 2 or not (labels.shape == log_snr.shape == (size,) and real.shape == fake.shape == (size, size)):
         return None
-    order = np.lexsort((labels,) if log_snr is None else (-log_snr, labels))
+    order = np.lexsort((-log_snr, labels))
     grid = np.ix_(order, order)
-    return Relations(step, real[grid], fake[grid], labels[order], None if log_snr is None else log_snr[order])
+    return Relations(step, real[grid], fake[grid], labels[order], log_snr[order])
 
 
 def number(value: object) -> float | None:
-    """A JSON number as float (NaN and infinity included), anything else as None."""
+    """Return a JSON number as float (NaN and infinity included), and None for anything else."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:
@@ -142,14 +147,14 @@ def number(value: object) -> float | None:
 
 
 def series(rows: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values (float64) of the rows that have `key`; infinities become NaN, which plots as a gap."""
+    """Return steps and values, float64 [N] each, of the N rows with `key`; infinities become NaN: a gap in a plot."""
     pairs = [(row["step"], value) for row in rows if (value := number(row.get(key))) is not None]
     steps, values = np.asarray(pairs, np.float64).reshape(-1, 2).T
     return steps, np.where(np.isfinite(values), values, np.nan)
 
 
 def evenly_chosen(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` items, first and last included, evenly spaced in between."""
+    """Choose at most `count` items: the first, the last, and evenly spaced ones in between."""
     if len(items) <= count:
         return list(items)
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
@@ -169,7 +174,7 @@ def _read_object(path: Path, unreadable: list[str]) -> dict[str, Any]:
 
 
 def _read_rows(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
-    """Rows in step order. A resumed run repeats steps: what comes later in the file replaces them."""
+    """Read rows in step order. A resumed run repeats steps: a later row replaces an earlier one of the same step."""
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:

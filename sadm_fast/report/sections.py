@@ -1,4 +1,4 @@
-"""The sections of the report: each takes a run and gives the HTML below its heading."""
+"""The sections of the report: each function takes a run and returns the HTML below its heading."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +15,13 @@ from sadm_fast.report.figures import (
     Curve,
     line_chart,
     picture,
+    printable,
     relation_maps,
     relation_scales,
 )
 from sadm_fast.report.markup import escape, figure, inline, missing, show, table
 from sadm_fast.report.reading import (
-    FEATURE_SPACES,
+    JUDGE_OF,
     Relations,
     Run,
     evenly_chosen,
@@ -39,7 +40,7 @@ def about(run: Run) -> str:
 
 
 def samples(run: Run) -> str:
-    """The last grids, large, beside real images, and the way there."""
+    """The last grid, large, beside real images; then grids of earlier steps."""
     if not run.ema_grids and not run.raw_grids:
         real = _grid(run, run.real_grid, "Real images", "The training data.", 1400, 500_000)
         return missing("No samples have been drawn yet.") + real
@@ -76,7 +77,7 @@ def _grid(
     *,
     asked: bool = True,
 ) -> str:
-    """A sample grid with its title and, where the run says so, the class asked for in each column or row."""
+    """A sample grid with its title, and with the class asked for in each column or row if run.json names them."""
     if path is None:
         return ""
     image = picture(path, target_width=target_width, most_bytes=most_bytes)
@@ -109,25 +110,26 @@ def _asked(run: Run, labels: Sequence[int]) -> str:
 
 
 def scores(run: Run) -> str:
-    """Frechet distances over training, each with its floor."""
+    """The Frechet distances over training, each with its floor."""
     if not run.evaluations:
         return missing("No evaluation has been recorded yet.")
     charts = []
-    for space in FEATURE_SPACES:
-        steps, values = series(run.evaluations, space)
+    for index, metric in enumerate(run.scored):
+        steps, values = series(run.evaluations, metric)
         if not np.isfinite(values).any():
-            charts.append(f"<figure>{missing(f'{space} was not measured.')}</figure>")
+            charts.append(f"<figure>{missing(f'{metric} was not measured.')}</figure>")
             continue
         chart = line_chart(
-            space,
+            f"metric{index}",
             [Curve(steps, values, "samples", "denoiser")],
-            y_label=f"{space} (lower is better)",
+            y_label=f"{printable(metric)} (lower is better)",
             log=True,
             size=THIRD_WIDTH,
             smooth=False,
-            floor=run.floor.get(space),
+            floor=run.floor.get(metric),
         )
-        charts.append(figure(chart, f"<b>{space}</b> {texts.SPACES[space]}"))
+        judge = JUDGE_OF.get(metric)
+        charts.append(figure(chart, f"<b>{escape(metric)}</b> {'' if judge is None else judge.text}"))
     last = run.evaluations[-1]
     sampler = last.get("sampler")
     how = f"{number(last.get('samples')) or 0:,.0f} samples" if last.get("samples") else "samples"
@@ -141,12 +143,12 @@ def scores(run: Run) -> str:
 def _evaluation_table(run: Run) -> str:
     rows = "".join(
         f"<tr><td>{row['step']:,}</td>"
-        + "".join(f"<td>{show(value, 5)}</td>" for value in (number(row.get(s)) for s in FEATURE_SPACES))
+        + "".join(f"<td>{show(value, 5)}</td>" for value in (number(row.get(s)) for s in run.scored))
         + "</tr>"
         for row in evenly_chosen(run.evaluations, TABLE_ROWS)
     )
-    floor = "".join(f"<td>{show(run.floor.get(space), 5)}</td>" for space in FEATURE_SPACES)
-    head = "".join(f"<th>{space}</th>" for space in FEATURE_SPACES)
+    floor = "".join(f"<td>{show(run.floor.get(metric), 5)}</td>" for metric in run.scored)
+    head = "".join(f"<th>{escape(metric)}</th>" for metric in run.scored)
     few = f" ({TABLE_ROWS} of {len(run.evaluations)})" if len(run.evaluations) > TABLE_ROWS else ""
     return (
         f"<details><summary>Evaluations as a table{few}</summary>"
@@ -195,7 +197,7 @@ def _chart(
     size: tuple[float, float] = HALF_WIDTH,
     from_zero: bool = False,
 ) -> str:
-    """Metrics over steps as a figure; each line is (field of metrics.jsonl, legend, role)."""
+    """Draw fields of metrics.jsonl over steps; a line is (field, legend, role of its colour)."""
     curves = []
     for field, name, role in lines:
         steps, values = series(run.metrics, field)
@@ -208,7 +210,7 @@ def _chart(
 
 
 def relations(run: Run) -> str:
-    """R(F), R(G) and their difference, early and late, and how good the networks that judge are."""
+    """R(F), R(G) and their difference, early and late; then the accuracy of Psi and of the judge."""
     if run.mode == "plain":
         return missing(texts.PLAIN_RELATIONS) + _accuracies(run)
     ends = dict.fromkeys((min(run.relations), max(run.relations))) if run.relations else {}
@@ -242,7 +244,7 @@ def _relation_caption(item: Relations) -> str:
             f"Mean relation inside a class: {within[0]} real, {within[1]} denoised; "
             f"between classes: {between[0]} real, {between[1]} denoised."
         )
-    if item.log_snr is not None and np.isfinite(item.log_snr).all():
+    if np.isfinite(item.log_snr).all():
         sentences.append(
             f"Log-SNR of the noise: {item.log_snr.max():.1f} to {item.log_snr.min():.1f}; "
             "in each class the least noisy image comes first."
@@ -316,8 +318,6 @@ def origin(run: Run) -> str:
     if not run.facts:
         return missing("run.json has not been written yet.")
     command = run.facts.get("command")
-    if isinstance(command, list):
-        command = " ".join(map(str, command))
     parts = [f"<h3>Command</h3><pre>{escape(command)}</pre>" if command else missing("The command is not recorded.")]
     parts.append(table({"commit": run.facts.get("commit") or "not recorded"}))
     for key in ("versions", "machine"):

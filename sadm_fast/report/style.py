@@ -1,8 +1,8 @@
 """The report's colours and style sheet: one palette for page and charts, light, dark and on paper."""
 
-# Colours that people with any colour vision tell apart (after Okabe and Ito, "Color Universal Design", 2008).
-# A role has one colour on the whole page. Charts are drawn in the light ones; in the page every one of them
-# becomes var(--role).
+# Colours that people with any colour vision can tell apart (after Okabe and Ito, "Color Universal Design", 2008).
+# A role has one colour on the whole page. Charts are drawn in the light colours; in the page each becomes var(--role),
+# so that dark mode changes it.
 LIGHT = {
     "ink": "#1c2126",
     "muted": "#5d656e",
@@ -66,7 +66,8 @@ nav { margin: 1.4rem 0 0; display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; fo
 .badge { display: inline-block; padding: 0.05rem 0.6rem; border-radius: 99px; font-size: 0.85rem;
   font-weight: 600; color: var(--page); background: var(--denoiser); vertical-align: 0.1em; }
 .missing { color: var(--muted); border-left: 3px solid var(--rule); padding: 0.1rem 0 0.1rem 0.8rem; }
-.tiles { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem; margin: 1.6rem 0 0.6rem; }
+.tiles { display: grid; gap: 1rem; margin: 1.6rem 0 0.6rem;
+  grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
 .tile { background: var(--panel); border-radius: 10px; padding: 1rem 1.2rem 1.1rem; }
 .tile h3 { margin: 0; font-size: 0.9rem; }
 .tile .score { font-size: 2.3rem; line-height: 1.25; font-weight: 650; letter-spacing: -0.02em;

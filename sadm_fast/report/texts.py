@@ -1,6 +1,8 @@
-"""The report's prose: what the method is, and how to read each part of the page."""
+"""The report's prose: what the method is, and how to read each part of the page.
 
-# Every text here is ours: nothing from a run is in it, and it goes into the page as it is.
+All of it is fixed text. Nothing of a run is in it, so it goes into the page without escaping.
+"""
+
 MODE_NAMES = {
     "plain": "plain diffusion",
     "structure": "fixed structure",
@@ -40,21 +42,10 @@ WEIGHTS = {
 FILM = "The same cells from the same starting noise at evenly chosen steps, real images last."
 FRECHET = (
     "A Frechet distance compares the mean and the covariance of features of many samples with those of real"
-    " images. It is measured in three feature spaces, because one of them alone can flatter a model. These "
+    " images. It is measured in several feature spaces, because one of them alone can flatter a model. These "
     "are not the FID values of papers, which use another network and 50,000 samples, and must not be "
     "compared with them. The dashed line is the floor: real images against other real images."
 )
-SPACES = {
-    "fid_classifier": (
-        "Features of a classifier that was trained in this repository on the same real images, apart from "
-        "Ψ. It notices wrong content."
-    ),
-    "fid_random": (
-        "Features of a convolutional network with fixed random weights, which knows no classes. It notices "
-        "texture and strokes."
-    ),
-    "fid_pixels": "The pixels themselves. It notices brightness, position and contrast.",
-}
 NO_GAME = {
     "plain": (
         "Plain diffusion has no discriminator: there is no structure distance and no discriminator loss to show."
@@ -76,7 +67,7 @@ DISTANCE: dict[str | None, str] = {
     ),
     None: "S, the mean difference between the relations of real and of denoised images.",
 }
-LOSS_DISCRIMINATOR = "What the discriminator descends: minus S, plus its regularisers if there are any."
+LOSS_DISCRIMINATOR = "The loss that the discriminator descends: minus S."
 GRADIENTS = "Length of each player's gradient before clipping. Growing spikes announce instability."
 RATES = "The learning rate of each player."
 RELATIONS = (

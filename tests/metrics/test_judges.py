@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sadm_fast.metrics.judges import ClassifierJudge, Judge, PixelJudge, RandomJudge, bounded
+from sadm_fast.metrics.judges import JUDGES, ClassifierJudge, Judge, PixelJudge, RandomJudge, bounded, judges_of
 
 
 def images(count: int, channels: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -42,8 +42,11 @@ def test_features_of_an_image_do_not_depend_on_its_batch(index: int):
     torch.testing.assert_close(judge(batch)[2:3], judge(batch[2:3]), rtol=1e-4, atol=1e-5)
 
 
-def test_metrics_are_named_after_their_feature_space():
-    assert [j.metric for j in judges(1, 28, 28)] == ["fid_classifier", "fid_random", "fid_pixels"]
+def test_a_run_has_one_judge_of_each_kind_with_a_name_and_texts_of_its_own():
+    assert [type(judge) for judge in judges_of(1, 28, ClassifierJudge(1))] == list(JUDGES)
+    assert [judge.metric for judge in JUDGES] == ["fid_classifier", "fid_random", "fid_pixels"]
+    for text in ("metric", "space", "text"):
+        assert len({getattr(judge, text) for judge in JUDGES}) == len(JUDGES)
 
 
 def test_bounded_averages_down_in_proportion_and_leaves_small_images_alone():

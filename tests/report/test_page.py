@@ -14,6 +14,7 @@ from sadm_fast.config import Config
 from sadm_fast.errors import UserError
 from sadm_fast.report import sections, write_report
 from sadm_fast.report.figures import picture
+from sadm_fast.report.page import _progress
 from sadm_fast.report.reading import evenly_chosen, read_run
 
 FLOOR = {"fid_classifier": 0.1127, "fid_random": 0.00212, "fid_pixels": 0.3541}
@@ -281,7 +282,7 @@ def test_asked_classes_are_named_beside_rows_and_otherwise_listed(tmp_path: Path
 def test_what_strangers_wrote_is_shown_and_never_obeyed(tmp_path: Path) -> None:
     evil = '<script>alert("1")</script><img src=x onerror=alert(2)>'
     names = [evil, "</style>", "$\\frac{", "'\" onload='x", "猫", "\ud800\x00", *"6789"]
-    run_dir = make_run(tmp_path, steps=500, classes=names)
+    run_dir = make_run(tmp_path, steps=500, classes=names, relation_batch=12)
     config = fake_config("sadm", 500) | {evil: evil, "notes": {evil: [evil]}}
     write_json(run_dir / "config.json", config)
     facts = fake_facts(names) | {"command": evil, "commit": evil, "versions": {evil: evil}}
@@ -290,12 +291,14 @@ def test_what_strangers_wrote_is_shown_and_never_obeyed(tmp_path: Path) -> None:
     write_json(run_dir / "run.json", facts)
     rows = fake_evaluations(500)
     rows[-1]["sampler"] = {evil: evil}
+    for name in (evil, "\ud800\x00"):
+        rows[-1] |= {name: 3.0, "floor": rows[-1]["floor"] | {name: 1.0}}
     write_rows(run_dir / "evaluations.jsonl", rows)
     page = report_of(run_dir.rename(tmp_path / "<b>run"))
     assert not {"script", "b>run"} & {tag for tag, _ in page.tags}
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
     assert all((attrs["src"] or "").startswith("data:") for tag, attrs in page.tags if tag == "img")
-    assert page.text.count(evil) >= 8
+    assert page.text.count(evil) >= 11
     assert "<b>run" in page.text and "猫" in page.text
 
 
@@ -342,7 +345,7 @@ def test_a_half_written_last_line_is_ignored(tmp_path: Path) -> None:
     run = read_run(run_dir)
     assert run.metrics[-1]["step"] == 500 and run.evaluations[-1]["step"] == 500
     assert run.unreadable == []
-    assert "step 500 of 2,000, unfinished" in report_of(run_dir).text
+    assert _progress(run) == "step 500 of 2,000, unfinished when this page was written"
 
 
 def test_broken_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
@@ -415,7 +418,7 @@ def test_structure_mode_says_that_the_encoder_is_fixed(tmp_path: Path) -> None:
 
 
 def test_scores_that_got_worse_are_called_higher(tmp_path: Path) -> None:
-    rows = [{"step": 1, "fid_classifier": 2.0}, {"step": 2, "fid_classifier": 5.0}]
+    rows = [{"step": 1, "fid_classifier": 2.0}, {"step": 2, "fid_classifier": 5.0, "fid_random": None}]
     write_rows(tmp_path / "evaluations.jsonl", rows)
     page = report_of(tmp_path)
     assert "2.5 times higher than 2 at step 1" in page.text
@@ -423,13 +426,22 @@ def test_scores_that_got_worse_are_called_higher(tmp_path: Path) -> None:
     assert "no floor recorded" in page.text
 
 
+def test_a_metric_that_this_version_does_not_know_is_shown_as_the_evaluation_wrote_it(tmp_path: Path) -> None:
+    rows = [{"step": 1, "kid": 2.0, "fid_pixels": 3.0, "floor": {"kid": 0.5, "fid_pixels": 0.25}}]
+    write_rows(tmp_path / "evaluations.jsonl", rows)
+    page = report_of(tmp_path)
+    assert "as kid measures it, is 2 at step 1" in page.text and "Real images against real ones: 0.5." in page.text
+    assert page.figures_about("kid") == page.figures_about("fid_pixels") == 1
+    assert "fid_random" not in page.text
+
+
 def test_large_batches_long_runs_and_large_pictures_still_fit(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, steps=500, relation_batch=400, classes=[f"class {n}" for n in range(50)])
     rng = np.random.default_rng(0)
-    write_rows(run_dir / "metrics.jsonl", fake_metrics("sadm", 20_000, rng))
-    noise = Image.fromarray(rng.integers(0, 255, (1500, 1500, 3), dtype=np.uint8))
+    write_rows(run_dir / "metrics.jsonl", fake_metrics("sadm", 10_000, rng))
+    noise = Image.fromarray(rng.integers(0, 255, (480, 1500, 3), dtype=np.uint8))  # a PNG of 2 MB
     for path in (run_dir / "samples").iterdir():
-        (noise if path.name == "step-000500-ema.png" else noise.crop((0, 0, 800, 800))).save(path)
+        noise.save(path)
     page = report_of(run_dir)
     assert "Drawn: 128 of the 400 images" in page.text
     assert len(page.source.encode()) < 3_000_000
