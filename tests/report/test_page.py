@@ -418,7 +418,10 @@ def test_structure_mode_says_that_the_encoder_is_fixed(tmp_path: Path) -> None:
 
 
 def test_scores_that_got_worse_are_called_higher(tmp_path: Path) -> None:
-    rows = [{"step": 1, "fid_classifier": 2.0}, {"step": 2, "fid_classifier": 5.0, "fid_random": None}]
+    rows: list[dict[str, Any]] = [
+        {"step": 1, "fid_classifier": 2.0},
+        {"step": 2, "fid_classifier": 5.0, "fid_random": None},
+    ]
     write_rows(tmp_path / "evaluations.jsonl", rows)
     page = report_of(tmp_path)
     assert "2.5 times higher than 2 at step 1" in page.text
@@ -427,7 +430,7 @@ def test_scores_that_got_worse_are_called_higher(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_this_version_does_not_know_is_shown_as_the_evaluation_wrote_it(tmp_path: Path) -> None:
-    rows = [{"step": 1, "kid": 2.0, "fid_pixels": 3.0, "floor": {"kid": 0.5, "fid_pixels": 0.25}}]
+    rows: list[dict[str, Any]] = [{"step": 1, "kid": 2.0, "fid_pixels": 3.0, "floor": {"kid": 0.5, "fid_pixels": 0.25}}]
     write_rows(tmp_path / "evaluations.jsonl", rows)
     page = report_of(tmp_path)
     assert "as kid measures it, is 2 at step 1" in page.text and "Real images against real ones: 0.5." in page.text
