@@ -57,7 +57,7 @@ def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) ->
     players = made_up_players(config, device)
     shapes = trainable_shapes(players.denoiser.module)
     ema = EMA(lambda: list(local_masters(players.denoiser)), config.train.ema)
-    play = partial(players.iteration, [made_up(config, 0)], 0, agree_finite=lambda loss: None)
+    play = partial(players.iteration, [made_up(config, 0)], 0)
 
     writer = CheckpointWriter(
         folder, players.engines, lambda: ema.average, shapes, identity={}, keep_last=1, say=print

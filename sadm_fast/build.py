@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from sadm_fast.config import Config
 from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
-from sadm_fast.models import DiT, ResNet18, SmallCNN, StructureEncoder
+from sadm_fast.models import Denoiser, DiT, ResNet18, SmallCNN, StructureEncoder
 
 _DRAWS = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
 
@@ -27,7 +27,7 @@ class Undrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build_denoiser(config: Config, num_classes: int) -> DiT:
+def build_denoiser(config: Config, num_classes: int) -> Denoiser:
     """The denoiser with weights drawn from the run's seed; on the CPU (or the default device)."""
     denoiser = config.denoiser
     channels, side, _ = config.sample_shape
@@ -50,7 +50,7 @@ def build_denoiser(config: Config, num_classes: int) -> DiT:
     )
 
 
-def start_from_weights(config: Config, denoiser: DiT) -> None:
+def start_from_weights(config: Config, denoiser: Denoiser) -> None:
     """Load denoiser.weights, if given: a whole DiT state in safetensors, for fine-tuning.
 
     A label table for another number of classes is left as it was drawn, which is what fine-tuning on another dataset
@@ -93,7 +93,7 @@ def resolve_classes(config: Config, images: Source) -> int:
     return there if asked is None else asked
 
 
-def load_psi(module: nn.Module, path: Path) -> nn.Module:
+def load_psi(module: StructureEncoder, path: Path) -> StructureEncoder:
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -221,6 +221,10 @@ class TrainConfig(Block):
         1800.0, gt=0, description="seconds without progress (a step, pictures, a save) after which the run ends itself"
     )
 
+    def due(self, step: int, every: int) -> bool:
+        """Whether what happens every so many steps, and at the end, happens after `step` steps."""
+        return step % every == 0 or step == self.steps
+
 
 class SamplingConfig(Block):
     sampler: Literal["auto", "heun", "ddim"] = Field("auto", description="auto: heun for edm and flow, ddim for vp")

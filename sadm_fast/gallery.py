@@ -1,5 +1,7 @@
 """Looking at a model in training: sample grids, the discriminator's view of a fixed batch, Frechet distances."""
 
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,14 +9,25 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sadm_fast.build import load_weights
 from sadm_fast.config import Config
+from sadm_fast.console import Console
 from sadm_fast.counters import Purpose, normal
 from sadm_fast.data.source import Source
+from sadm_fast.engine.masters import Fragment, gather, local_masters
+from sadm_fast.engine.players import Players
 from sadm_fast.feed import load_samples
 from sadm_fast.game import Batch, predict
 from sadm_fast.generation import generate, to_images
-from sadm_fast.models import DiT
+from sadm_fast.metrics.evaluation import Evaluator
+from sadm_fast.metrics.evaluator import evaluation_images
+from sadm_fast.metrics.judges import JUDGES
+from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.ranks.collectives import rank_and_world_size
+from sadm_fast.report import write_report
+from sadm_fast.run.folder import RunFolder
+from sadm_fast.run.log import TrainingLog
 from sadm_fast.scales import float_to_pixels
 from sadm_kernels import relation_matrix
 
@@ -55,7 +68,7 @@ def save_picture(picture: Tensor, path: Path) -> None:
 
 
 def sample_grid(
-    config: Config, model: DiT, num_classes: int, device: torch.device, autoencoder: Autoencoder | None
+    config: Config, model: Denoiser, num_classes: int, device: torch.device, autoencoder: Autoencoder | None
 ) -> Tensor:
     """The grid of the run: a column a class, a row a starting noise; uint8 [C, H', W']."""
     classes = grid_classes(num_classes, config.sampling.columns)
@@ -112,3 +125,90 @@ class RelationView:
             labels=batch.labels.cpu().numpy(),
             log_snr=self._config.process.log_snr(batch.t).cpu().numpy(),
         )
+
+
+class Gallery:
+    """What a run shows of itself while it trains: sample grids, relation matrices, evaluations.
+
+    Rank 0 draws. All ranks take part where weights are put together, and in evaluations.
+
+    Args:
+        players, average: the engines, and this rank's fragments of the averaged denoiser.
+        shapes: full shapes of the trained parameters by player.
+        viewer, psi_viewer: fp32 networks that take up the weights to look through, in eval mode; None on a rank
+            that does not look.
+        autoencoder: of the latents, on rank 0; None for pixels.
+        evaluator: on every rank, or on none.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        source: Source,
+        players: Players,
+        average: Callable[[], Sequence[Fragment]],
+        shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+        *,
+        num_classes: int,
+        viewer: Denoiser | None,
+        psi_viewer: StructureEncoder | None,
+        autoencoder: Autoencoder | None,
+        evaluator: Evaluator | None,
+        device: torch.device,
+        console: Console,
+    ) -> None:
+        self._config, self._folder, self._players, self._average = config, folder, players, average
+        self._shapes, self._num_classes = shapes, num_classes
+        self._viewer, self._psi_viewer, self._autoencoder = viewer, psi_viewer, autoencoder
+        self._evaluator, self._device, self._console = evaluator, device, console
+        self._rank = rank_and_world_size()[0]
+        self._relations = RelationView(config, source, device) if psi_viewer is not None else None
+
+    def look(self, step: int, log: TrainingLog) -> bool:
+        """Make what is due after `step` steps; False if nothing is. Collective."""
+        config = self._config
+        picture_due = config.train.due(step, config.train.sample_every)
+        every = config.evaluate.every
+        evaluation_due = self._evaluator is not None and every is not None and config.train.due(step, every)
+        if not (picture_due or evaluation_due):
+            return False
+        name = f"step-{step:06d}"
+        if picture_due:
+            self._take_up(list(local_masters(self._players.denoiser)), "denoiser", self._viewer)
+            self._save_grid(log, step, name, "samples/raw")
+        self._take_up(self._average(), "denoiser", self._viewer)
+        if picture_due:
+            self._save_grid(log, step, f"{name}-ema", "samples/ema")
+            if self._players.discriminator is not None:
+                self._take_up(list(local_masters(self._players.discriminator)), "discriminator", self._psi_viewer)
+            if self._relations is not None and self._viewer is not None and self._psi_viewer is not None:
+                self._relations.save(self._folder.relations / f"{name}.npz", self._viewer, self._psi_viewer)
+        if evaluation_due:
+            self._evaluate(step, log)
+            if self._rank == 0 and step < config.train.steps:
+                write_report(self._folder.path)
+        return True
+
+    def _take_up(self, fragments: Sequence[Fragment], player: str, viewer: nn.Module | None) -> None:
+        """Put weights that all ranks own together into a viewer; a rank without one takes part. Collective."""
+        whole = gather(fragments, self._shapes[player])
+        if viewer is not None:
+            load_weights(viewer, whole)
+
+    def _save_grid(self, log: TrainingLog, step: int, name: str, tag: str) -> None:
+        if self._rank == 0 and self._viewer is not None:
+            picture = sample_grid(self._config, self._viewer, self._num_classes, self._device, self._autoencoder)
+            save_picture(picture, self._folder.samples / f"{name}.png")
+            log.image(tag, picture, step)
+
+    def _evaluate(self, step: int, log: TrainingLog) -> None:
+        assert self._evaluator is not None and self._viewer is not None  # on every rank, where there are evaluations
+        started = time.perf_counter()
+        config = self._config
+        scores = self._evaluator.score(evaluation_images(config, self._viewer, self._num_classes, self._device))
+        sampler = {"steps": config.evaluate.steps, "guidance_scale": 1.0, "weights": "ema", "seed": config.seed}
+        log.write_evaluation({"step": step, **scores, "sampler": sampler})
+        found = ", ".join(f"{judge.metric} {scores[judge.metric]:.4g}" for judge in JUDGES)
+        seconds = time.perf_counter() - started
+        self._console.say(f"step {step}: {found} of {scores['samples']} samples ({seconds:.0f} s)")

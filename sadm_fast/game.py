@@ -1,109 +1,50 @@
-"""The two players' objectives (SADM, arXiv 2402.17563): a batch in, losses out. No engine, no I/O.
+"""The game of SADM (arXiv 2402.17563): the objective of each player, each formula beside its code.
 
-    xhat0_i = to_x0(D_theta(x_t, t, y), x_t, t)         the denoiser's estimate of the clean sample
-    f_i = Psi(x0_i),  g_i = Psi(xhat0_i)                features of the structure encoder
-    S = sum_{i != j} w_i w_j rho(R(G)_ij - R(F)_ij) / sum_{i != j} w_i w_j
-    min_theta max_Psi   L_den(theta) + lambda_s S(theta, Psi)
+    [1]  xhat0_i = to_x0(D_theta(x_t, t, y), x_t, t)                              `predict`
+         L_den   = mean_i w(t_i) ||x0_i - xhat0_i||^2
+    [2]  f_i = Psi(x0_i),  g_i = Psi(xhat0_i)                                     features of the structure encoder
+    [3]  w_i = sigmoid(gate_slope (log_snr_i - gate_log_snr))                     `gate`
+    [4]  S   = sum_{i != j} w_i w_j rho(R(G)_ij - R(F)_ij) / sum_{i != j} w_i w_j  `Comparison`
+    [5]  min over theta:  L_den + lambda_s S                                      `denoiser_loss`
+    [6]  max over Psi:    S                                                       `discriminator_loss`
+    [7]  lambda_s(step):  0 before the game, then a linear ramp                   `ramp`
 
-The denoiser descends L_den + lambda_s S with f detached and Psi frozen; the discriminator ascends S with xhat0
-detached, through both f and g. There is no real/fake logit: the discriminator only compares relations. A queue of past
-features (engine/feature_queue) adds the pairs of a sample of the batch and one of the past to both sums of S. Relation,
-penalty, normalisation, gate and ramp are this project's choices; each is a field of the configuration.
+There is no real/fake logit: the discriminator only compares relations. S is 0, with gradient 0, where no pair counts
+(no two samples of one class under `same_class`): that step has no structure term.
+
+The game, its two directions, L_den, R on features of a ResNet-18: from the paper. Relation, penalty, normalisation,
+gate, ramp and queue: this project's choices, each a field of config.GameConfig. Everything here is a function of
+tensors; engines, process groups and what travels between ranks are in engine/.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sadm_fast.counters import Purpose, normal, uniform
 from sadm_fast.diffusion import Process
-from sadm_kernels import Queue, share, structure_loss
+from sadm_kernels import Queue, structure_loss
 
-Encode = Callable[[Tensor], Tensor]
+Encode = Callable[[Tensor], Tensor]  # images or latents [B, C, H, W] -> features [B, d]
 
-# A gate never closes wholly, so that a batch of noisy samples alone still has a defined weighted mean.
+# A gate never closes wholly: a batch of noisy samples alone still has a defined weighted mean.
 _SMALLEST_WEIGHT = 1e-6
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How relations are compared; the meaning of each field is in config.GameConfig."""
-
-    relation: str = "euclidean"
-    penalty: str = "squared"
-    normalize: str = "unit"
-    tau: float = 1.0
-    delta: float = 1.0
-    gate_log_snr: float | None = None
-    gate_slope: float = 4.0
-    same_class: bool = False
-    impl: str = "auto"
-    group: dist.ProcessGroup | None = None
-    _agreed: set[Any] = field(default_factory=set, init=False, repr=False, compare=False)
-
-    def weight(self, log_snr: Tensor) -> Tensor | None:
-        """w_i [B]: a soft gate, near 1 above `gate_log_snr` (less noise) and near 0 below; None without a gate."""
-        if self.gate_log_snr is None:
-            return None
-        return torch.sigmoid(self.gate_slope * (log_snr - self.gate_log_snr)).clamp(min=_SMALLEST_WEIGHT)
-
-    def distance_from(
-        self, f: Tensor, log_snr: Tensor, labels: Tensor, queue: Queue | None = None
-    ) -> Callable[[Tensor], Tensor]:
-        """S of real features f [B, d], as a function of the generated g [B, d]: 0-d float32.
-
-        With a group (scope=global) f is on its way to the other ranks when this returns, and travels while g is made.
-        g itself, and the two sums of S, are waited for.
-        """
-        options = ("relation", "penalty", "normalize", "tau", "delta", "impl")
-        compare = partial(structure_loss, **{name: getattr(self, name) for name in options})
-        weight = self.weight(log_snr)
-        if queue is not None:  # it has everything; what these rules do not ask for stays out
-            queue = queue._replace(
-                weight=None if weight is None else queue.weight, labels=queue.labels if self.same_class else None
-            )
-        given: dict[str, Any] = {"weight": weight, "labels": labels if self.same_class else None, "queue": queue}
-        if self.group is None:
-            return partial(compare, f, **given)
-        if self.impl == "reference":
-            compare = partial(compare, f, **given, group=self.group)
-        else:
-            # All ranks run one configuration on micro-batches of one size: what they agreed on once holds.
-            size = (f.shape, f.dtype)
-            compare = partial(compare, share(f, **given, group=self.group, check=size not in self._agreed))
-            self._agreed.add(size)
-        others = dist.get_world_size(self.group) - 1
-
-        def distance(g: Tensor) -> Tensor:
-            found = compare(g)
-            # Data parallelism averages gradients over ranks, but each rank's rows already carry their whole gradient.
-            return found + others * (found - found.detach())
-
-        return distance
-
-
 class Batch(NamedTuple):
-    """What one micro-batch of the game is played on."""
+    """One micro-batch, noise levels drawn."""
 
     x0: Tensor  # clean images or latents, float32 [B, C, H, W]
     labels: Tensor  # true classes, int64 [B]
-    condition: Tensor  # labels with some replaced by the null class, int64 [B]
+    condition: Tensor  # labels, some replaced by the null class, int64 [B]
     noise: Tensor  # eps, float32 [B, C, H, W]
     t: Tensor  # noise levels of the process [B]
     level: Tensor  # share of training noise levels below t, float64 [B] in (0, 1)
-
-
-class Structure(NamedTuple):
-    """S in the denoiser's step, and what it was taken from."""
-
-    distance: Tensor  # 0-d float32, with graph
-    samples: Queue  # features f and g [B, d], weights [B] and labels of the micro-batch, without graph
 
 
 class Prediction(NamedTuple):
@@ -111,6 +52,13 @@ class Prediction(NamedTuple):
 
     xhat0: Tensor  # float32 [B, C, H, W], with graph
     loss: Tensor  # denoising loss of each sample, float32 [B], with graph
+
+
+class Structure(NamedTuple):
+    """S in the denoiser's step, and the samples it compared."""
+
+    distance: Tensor  # S, 0-d float32, with graph
+    samples: Queue  # features f and g [B, d], weights [B], labels [B]; without graph
 
 
 def draw(
@@ -123,7 +71,7 @@ def draw(
     null_class: int,
     label_dropout: float,
 ) -> Batch:
-    """Noise, noise level and label dropout of each sample, as functions of (seed, global sample counter)."""
+    """Draw noise, noise level and label dropout of each sample, as functions of (seed, sample_ids int64 [B])."""
     noise = normal(seed, Purpose.NOISE, sample_ids, x0.shape[1:])
     level = uniform(seed, Purpose.TIME, sample_ids)[:, 0]
     dropped = uniform(seed, Purpose.LABEL_DROP, sample_ids)[:, 0] < label_dropout
@@ -131,7 +79,10 @@ def draw(
 
 
 def predict(process: Process, denoiser: Callable[..., Tensor], batch: Batch) -> Prediction:
-    """One forward of the denoiser: xhat0, and L_den = w(t) mean ||x0 - xhat0||^2 for each sample."""
+    """[1] One forward of the denoiser: xhat0 and w(t) mean ||x0 - xhat0||^2 of each sample.
+
+    With a learned variance, its loss (process.variance_loss) is added.
+    """
     x_t = process.add_noise(batch.x0, batch.noise, batch.t)
     output = denoiser(*process.model_input(x_t, batch.t), batch.condition)
     xhat0 = process.to_x0(output, x_t, batch.t)
@@ -140,31 +91,93 @@ def predict(process: Process, denoiser: Callable[..., Tensor], batch: Batch) -> 
     return Prediction(xhat0, loss if variance is None else loss + variance)
 
 
-def discriminator_loss(
-    rules: Rules, process: Process, psi: Encode, batch: Batch, xhat0: Tensor, queue: Queue | None = None
-) -> Tensor:
-    """-S, with xhat0 detached; one forward of Psi over real and generated samples together."""
-    f, g = psi(torch.cat([batch.x0, xhat0.detach()])).chunk(2)
-    return -rules.distance_from(f, process.log_snr(batch.t), batch.labels, queue)(g)
+def gate(log_snr: Tensor, gate_log_snr: float, gate_slope: float) -> Tensor:
+    """[3] w_i of log_snr [B]: near 1 where there is less noise than at `gate_log_snr`, near 0 where there is more."""
+    return torch.sigmoid(gate_slope * (log_snr - gate_log_snr)).clamp(min=_SMALLEST_WEIGHT)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """[4] S, as the configuration wants it; the meaning of each field is in config.GameConfig.
+
+    engine.sharing.SharedComparison is the same over all ranks.
+    """
+
+    relation: str = "euclidean"
+    penalty: str = "squared"
+    normalize: str = "unit"
+    tau: float = 1.0
+    delta: float = 1.0
+    gate_log_snr: float | None = None
+    gate_slope: float = 4.0
+    same_class: bool = False
+    impl: str = "auto"  # sadm_kernels.structure_loss
+
+    def weight(self, log_snr: Tensor) -> Tensor | None:
+        """w [B] by the gate; None without one: all samples count alike."""
+        return None if self.gate_log_snr is None else gate(log_snr, self.gate_log_snr, self.gate_slope)
+
+    def samples(self, log_snr: Tensor, labels: Tensor, queue: Queue | None) -> dict[str, Any]:
+        """Keyword arguments of structure_loss beside the features: weight, labels, queue."""
+        weight = self.weight(log_snr)
+        if queue is not None:  # the queue keeps weights and labels in any case; drop what is not asked for
+            queue = queue._replace(
+                weight=None if weight is None else queue.weight, labels=queue.labels if self.same_class else None
+            )
+        return {"weight": weight, "labels": labels if self.same_class else None, "queue": queue}
+
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """sadm_kernels.structure_loss with this relation, penalty and normalisation."""
+        options = ("relation", "penalty", "normalize", "tau", "delta", "impl")
+        return partial(structure_loss, **{name: getattr(self, name) for name in options})
+
+    def of_real(
+        self, f: Tensor, log_snr: Tensor, labels: Tensor, queue: Queue | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """S as a function of the features g [B, d] of xhat0, for the features f [B, d] of x0: 0-d float32.
+
+        In two steps, so that an implementation over several ranks sends f while g is computed.
+        """
+        return partial(self.loss, f, **self.samples(log_snr, labels, queue))
 
 
 def structure_distance(
-    rules: Rules, process: Process, psi: nn.Module, batch: Batch, xhat0: Tensor, queue: Queue | None = None
+    compare: Comparison, process: Process, psi: Encode, batch: Batch, xhat0: Tensor, queue: Queue | None = None
 ) -> Structure:
-    """S for the denoiser: f without graph, g with; the caller keeps Psi frozen."""
+    """[4] for the denoiser: f without graph, g with; the caller keeps Psi `frozen`."""
     log_snr = process.log_snr(batch.t)
     with torch.no_grad():
         f = psi(batch.x0)
-    distance = rules.distance_from(f, log_snr, batch.labels, queue)
+    distance_from = compare.of_real(f, log_snr, batch.labels, queue)
     g = psi(xhat0)
-    weight = rules.weight(log_snr)
+    weight = compare.weight(log_snr)
     weight = f.new_ones(len(f)) if weight is None else weight
-    return Structure(distance(g), Queue(f, g.detach(), weight, batch.labels))
+    return Structure(distance_from(g), Queue(f, g.detach(), weight, batch.labels))
+
+
+def denoiser_loss(loss: Tensor, distance: Tensor | None = None, lambda_s: float = 0.0) -> Tensor:
+    """[5] L_den + lambda_s S, of each sample's denoising loss [B] and S 0-d (None before the game); 0-d."""
+    denoising = loss.mean()
+    return denoising if distance is None else denoising + lambda_s * distance
+
+
+def discriminator_loss(
+    compare: Comparison, process: Process, psi: Encode, batch: Batch, xhat0: Tensor, queue: Queue | None = None
+) -> Tensor:
+    """[6] -S, 0-d: xhat0 is detached, the gradient goes through f and g; one forward of Psi over both."""
+    f, g = psi(torch.cat([batch.x0, xhat0.detach()])).chunk(2)
+    return -compare.of_real(f, process.log_snr(batch.t), batch.labels, queue)(g)
+
+
+def ramp(step: int, lambda_s: float, start_step: int, ramp_steps: int) -> float:
+    """[7] lambda_s at 0-based `step`: 0 before start_step, then up to `lambda_s` over ramp_steps steps."""
+    return lambda_s * min(1.0, max(0, step - start_step + 1) / max(1, ramp_steps))
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """The module with no parameter asking for a gradient; what it asked before comes back at the end."""
+    """Let no parameter of the module ask for a gradient; what asked before asks again at the end."""
     asking = [p for p in module.parameters() if p.requires_grad]
     for p in asking:
         p.requires_grad_(False)

@@ -13,7 +13,7 @@ from sadm_fast.config import Config, check_config
 from sadm_fast.counters import Purpose, normal
 from sadm_fast.diffusion import guided, sample
 from sadm_fast.errors import UserError
-from sadm_fast.models import DiT
+from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.run import checkpoint
 from sadm_fast.run.folder import RunFolder
@@ -24,7 +24,7 @@ class Trained(NamedTuple):
 
     config: Config
     classes: list[str]
-    model: DiT  # EMA weights, eval mode
+    model: Denoiser  # EMA weights, eval mode
     step: int
     latent_space: dict[str, Any] | None  # of the autoencoder it was trained with; None: it paints pixels
     checkpoint: Path
@@ -85,7 +85,9 @@ def to_images(samples: Tensor, autoencoder: Autoencoder | None) -> Tensor:
 
 
 @torch.no_grad()
-def generate(config: Config, model: DiT, labels: Tensor, ids: Tensor, *, steps: int, guidance_scale: float) -> Tensor:
+def generate(
+    config: Config, model: Denoiser, labels: Tensor, ids: Tensor, *, steps: int, guidance_scale: float
+) -> Tensor:
     """Samples of `labels` [B] from starting noise that is a function of (seed, id): float32 [B, C, H, W]."""
     noise = normal(config.seed, Purpose.SAMPLE_NOISE, ids, config.sample_shape)
     denoise = guided(config.process, model, labels, model.null_class, guidance_scale)

@@ -21,6 +21,7 @@ from sadm_fast.data.source import Source, split
 from sadm_fast.errors import UserError
 from sadm_fast.feed import load_samples, loader_spec
 from sadm_fast.metrics.judges import ClassifierJudge
+from sadm_fast.models import StructureEncoder
 from sadm_fast.models.structure_encoder import collect_statistics
 from sadm_fast.ranks.collectives import broadcast_json, broadcast_state, is_rank_zero, rank_and_world_size
 
@@ -53,7 +54,7 @@ def check_judge(config: Config, images: Source) -> None:
 
 def prepare_psi(
     config: Config, images: Source, pretrained: Path, device: torch.device, console: Console
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[StructureEncoder, dict[str, Any]]:
     """Psi, trained as a classifier on the run's own data or loaded; and what is known of it. Collective."""
     psi = config.structure_encoder
     if psi.weights is not None:

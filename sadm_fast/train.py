@@ -92,6 +92,7 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
     from sadm_fast.ranks.launch import distributed
 
     with distributed() as place:
+        from sadm_fast.assemble import assemble
         from sadm_fast.build import resolve_classes
         from sadm_fast.data.latents import LatentSource
         from sadm_fast.engine.feature_queue import check_queue
@@ -99,7 +100,6 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
         from sadm_fast.feed import open_data
         from sadm_fast.models.autoencoder import Autoencoder
         from sadm_fast.pretrain import check_judge, check_psi
-        from sadm_fast.trainer import Trainer
 
         console = Console(place.rank)
         source = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0))
@@ -122,8 +122,7 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
             f"{config.name}: {config.game.mode}, {len(source)} images of {len(source.classes)} classes, "
             f"{place.world_size} rank(s) on {place.device}, into {folder.path}"
         )
-        trainer = Trainer(config, folder, source, autoencoder, place.device, console)
-        trainer.resume()
+        trainer = assemble(config, folder, source, autoencoder, place, console)
         finished = trainer.run(request)
         if finished:
             console.say(f"pictures: {folder.samples / f'step-{trainer.step:06d}-ema.png'}")

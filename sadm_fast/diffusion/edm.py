@@ -1,19 +1,19 @@
 """EDM (Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022; Table 1)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sadm_fast.diffusion.process import Process, per_sample
 
-# DiT's sinusoidal embedding tells integers from 0 to 999 apart. ln sigma lies in [-6, 4.4]: stretch it alike.
-_TIME_SCALE = 100.0
-
 
 @dataclass(frozen=True)
 class EDM(Process):
     """t is sigma itself and alpha = 1. In training ln sigma ~ N(p_mean, p_std^2); the network is preconditioned."""
+
+    time_scale: ClassVar[float] = 100.0  # of ln sigma, which lies in [-6, 4.4]
 
     sigma_data: float = 0.5
     p_mean: float = -1.2
@@ -33,7 +33,7 @@ class EDM(Process):
     def model_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = t.float()
         c_in = (sigma.square() + self.sigma_data**2).rsqrt()
-        return per_sample(c_in, x_t) * x_t, _TIME_SCALE * sigma.log()
+        return per_sample(c_in, x_t) * x_t, self.time_scale * sigma.log()
 
     def to_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return xhat0 = D(x; sigma) = c_skip x + c_out F (eq. 7)."""

@@ -1,13 +1,12 @@
 """Rectified flow (Liu et al. 2022; Lipman et al. 2022): straight lines between noise and data."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sadm_fast.diffusion.process import Process, per_sample
-
-_TIME_SCALE = 1000.0  # DiT's sinusoidal embedding tells integers from 0 to 999 apart
 
 
 @dataclass(frozen=True)
@@ -17,6 +16,8 @@ class Flow(Process):
     In training t is logit-normal (Esser et al. 2024) with mean `t_mean` and deviation `t_std`, or uniform if `t_std` is
     0.
     """
+
+    time_scale: ClassVar[float] = 1000.0
 
     t_mean: float = 0.0
     t_std: float = 0.0
@@ -32,7 +33,7 @@ class Flow(Process):
         return 1.0 - t, t
 
     def model_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return x_t, _TIME_SCALE * t.float()
+        return x_t, self.time_scale * t.float()
 
     def to_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return x_t.float() - per_sample(t.float(), x_t) * model_output.float()

@@ -7,6 +7,7 @@ Images are float tensors [B, C, H, W]; t is [B]; alpha, sigma, weights come back
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,9 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
 
 class Process(ABC):
     """A forward process and what its network predicts. No state: every method is a pure function of tensors."""
+
+    # Factor on the natural time in `model_input`: sinusoidal embeddings are made for the integers 0..999.
+    time_scale: ClassVar[float] = 1.0
 
     def output_channels(self, channels: int) -> int:
         """Return how many channels the network has to put out for images of `channels` channels."""

@@ -1,12 +1,4 @@
-"""Two DeepSpeed engines, and the one legal way to step them against each other.
-
-The rules (each was measured; breaking one gives silently wrong gradients at some ZeRO stage):
-- A player's own step goes through its engine, with ONE engine forward a backward.
-- The other player is called through `.module`, frozen, and unfrozen in a `finally`.
-- Nothing is frozen before `deepspeed.initialize`, because ZeRO drops parameters that need no gradient.
-- One summed loss a backward: a second backward before the step would replace the first one's gradients.
-- `gradient_clipping` is always given: DeepSpeed's default clips at 1.0.
-"""
+"""Denoiser and discriminator with their DeepSpeed engines, and one iteration of the game."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +14,25 @@ from sadm_fast.engine.compilation import compile_in_place, why_not
 from sadm_fast.engine.feature_queue import FeatureQueue, check_queue
 from sadm_fast.engine.masters import undo_trial_step
 from sadm_fast.engine.optimizers import build_optimizer, deepspeed_dict, is_guarded, learning_rate
+from sadm_fast.engine.sharing import SharedComparison
 from sadm_fast.engine.state import Snapshot
-from sadm_fast.game import Batch, Rules, discriminator_loss, frozen, predict, structure_distance
+from sadm_fast.game import (
+    Batch,
+    Comparison,
+    Prediction,
+    denoiser_loss,
+    discriminator_loss,
+    frozen,
+    predict,
+    ramp,
+    structure_distance,
+)
 from sadm_fast.ranks.collectives import rank_and_world_size
-from sadm_fast.ranks.vote import NotFinite
 from sadm_kernels import Queue
+
+
+class NotFinite(Exception):
+    """A loss or gradient of some rank is NaN or infinite: raised on every rank, with both players as before."""
 
 
 @dataclass
@@ -35,8 +41,8 @@ class Outcome:
 
     loss_denoise: Tensor  # [B] of every micro-batch
     level: Tensor  # the uniform number behind each sample's t: its quartile is the noise quartile
-    structure_distance: Tensor | None  # 0-d, S in the denoiser's loss
-    loss_discriminator: Tensor | None  # 0-d, of the last discriminator step
+    structure_distances: Tensor | None  # S of every micro-batch in the denoiser's loss; 0 where no pair counted
+    loss_discriminator: Tensor | None = None  # 0-d, -S of the last discriminator step
 
 
 class Players:
@@ -70,26 +76,29 @@ class Players:
             self.not_compiled = why_not(config.deepspeed.zero_optimization.stage, device)
             if self.not_compiled is None:
                 compile_in_place([self.denoiser.module, *([] if self.psi is None else [self.psi])])
-        game = config.game
-        fields = (
-            "relation",
-            "penalty",
-            "normalize",
-            "tau",
-            "delta",
-            "gate_log_snr",
-            "gate_slope",
-            "same_class",
-        )
-        self.rules = Rules(
-            **{name: getattr(game, name) for name in fields},
-            impl="reference" if config.implementation == "reference" else "auto",
-            group=dist.group.WORLD if game.scope == "global" and self.world_size > 1 else None,
-        )
+        self.compare = self._comparison()
         self.queue: FeatureQueue | None = None
-        if game.queue:
+        if config.game.queue:
             check_queue(config, self.world_size)
-            self.queue = FeatureQueue(game.queue, self.psi.feature_dim, device)
+            self.queue = FeatureQueue(config.game.queue, self.psi.feature_dim, device)
+
+    def _comparison(self) -> Comparison:
+        """S as the configuration wants it, over this rank's samples or those of all."""
+        game = self.config.game
+        fields: dict[str, Any] = {
+            "relation": game.relation,
+            "penalty": game.penalty,
+            "normalize": game.normalize,
+            "tau": game.tau,
+            "delta": game.delta,
+            "gate_log_snr": game.gate_log_snr,
+            "gate_slope": game.gate_slope,
+            "same_class": game.same_class,
+            "impl": "reference" if self.config.implementation == "reference" else "auto",
+        }
+        if game.scope == "global" and self.world_size > 1 and dist.group.WORLD is not None:
+            return SharedComparison(**fields, group=dist.group.WORLD)
+        return Comparison(**fields)
 
     def _initialize(self, module: nn.Module, optimizer: OptimizerConfig) -> Any:
         engine, *_ = deepspeed.initialize(
@@ -122,84 +131,86 @@ class Players:
         return self.mode != "plain" and step >= self.config.game.start_step
 
     def lambda_s(self, step: int) -> float:
-        """Weight of S at iteration `step`: 0 before the game, then a linear ramp."""
+        """Weight of S at 0-based iteration `step`."""
         game = self.config.game
-        if not self.playing(step):
-            return 0.0
-        return game.lambda_s * min(1.0, (step - game.start_step + 1) / max(1, game.ramp_steps))
+        return ramp(step, game.lambda_s, game.start_step, game.ramp_steps) if self.playing(step) else 0.0
 
-    def iteration(self, batches: Sequence[Batch], step: int, *, agree_finite: Any) -> Outcome:
-        """One step of both players on this rank's micro-batches.
+    def iteration(self, batches: Sequence[Batch], step: int) -> Outcome:
+        """One step of both players on this rank's micro-batches. Collective.
 
-        The order is: discriminator over all micro-batches and step, then denoiser over all micro-batches and step, so
-        that every micro-batch of an iteration meets the same two players. With one micro-batch the denoiser's forward
-        serves both (its weights do not change in between); with more, its graph would have to be kept for each, so the
-        discriminator's pass recomputes it without one.
+        First the discriminator's turn over all micro-batches, then the denoiser's, so that every micro-batch meets the
+        same two players. With one micro-batch the denoiser's forward serves both turns: its weights do not change in
+        between. With more, its graph would have to be kept for each, so the discriminator's turn runs it without one.
 
-        Both players step, or neither does. A bad loss is seen before either has a gradient (or, where the discriminator
-        has no pass of its own, a NaN follows the bad one of several micro-batches into the sum, and the engine drops
-        it). A bad gradient of the discriminator is seen before the denoiser's pass; one of the denoiser's takes back
-        the discriminator's steps, which it needed to be computed.
+        Both players step, or neither. A loss that is not finite makes its own gradient NaN (`_or_nan`), and a gradient
+        that is not finite on any rank makes the engine drop the step on all. A step that the denoiser drops takes
+        back the discriminator's.
 
         Args:
             batches: `grad_accumulation` micro-batches.
             step: 0-based iteration.
-            agree_finite: called with this rank's losses; raises NotFinite on every rank if one is bad on any.
 
         Raises:
-            NotFinite: on every rank; both players are as they were.
+            NotFinite: on every rank; both players and the queue are as they were.
         """
-        lambda_s = self.lambda_s(step)
-        playing = self.playing(step)
         reuse = self.config.implementation == "fast" and len(batches) == 1
-        shared = predict(self.process, self.denoiser, batches[0]) if reuse else None
-        if shared is not None:
-            agree_finite(shared.loss)
+        prediction = predict(self.process, self.denoiser, batches[0]) if reuse else None
+        loss_discriminator = None
+        if self.mode == "sadm" and self.playing(step):
+            xhat0 = self._xhat0(batches) if prediction is None else [prediction.xhat0]
+            loss_discriminator = self._discriminator_turn(batches, xhat0)
+        try:
+            outcome = self._denoiser_turn(batches, prediction, step)
+        except NotFinite:
+            if loss_discriminator is not None:
+                self._before.restore()
+            raise
+        outcome.loss_discriminator = loss_discriminator
+        return outcome
 
-        discriminated = None
-        if playing and self.mode == "sadm":
-            restored = [shared.xhat0] if shared is not None else self._restore(batches, agree_finite)
-            self._before.take()
-            for _ in range(self.config.game.discriminator_steps):
-                discriminated = self._discriminator_step(batches, restored)
-                if not self.discriminator.was_step_applied():
-                    self._before.restore()
-                    raise NotFinite
+    def _discriminator_turn(self, batches: Sequence[Batch], xhat0: Sequence[Tensor]) -> Tensor:
+        """Steps that ascend S; the loss -S of the last one, 0-d. NotFinite, with the discriminator as before."""
+        self._before.take()
+        loss = torch.zeros((), device=batches[0].x0.device)
+        for _ in range(self.config.game.discriminator_steps):
+            loss = torch.zeros_like(loss)
+            for batch, estimate in zip(batches, xhat0, strict=True):
+                part = discriminator_loss(
+                    self.compare, self.process, self.discriminator, batch, estimate, self._past
+                )  # fmt: skip
+                self._backward(self.discriminator, part)
+                loss = loss + part.detach() / len(batches)
+            if not self.discriminator.was_step_applied():
+                self._before.restore()
+                raise NotFinite
+        return loss
 
-        asked = shared is not None or discriminated is not None
+    def _denoiser_turn(self, batches: Sequence[Batch], prediction: Prediction | None, step: int) -> Outcome:
+        """The step that descends L_den + lambda_s S. NotFinite, with the denoiser and the queue as before.
+
+        prediction: of the only micro-batch, if there is one already.
+        """
+        lambda_s, playing = self.lambda_s(step), self.playing(step)
         losses, distances, samples = [], [], []
         for batch in batches:
-            prediction = shared if shared is not None else predict(self.process, self.denoiser, batch)
-            losses.append(prediction.loss.detach())
-            loss = prediction.loss.mean()
-            if not asked and batch is batches[-1]:
-                try:
-                    agree_finite(torch.cat(losses))
-                except NotFinite:
-                    if len(batches) == 1:
-                        raise
-                    loss = loss * torch.nan
+            xhat0, loss = predict(self.process, self.denoiser, batch) if prediction is None else prediction
+            losses.append(loss.detach())
             if playing:
                 with frozen(self.psi):
-                    structure = structure_distance(
-                        self.rules, self.process, self.psi, batch, prediction.xhat0, self._past
-                    )
-                    self._backward(self.denoiser, loss + lambda_s * structure.distance)
+                    structure = structure_distance(self.compare, self.process, self.psi, batch, xhat0, self._past)
+                    self._backward(self.denoiser, denoiser_loss(loss, structure.distance, lambda_s))
                 distances.append(structure.distance.detach())
                 samples.append(structure.samples)
             else:
-                self._backward(self.denoiser, loss)
+                self._backward(self.denoiser, denoiser_loss(loss))
         if not self.denoiser.was_step_applied():
-            if discriminated is not None:
-                self._before.restore()
             raise NotFinite
         if self.queue is not None and samples:
             self.queue.push(samples)
         return Outcome(
             torch.cat(losses),
             torch.cat([batch.level for batch in batches]),
-            torch.stack(distances).mean() if distances else None,
-            discriminated,
+            torch.stack(distances) if distances else None,
         )
 
     @property
@@ -208,25 +219,32 @@ class Players:
         return None if self.queue is None else self.queue.columns
 
     @torch.no_grad()
-    def _restore(self, batches: Sequence[Batch], agree_finite: Any) -> list[Tensor]:
+    def _xhat0(self, batches: Sequence[Batch]) -> list[Tensor]:
         """xhat0 of every micro-batch, without graphs."""
-        predictions = [predict(self.process, self.denoiser, batch) for batch in batches]
-        agree_finite(torch.cat([prediction.loss for prediction in predictions]))
-        return [prediction.xhat0 for prediction in predictions]
-
-    def _discriminator_step(self, batches: Sequence[Batch], restored: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros((), device=batches[0].x0.device)
-        for batch, xhat0 in zip(batches, restored, strict=True):
-            loss = discriminator_loss(self.rules, self.process, self.discriminator, batch, xhat0, self._past)
-            self._backward(self.discriminator, loss)
-            total = total + loss.detach()
-        return total / len(batches)
+        return [predict(self.process, self.denoiser, batch).xhat0 for batch in batches]
 
     @staticmethod
     def _backward(engine: Any, loss: Tensor) -> None:
-        """Backward and step: DeepSpeed itself steps only at the last micro-batch."""
-        engine.backward(loss)
+        """Backward and step; DeepSpeed itself steps only at the last micro-batch."""
+        engine.backward(_or_nan(loss))
         engine.step()
+
+
+def _or_nan(loss: Tensor) -> Tensor:
+    """The loss 0-d, to the last bit; with a gradient of NaN if it is not finite (inf alone may have a finite one)."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def samples_per_step(config: Config, world_size: int) -> int:
+    """Samples of one iteration, over all ranks."""
+    return config.train.micro_batch * config.train.grad_accumulation * world_size
+
+
+def samples_compared(config: Config, world_size: int) -> int | None:
+    """Samples that S compares together; None without S. Another division into ranks must leave it as it is."""
+    if config.game.mode == "plain":
+        return None
+    return config.train.micro_batch * (world_size if config.game.scope == "global" else 1)
 
 
 def gradient_norm(engine: Any) -> float | None:

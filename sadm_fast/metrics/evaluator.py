@@ -11,7 +11,7 @@ from sadm_fast.feed import load_samples
 from sadm_fast.generation import generate
 from sadm_fast.metrics.evaluation import Evaluator
 from sadm_fast.metrics.judges import ClassifierJudge, judges_of
-from sadm_fast.models import DiT
+from sadm_fast.models import Denoiser
 from sadm_fast.ranks.collectives import rank_and_world_size
 
 
@@ -28,7 +28,7 @@ def build_evaluator(config: Config, images: Source, judge: ClassifierJudge, devi
     return Evaluator.build(real, judges_of(channels, resolution, judge), seed=config.seed, device=device)
 
 
-def evaluation_images(config: Config, model: DiT, num_classes: int, device: torch.device) -> Iterator[Tensor]:
+def evaluation_images(config: Config, model: Denoiser, num_classes: int, device: torch.device) -> Iterator[Tensor]:
     """This rank's share of the evaluation's samples, in batches; labels go round the classes.
 
     Sample i is the same whatever the number of ranks.

@@ -1,6 +1,7 @@
 """The players: the denoiser (DiT) and the structure encoder Psi."""
 
+from sadm_fast.models.denoiser import Denoiser
 from sadm_fast.models.dit import DiT
 from sadm_fast.models.structure_encoder import ResNet18, SmallCNN, StructureEncoder
 
-__all__ = ["DiT", "ResNet18", "SmallCNN", "StructureEncoder"]
+__all__ = ["Denoiser", "DiT", "ResNet18", "SmallCNN", "StructureEncoder"]

@@ -5,11 +5,14 @@ from facts about shapes and initialisation.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from sadm_fast.models.denoiser import Denoiser
 
 # depth, hidden size, heads
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -127,7 +130,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(nn.Module):
+class DiT(Denoiser):
     """Class-conditional transformer on square images or latents; returns exactly 0 at initialisation.
 
     Args:
@@ -196,9 +199,12 @@ class DiT(nn.Module):
         )
 
     @property
-    def null_class(self) -> int:
-        """The label that stands for "no class" (the last row of the label table)."""
-        return self.num_classes
+    def checkpointed(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
+
+    def block_inputs(self, samples: int) -> Sequence[tuple[int, ...]]:
+        _, tokens, hidden_size = self.pos_embed.shape
+        return (samples, tokens, hidden_size), (samples, hidden_size)
 
     def _initialize(self) -> None:
         for module in self.modules():

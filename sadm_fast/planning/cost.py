@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sadm_fast.build import build_denoiser, build_psi
 from sadm_fast.config import Config
 from sadm_fast.game import Batch, frozen, predict
-from sadm_fast.models import DiT, StructureEncoder
+from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.planning.memory import Activations
 from sadm_kernels import structure_loss
 
@@ -31,7 +31,7 @@ def _flops(run: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def meta_models(config: Config, num_classes: int) -> tuple[DiT, StructureEncoder | None]:
+def meta_models(config: Config, num_classes: int) -> tuple[Denoiser, StructureEncoder | None]:
     """Both players without memory behind them."""
     with torch.device("meta"):
         dtype = _DTYPES[config.train.precision]
@@ -39,14 +39,14 @@ def meta_models(config: Config, num_classes: int) -> tuple[DiT, StructureEncoder
         return build_denoiser(config, num_classes).to(dtype), psi
 
 
-def _denoise(config: Config, denoiser: DiT) -> Tensor:
+def _denoise(config: Config, denoiser: Denoiser) -> Tensor:
     b, (c, h, w) = config.train.micro_batch, config.sample_shape
     x = torch.empty(b, c, h, w, device="meta")
     y = torch.zeros(b, dtype=torch.long, device="meta")
     return denoiser(x, torch.empty(b, device="meta"), y)[:, :c]
 
 
-def step_flops(config: Config, denoiser: DiT, psi: nn.Module | None) -> dict[str, int]:
+def step_flops(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> dict[str, int]:
     """FLOPs of one rank's step, by what they are spent on."""
     accumulation = config.train.grad_accumulation
     xhat0 = _denoise(config, denoiser)
@@ -76,7 +76,7 @@ def step_flops(config: Config, denoiser: DiT, psi: nn.Module | None) -> dict[str
     return {what: flops * accumulation for what, flops in parts.items()}
 
 
-def activations(config: Config, denoiser: DiT, psi: nn.Module | None) -> Activations:
+def activations(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> Activations:
     """Bytes that autograd keeps of one micro-batch, of models from `meta_models`.
 
     Fake CPU tensors are counted, not meta ones: meta attention would keep the matrices of all pairs of tokens, which
@@ -90,10 +90,9 @@ def activations(config: Config, denoiser: DiT, psi: nn.Module | None) -> Activat
         batch = Batch(x, labels, labels, torch.empty_like(x), process.sample_t(level), level)
         with _checkpointing(denoiser, False):
             whole = _kept(denoiser, lambda denoise: predict(process, denoise, batch))
-        tokens = torch.empty(samples, *denoiser.pos_embed.shape[1:], dtype=dtype, requires_grad=True)
-        condition = torch.empty(samples, tokens.shape[-1], dtype=dtype, requires_grad=True)
-        inputs = tokens.untyped_storage().nbytes() + condition.untyped_storage().nbytes()
-        block = _kept(denoiser.blocks[0], lambda block: block(tokens, condition)) - inputs
+        inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in denoiser.block_inputs(samples)]
+        block = _kept(denoiser.checkpointed[0], lambda block: block(*inputs))
+        block -= sum(x.untyped_storage().nbytes() for x in inputs)
         with _checkpointing(denoiser, True):
             checkpointed = _kept(denoiser, lambda denoise: predict(process, denoise, batch)) + block
         structure = discriminator = 0
@@ -107,7 +106,7 @@ def activations(config: Config, denoiser: DiT, psi: nn.Module | None) -> Activat
 
 
 @contextmanager
-def _checkpointing(denoiser: DiT, on: bool) -> Iterator[None]:
+def _checkpointing(denoiser: Denoiser, on: bool) -> Iterator[None]:
     """Activation checkpointing on or off, whatever the configuration says."""
     before = denoiser.activation_checkpointing
     denoiser.activation_checkpointing = on

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sadm_fast.config import Config
-from sadm_fast.models import DiT
+from sadm_fast.models import Denoiser
 
 # "train": forward and backward. "forward": without a graph.
 Pass = Literal["train", "forward"]
@@ -80,7 +80,9 @@ def players(config: Config, denoiser: nn.Module, psi: nn.Module | None) -> list[
 def _call_tree(module: nn.Module, *inputs: Tensor) -> Node:
     """The modules that module(*inputs) calls, in the order of the calls; inputs as the module's parameters, on meta."""
     index = {parameter: i for i, parameter in enumerate(module.parameters())}
-    checkpointed = set(module.blocks) if isinstance(module, DiT) and module.activation_checkpointing else set()
+    checkpointed = (
+        set(module.checkpointed) if isinstance(module, Denoiser) and module.activation_checkpointing else set()
+    )
     open_calls: list[list[Node]] = [[]]  # for each call that has begun and not ended: the calls inside it
 
     def enter(called: nn.Module, inputs: object) -> None:

@@ -1,22 +1,29 @@
 """What every rank must know of the others, asked once an iteration in one small all-reduce."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+
+from sadm_fast.ranks.collectives import communication_device, is_distributed, max_over_ranks
 
 
-class NotFinite(Exception):
-    """A loss or a gradient of some rank is NaN or infinite: raised on every rank, both players as before."""
+class Answers(NamedTuple):
+    """Whether it is so on any rank."""
+
+    stop: bool  # asked to stop
+    writing: bool  # still writing its part of a checkpoint
+    write_failed: bool  # has failed to write it
 
 
 class Vote:
-    """Is a loss bad, has anybody been asked to stop, is anybody still writing a checkpoint, has somebody failed to?
+    """An iteration's one all-reduce: ORs three flags over ranks: stop requested, save running, save failed.
+
+    Whether a loss or gradient is finite is not asked here: the engines agree on that themselves (Players.iteration).
 
     Args:
         stop: whether this rank has been asked to stop.
-        saving: this rank's answers to the last two.
+        saving: (writing, write_failed) of this rank.
     """
 
     def __init__(
@@ -24,18 +31,12 @@ class Vote:
         stop: Callable[[], bool] = lambda: False,
         saving: Callable[[], tuple[bool, bool]] = lambda: (False, False),
     ) -> None:
-        self._asked, self._saving = stop, saving
-        self.stop = False
-        self.writing, self.write_failed = False, False
+        self._stop, self._saving = stop, saving
 
-    def agree_finite(self, loss: Tensor) -> None:
-        """Raise NotFinite on every rank if `loss` is not finite on any; the other questions go along. Collective."""
-        asked = torch.tensor([self._asked(), *self._saving()], device=loss.device)
-        flags = torch.cat([~torch.isfinite(loss.detach()).all().view(1), asked]).to(torch.int32)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        bad, stop, writing, failed = flags.tolist()
-        self.stop = self.stop or bool(stop)
-        self.writing, self.write_failed = bool(writing), bool(failed)
-        if bad:
-            raise NotFinite
+    def ask(self) -> Answers:
+        """The answers of all ranks. Collective."""
+        mine = (self._stop(), *self._saving())
+        if not is_distributed():
+            return Answers(*mine)
+        flags = torch.tensor(mine, dtype=torch.int32, device=communication_device())
+        return Answers(*map(bool, max_over_ranks(flags).tolist()))

@@ -33,7 +33,8 @@ class Interval:
         self._steps = 0
         self._loss = torch.zeros(_QUARTILES, dtype=torch.float64, device=device)
         self._count = torch.zeros(_QUARTILES, dtype=torch.float64, device=device)
-        self._game = torch.zeros(4, dtype=torch.float64, device=device)  # S, its count, discriminator loss, its count
+        # S summed where a pair counted, how often that was so and not so; -S of the discriminator, how often
+        self._game = torch.zeros(5, dtype=torch.float64, device=device)
 
     def waited(self, seconds: float) -> None:
         """Time spent waiting for data."""
@@ -44,28 +45,36 @@ class Interval:
         quartile = (outcome.level * _QUARTILES).long().clamp(max=_QUARTILES - 1)
         self._loss.index_add_(0, quartile, outcome.loss_denoise.double())
         self._count.index_add_(0, quartile, torch.ones_like(outcome.level, dtype=torch.float64))
-        for offset, value in ((0, outcome.structure_distance), (2, outcome.loss_discriminator)):
-            if value is not None:
-                self._game[offset] += value.double()
-                self._game[offset + 1] += 1
+        if outcome.structure_distances is not None:
+            compared = outcome.structure_distances != 0
+            self._game[0] += outcome.structure_distances.double().sum()
+            self._game[1] += compared.sum()
+            self._game[2] += (~compared).sum()
+        if outcome.loss_discriminator is not None:
+            self._game[3] += outcome.loss_discriminator.double()
+            self._game[4] += 1
 
     def step_done(self) -> None:
         """One iteration went by, taken or skipped."""
         self._steps += 1
 
     def reduce(self, samples_per_step: int, broken_images: int) -> dict[str, float | int | None]:
-        """Means over samples, steps and ranks; times of this interval; broken images of all ranks. Collective."""
+        """Means over samples, steps and ranks; times of this interval; broken images of all ranks. Collective.
+
+        structure_distance: mean over the micro-batches in which a pair counted; structure_undefined: how many others.
+        """
         seconds = time.perf_counter() - self._started
         sums = torch.cat(
             [self._loss, self._count, self._game, self._loss.new_tensor([self._waited, 1.0, broken_images])]
         )
         values = sum_over_ranks(sums).tolist()
-        loss, count, game, (waited, ranks, broken) = values[:4], values[4:8], values[8:12], values[12:]
+        loss, count, game, (waited, ranks, broken) = values[:4], values[4:8], values[8:13], values[13:]
         return {
             "loss_denoise": _ratio(sum(loss), sum(count)),
             **{f"loss_denoise_q{i + 1}": _ratio(loss[i], count[i]) for i in range(_QUARTILES)},
             "structure_distance": _ratio(game[0], game[1]),
-            "loss_discriminator": _ratio(game[2], game[3]),
+            "structure_undefined": int(game[2]),
+            "loss_discriminator": _ratio(game[3], game[4]),
             "samples_per_s": self._steps * samples_per_step / seconds,
             "data_wait_fraction": waited / ranks / seconds,
             "broken_images": int(broken),

@@ -11,11 +11,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from sadm_fast.build import build_denoiser, build_psi
 from sadm_fast.engine.feature_queue import check_queue
 from sadm_fast.engine.optimizers import deepspeed_dict, learning_rate
+from sadm_fast.engine.players import _or_nan
 from sadm_fast.errors import UserError
 from tests.support.autograd_reference import Trace, play
 from tests.support.engine_cases import (
@@ -294,3 +296,15 @@ def test_clipping_is_always_told_to_deepspeed(stage: int, clipping: float):
     # In fp32 without ZeRO our own optimizer clips, and twice would be wrong.
     assert derived["gradient_clipping"] == (0.0 if stage == 0 else clipping)
     assert derived["train_batch_size"] == 2 * config.train.micro_batch
+
+
+def test_a_loss_that_is_not_finite_has_no_finite_gradient() -> None:
+    x = torch.tensor([3.0, 1e30], requires_grad=True)
+    (of_sum,) = torch.autograd.grad(x.square().sum(), x)  # inf, with a gradient that would be stepped on
+    assert of_sum.isfinite().all()
+    (of_loss,) = torch.autograd.grad(_or_nan(x.square().sum()), x)
+    assert of_loss.isnan().all()
+    small = torch.tensor([3.0, 0.1], requires_grad=True)
+    loss = small.square().sum()
+    assert torch.equal(_or_nan(loss), loss)
+    assert torch.equal(*(torch.autograd.grad(f(small.square().sum()), small)[0] for f in (_or_nan, lambda y: y)))

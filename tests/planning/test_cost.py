@@ -36,7 +36,7 @@ def test_published_sizes_have_the_published_cost(name: str, parameters: int, gma
     asked = published(name)
     denoiser, psi = meta_models(asked, num_classes=1000)
     assert psi is None
-    width, patch = denoiser.pos_embed.shape[-1], asked.denoiser.patch
+    width, patch = denoiser.block_inputs(1)[0][-1], asked.denoiser.patch
     # Three channels instead of four: one input filter fewer, and two outputs (mean and variance) with their biases.
     missing = width * patch**2 + (width + 1) * 2 * patch**2
     assert sum(p.numel() for p in denoiser.parameters()) == parameters - missing
@@ -132,7 +132,7 @@ def test_counting_leaves_the_models_as_they_were():
     denoiser, psi = meta_models(asked, 10)
     first = activations(asked, denoiser, psi)
     assert activations(asked, denoiser, psi) == first
-    assert not any("forward" in vars(block) for block in denoiser.blocks)
+    assert not any("forward" in vars(block) for block in denoiser.checkpointed)
 
 
 def test_attention_keeps_no_matrix_of_all_pairs():

@@ -17,10 +17,9 @@ from torch._dynamo.utils import counters
 from sadm_fast.build import build_denoiser, build_psi
 from sadm_fast.engine import players
 from sadm_fast.engine.masters import gather, local_masters, trainable_shapes
-from sadm_fast.engine.players import Outcome, Players, gradient_norm
+from sadm_fast.engine.players import NotFinite, Outcome, Players, gradient_norm
 from sadm_fast.game import Batch
 from sadm_fast.ranks.launch import Place, distributed
-from sadm_fast.ranks.vote import NotFinite, Vote
 from tests.support.engine_cases import (
     BAD_PLAYER,
     CLASSES,
@@ -45,7 +44,6 @@ class Game:
         starting_weights(psi, seeds[1])
         self.shapes = {"denoiser": trainable_shapes(denoiser), "discriminator": trainable_shapes(psi)}
         self.players = Players(self.config, denoiser, psi if case.mode != "plain" else None, place.device)
-        self.vote = Vote()
 
     def batches(self, iteration: int) -> list[Batch]:
         return [
@@ -55,9 +53,7 @@ class Game:
 
     def play(self, iteration: int, batches: list[Batch] | None = None) -> Outcome:
         self.players.set_learning_rates(iteration)
-        return self.players.iteration(
-            self.batches(iteration) if batches is None else batches, iteration, agree_finite=self.vote.agree_finite
-        )
+        return self.players.iteration(self.batches(iteration) if batches is None else batches, iteration)
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Full parameters by player, from the fp32 masters."""
@@ -107,7 +103,7 @@ def compared(case: Case, place: Place) -> dict[str, Any]:
         outcome = game.play(iteration)
         found["norms"].append(game.norms())
         found["loss"].append(outcome.loss_denoise)
-        found["distance"].append(outcome.structure_distance)
+        found["distance"].append(None if outcome.structure_distances is None else outcome.structure_distances.mean())
         found["loss_discriminator"].append(outcome.loss_discriminator)
         found["graphs"].append(counters["stats"]["unique_graphs"])
     found |= {"breaks": list(counters["graph_break"]), "not_compiled": game.players.not_compiled}
@@ -179,7 +175,7 @@ def poisoned(case: Case, place: Place) -> dict[str, Any]:
 
 
 def bad_gradients(case: Case, place: Place) -> dict[str, Any]:
-    """Losses that are finite everywhere in the vote, and now and then a player's gradient that is NaN on the last rank.
+    """Finite denoising losses, and now and then a player's gradient that is NaN on the last rank.
 
     Gives for each iteration whether it was refused and whether it left every weight of both players as it was; the
     weights at the end, and those of players who never met the bad iterations.

@@ -18,7 +18,6 @@ from sadm_fast.engine.masters import local_masters
 from sadm_fast.engine.players import Players
 from sadm_fast.game import Batch, draw
 from sadm_fast.ranks.launch import Place, distributed
-from sadm_fast.ranks.vote import Vote
 from tests.support.plan_cases import CASES, CLASSES, ITERATIONS, PlanCase
 
 _OPERATIONS = {
@@ -111,7 +110,6 @@ def played(case: PlanCase, place: Place) -> dict[str, Any]:
             parameter.add_(0.05)
     players = Players(config, denoiser, None if config.game.mode == "plain" else build_psi(config), place.device)
     ema = EMA(lambda: list(local_masters(players.denoiser)), config.train.ema)
-    vote = Vote()
     found: dict[str, Any] = {}
     step = players.denoiser.step
 
@@ -127,7 +125,7 @@ def played(case: PlanCase, place: Place) -> dict[str, Any]:
         micro_batches = config.train.grad_accumulation
         batches = [micro_batch(case, iteration * micro_batches + k, place) for k in range(micro_batches)]
         with collectives if iteration == ITERATIONS - 1 else nullcontext():
-            players.iteration(batches, iteration, agree_finite=vote.agree_finite)
+            players.iteration(batches, iteration)
         ema.update()
     players.denoiser.step = step
     found |= {

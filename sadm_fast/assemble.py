@@ -1,0 +1,132 @@
+"""A run put together: networks, engines, checkpoints and pictures of one configuration, handed to its Trainer."""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+from sadm_fast.build import Undrawn, build_denoiser, resolve_classes, start_from_weights
+from sadm_fast.config import Config
+from sadm_fast.console import Console
+from sadm_fast.data.latents import LatentSource
+from sadm_fast.data.source import Source
+from sadm_fast.ema import EMA
+from sadm_fast.engine.masters import local_masters, trainable_shapes
+from sadm_fast.engine.players import Players, samples_compared, samples_per_step
+from sadm_fast.files import write_json
+from sadm_fast.gallery import Gallery, grid_classes, real_grid, save_picture
+from sadm_fast.metrics.evaluation import Evaluator
+from sadm_fast.metrics.evaluator import build_evaluator
+from sadm_fast.models import Denoiser, StructureEncoder
+from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.pretrain import prepare_judge, prepare_psi
+from sadm_fast.ranks.launch import Place
+from sadm_fast.ranks.watchdog import Watchdog
+from sadm_fast.run import checkpoint
+from sadm_fast.run.checkpoint_writer import CheckpointWriter
+from sadm_fast.run.facts import run_facts
+from sadm_fast.run.folder import RunFolder
+from sadm_fast.trainer import Trainer
+
+
+def assemble(
+    config: Config,
+    folder: RunFolder,
+    source: Source,
+    autoencoder: Autoencoder | None,
+    place: Place,
+    console: Console,
+) -> Trainer:
+    """The trainer of a claimed folder, at its newest whole checkpoint or at step 0. Collective.
+
+    autoencoder: of the latents in `source`, on rank 0, which makes the pictures; None elsewhere.
+
+    Raises:
+        UserError: the folder's checkpoint belongs to another run, or Psi or the judge cannot be had.
+    """
+    rank, device = place.rank, place.device
+    num_classes = resolve_classes(config, source)
+    identity = _identity(config, source, place.world_size)
+    # A checkpoint that does not belong here is found before any training.
+    found = checkpoint.agreed(checkpoint.find(folder.checkpoints, identity, console.say), identity)
+
+    psi: StructureEncoder | None = None
+    psi_facts: dict[str, Any] = {}
+    if config.game.mode != "plain":
+        psi, psi_facts = prepare_psi(config, source, folder.pretrained, device, console)
+    evaluator: Evaluator | None = None
+    judge_facts: dict[str, Any] = {}
+    if config.evaluate.every is not None:
+        judge, judge_facts = prepare_judge(config, source, folder.pretrained, device, console)
+        evaluator = build_evaluator(config, source, judge, device)
+    with nullcontext() if found is None else Undrawn():
+        denoiser = build_denoiser(config, num_classes)
+    if found is None:
+        start_from_weights(config, denoiser)
+    # fp32 networks to look through, only where somebody looks: rank 0 draws, all ranks evaluate.
+    viewer: Denoiser | None = None
+    if rank == 0 or evaluator is not None:
+        with Undrawn():
+            viewer = build_denoiser(config, num_classes).to(device).eval().requires_grad_(False)
+    psi_viewer: StructureEncoder | None = None
+    shapes = {"denoiser": trainable_shapes(denoiser)}
+    if psi is not None:
+        if rank == 0:
+            psi_viewer = copy.deepcopy(psi).to(device).eval().requires_grad_(False)
+        psi.train()
+        shapes["discriminator"] = trainable_shapes(psi)
+
+    with Watchdog(config.train.patience, rank, "starting the engines"):
+        players = Players(config, denoiser, psi, device)
+        ema = EMA(lambda: list(local_masters(players.denoiser)), config.train.ema)
+        writer = CheckpointWriter(
+            folder.checkpoints,
+            players.engines,
+            lambda: ema.average,
+            shapes["denoiser"],
+            identity=identity,
+            queue=players.queue,
+            keep_last=config.train.keep_last,
+            keep_every=config.train.keep_every,
+            say=console.complain,
+        )
+    if players.not_compiled is not None:
+        console.say(f"train.compile: running eagerly, {players.not_compiled}")
+    gallery = Gallery(
+        config,
+        folder,
+        source,
+        players,
+        lambda: ema.average,
+        shapes,
+        num_classes=num_classes,
+        viewer=viewer,
+        psi_viewer=psi_viewer,
+        autoencoder=autoencoder,
+        evaluator=evaluator,
+        device=device,
+        console=console,
+    )
+    trainer = Trainer(
+        config, folder, source, players, ema, writer, gallery, null_class=num_classes, device=device, console=console
+    )
+    if found is not None:
+        trainer.resume(found)
+    if rank == 0:
+        folder.rewind(trainer.step)
+        shown = grid_classes(num_classes, config.sampling.columns)
+        facts = run_facts(config, source, shapes, psi_facts, judge_facts, place.world_size, shown)
+        write_json(folder.facts, facts)
+        save_picture(real_grid(config, source, device, autoencoder), folder.samples / "real.png")
+    return trainer
+
+
+def _identity(config: Config, source: Source, world_size: int) -> dict[str, Any]:
+    """What a checkpoint must agree with to be continued here; JSON values."""
+    latents = {"latent_space": source.encoding.space} if isinstance(source, LatentSource) else {}
+    return {
+        "configuration": config.fingerprint(),
+        "data": source.fingerprint(),
+        **latents,
+        "samples_per_step": samples_per_step(config, world_size),
+        "samples_compared": samples_compared(config, world_size),
+    }

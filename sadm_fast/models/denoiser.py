@@ -1,0 +1,53 @@
+"""What every denoiser is to the rest of the program; a new network subclasses `Denoiser` (docs/architecture.md)."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class Denoiser(nn.Module):
+    """A class-conditional network D_theta(x, time, labels), called by a diffusion process (diffusion/process.py).
+
+    Attributes:
+        in_channels, out_channels: C of the images or latents, and of the output (process.output_channels(C)).
+        input_size: H and W.
+        num_classes: labels are 0 .. num_classes - 1; `null_class` stands for "no class".
+        activation_checkpointing: `blocks` keep only their inputs for the backward pass, which computes the rest anew.
+    """
+
+    in_channels: int
+    out_channels: int
+    input_size: int
+    num_classes: int
+    activation_checkpointing: bool
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of one sample."""
+        return self.in_channels, self.input_size, self.input_size
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no class": one more than there are classes."""
+        return self.num_classes
+
+    @property
+    @abstractmethod
+    def checkpointed(self) -> Sequence[nn.Module]:
+        """The blocks that activation checkpointing recomputes, in the order of their calls; alike in size."""
+
+    @abstractmethod
+    def block_inputs(self, samples: int) -> Sequence[tuple[int, ...]]:
+        """Shapes of the tensors that one of `checkpointed` is called with, for the planner's memory count."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The network's output, float [B, out_channels, H, W].
+
+        x: process.model_input of a noised sample, [B, C, H, W].
+        t: noise level as the process gives it to networks, float32 [B]: `process.time_scale` times its natural time
+            (VP: step 0..999; flow: 1000 t; EDM: 100 ln sigma), so that sinusoids made for 0..999 resolve it. A network
+            that wants the natural time divides by process.time_scale.
+        y: labels int64 [B], `null_class` for none.
+        """
