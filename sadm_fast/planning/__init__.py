@@ -1,5 +1,5 @@
-"""What a run will need and how it will scale, without running it: memory, communication, and a roofline for the time.
+"""The cost of a run before it runs: memory, communication, and a predicted time.
 
-memory and communication are counts, tested against real runs on two ranks; roofline is a prediction from the numbers
-that manufacturers publish (gpus). Nothing in here was ever timed on a GPU.
+memory and communication count; their numbers are tested against real runs on two CPU ranks. roofline predicts from the
+peaks that manufacturers publish (gpus.py). docs/planning.md compares both with the first measurements on a GPU.
 """

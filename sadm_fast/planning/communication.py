@@ -1,8 +1,8 @@
-"""Bytes that one rank hands to collectives in one iteration, as DeepSpeed (0.19.8) and the trainer call them.
+"""Bytes in the collectives of one iteration, as DeepSpeed (0.19.8) and the trainer call them.
 
-Payload: the larger of a collective's input and output on one rank, that is the whole tensor that is reduced, gathered
-or scattered. Wire: what a ring of n ranks sends from each rank for it, in one direction: 2 (n-1)/n of the payload for
-an all-reduce, (n-1)/n for an all-gather or a reduce-scatter.
+Payload: the whole tensor that is reduced, gathered or scattered (the larger of input and output on one rank).
+Wire: the bytes that each rank of a ring of n sends in one direction: 2 (n-1)/n of the payload for an all-reduce,
+(n-1)/n of it for an all-gather or a reduce-scatter.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ _CHECK = 7 * 8  # structure_loss compares the ranks' arguments: int64 [7] from e
 
 @dataclass(frozen=True)
 class Transfer:
-    """What an iteration spends on one purpose."""
+    """The collectives of one iteration that serve one purpose, added up."""
 
     purpose: str
     operation: Operation
-    payload: float  # bytes; not whole where something happens every few iterations
+    payload: float  # bytes; a fraction where the collective runs every few iterations
 
     def wire(self, world_size: int) -> float:
-        """Bytes that each rank of a ring sends."""
+        """Return the bytes that each rank of a ring sends."""
         rounds = 2 if self.operation == "all-reduce" else 1
         return rounds * (world_size - 1) / world_size * self.payload
 
@@ -37,11 +37,11 @@ class Transfer:
 def transfers(
     config: Config, players: list[Player], feature_dim: int, world_size: int, *, stage: int | None = None
 ) -> list[Transfer]:
-    """One iteration of the game on one of `world_size` ranks; nothing for a rank that is alone.
+    """List the transfers of one iteration of the game on one of `world_size` ranks; none for world_size 1.
 
     Args:
-        feature_dim: of Psi.
-        stage: of ZeRO, 0 to 3; None: the configuration's.
+        feature_dim: length of Psi's features.
+        stage: ZeRO stage, 0 to 3; None: as configured.
     """
     if world_size == 1:
         return []
@@ -51,8 +51,8 @@ def transfers(
     for player in players:
         if not player.has_engine:
             continue
-        # Stage 1 waits for the last micro-batch; from stage 2 on gradients are divided at once, so they travel each
-        # time. Stages 1 and 2 reduce whole buckets to every rank, and each keeps its share of the result.
+        # Stage 1 reduces after the last micro-batch. Stages 2 and 3 divide gradients, so they reduce after each one.
+        # Stages 1 and 2 all-reduce whole buckets, and each rank keeps its share of the result.
         reductions = player.backwards if stage >= 2 else player.steps
         found.append(
             Transfer(
@@ -75,7 +75,7 @@ def transfers(
 
 
 def _global_structure(config: Config, psi: Player, feature_dim: int, n: int) -> list[Transfer]:
-    """Features of all ranks, for each call of S."""
+    """List what S sends with game.scope=global: features, gradients of features (reference), sums."""
     game, train = config.game, config.train
     rows = n * train.micro_batch
     discriminating, denoising = psi.backwards, train.grad_accumulation
@@ -83,7 +83,7 @@ def _global_structure(config: Config, psi: Player, feature_dim: int, n: int) -> 
     reference = config.implementation == "reference"
     element = 4 if reference else width(config)  # the reference widens its features before they travel
     one = 2 * rows * feature_dim * element
-    if reference:  # at each call; the fast path does so at its first one
+    if reference:  # the reference compares the ranks' arguments at each call, the fast path at the first only
         one += n * _CHECK
     if reference or game.gate_log_snr is not None:
         one += rows * 4
@@ -91,7 +91,7 @@ def _global_structure(config: Config, psi: Player, feature_dim: int, n: int) -> 
         one += rows * 8
     found = [Transfer("features of S", "all-gather", calls * one)]
     sums = calls * 2 * (4 if reference else 8)
-    if reference:  # its gradient with respect to all rows goes back to their ranks; fused kernels compute it anew
+    if reference:  # autograd sends gradients of gathered rows back to their ranks; fused kernels recompute them instead
         found.append(
             Transfer("gradients of features", "all-reduce", (2 * discriminating + denoising) * rows * feature_dim * 4)
         )
@@ -100,7 +100,7 @@ def _global_structure(config: Config, psi: Player, feature_dim: int, n: int) -> 
 
 def _small(config: Config, players: list[Player], stage: int) -> float:
     steps = sum(player.steps for player in players)
-    # DeepSpeed asks all ranks for the gradient's norm, and in bf16 at stages 1 and 2 for an overflow.
+    # DeepSpeed all-reduces the gradient's norm, and in bf16 at stages 1 and 2 an overflow flag.
     norm = {0: 0, 1: 4, 2: 4, 3: 8 if offload_of(config) == "none" else 4}[stage]
     if config.train.precision == "bf16" and stage in (1, 2):
         norm += 1

@@ -1,8 +1,7 @@
-"""What a run will cost, counted without running it: parameters, FLOPs and MACs of a step, activations; --dry-run.
+"""Costs of a step, counted without running it: FLOPs, and bytes of activations.
 
-Models live on the meta device, so nothing is allocated. FLOPs are counted by PyTorch's FlopCounterMode (matrix
-products and convolutions; a multiply-add is two FLOPs, one MAC). Papers on diffusion transformers that say "Gflops"
-mean MACs.
+Models live on the meta device, so nothing is allocated. PyTorch's FlopCounterMode counts matrix products and
+convolutions; a multiply-add is two FLOPs and one MAC. Papers on diffusion transformers write "Gflops" and mean MACs.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ def _flops(run: Callable[[], object]) -> int:
 
 
 def meta_models(config: Config, num_classes: int) -> tuple[Denoiser, StructureEncoder | None]:
-    """Both players without memory behind them."""
+    """Build both players on the meta device, in the run's dtype; Psi is None in plain mode."""
     with torch.device("meta"):
         dtype = _DTYPES[config.train.precision]
         psi = None if config.game.mode == "plain" else build_psi(config).to(dtype)
@@ -47,7 +46,7 @@ def _denoise(config: Config, denoiser: Denoiser) -> Tensor:
 
 
 def step_flops(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> dict[str, int]:
-    """FLOPs of one rank's step, by what they are spent on."""
+    """Count the FLOPs of one rank's step, by purpose."""
     accumulation = config.train.grad_accumulation
     xhat0 = _denoise(config, denoiser)
     parts = {
@@ -77,10 +76,10 @@ def step_flops(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> dic
 
 
 def activations(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> Activations:
-    """Bytes that autograd keeps of one micro-batch, of models from `meta_models`.
+    """Count the bytes that autograd keeps of one micro-batch; models from `meta_models`.
 
-    Fake CPU tensors are counted, not meta ones: meta attention would keep the matrices of all pairs of tokens, which
-    the fused kernels of CPUs and GPUs do not.
+    The tensors are fake CPU ones. On meta, attention would keep a matrix of all pairs of tokens; the fused kernels of
+    CPUs and GPUs do not.
     """
     samples, shape, dtype = config.train.micro_batch, config.sample_shape, _DTYPES[config.train.precision]
     process = config.process
@@ -107,7 +106,7 @@ def activations(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> Ac
 
 @contextmanager
 def _checkpointing(denoiser: Denoiser, on: bool) -> Iterator[None]:
-    """Activation checkpointing on or off, whatever the configuration says."""
+    """Switch activation checkpointing on or off inside the block."""
     before = denoiser.activation_checkpointing
     denoiser.activation_checkpointing = on
     try:
@@ -117,7 +116,10 @@ def _checkpointing(denoiser: Denoiser, on: bool) -> Iterator[None]:
 
 
 def _kept(module: nn.Module, use: Callable[[Callable[..., Tensor]], object]) -> int:
-    """Bytes kept for the backward by `use` of a module; each storage once, parameters not. Inside FakeTensorMode."""
+    """Count the bytes that use(module) keeps for its backward pass: each storage once, parameters not at all.
+
+    Call it inside FakeTensorMode.
+    """
     weights: dict[str, Any] = {
         name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
         for name, p in module.named_parameters()
@@ -129,7 +131,7 @@ def _kept(module: nn.Module, use: Callable[[Callable[..., Tensor]], object]) -> 
     def pack(tensor: Tensor) -> Tensor:
         key = tensor.untyped_storage()._cdata
         if key not in own:
-            kept[key] = tensor  # held, so that no other storage takes its place
+            kept[key] = tensor  # hold it: a freed storage could give its address to another
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,4 +1,4 @@
-"""The text of --dry-run: resolved configuration, parameters, FLOPs and MACs of a step, memory plan."""
+"""The text of train.py --dry-run. plan.py says more, for many ranks; this is the run as configured."""
 
 import json
 
@@ -11,7 +11,7 @@ from sadm_fast.planning.players import players
 
 
 def describe(config: Config, num_classes: int, world_size: int) -> str:
-    """The text of --dry-run: resolved configuration, parameters, FLOPs and MACs, memory plan."""
+    """Print the resolved configuration, the parameters, FLOPs and MACs of a step, and the memory of one rank."""
     denoiser, psi = meta_models(config, num_classes)
     lines = [json.dumps(config.resolved(), indent=2), ""]
 

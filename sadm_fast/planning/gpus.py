@@ -1,4 +1,4 @@
-"""GPUs by their manufacturer's numbers: peak rates without sparsity, memory, and the links to the GPUs beside them."""
+"""GPUs by their manufacturer's numbers: peak rates without sparsity, memory, and links to the node's other GPUs."""
 
 import difflib
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from sadm_fast.errors import UserError
 
 
 class Gpu(NamedTuple):
-    """One GPU; every number is a peak that programs do not reach."""
+    """One GPU. Every number is a peak; programs reach a part of it."""
 
     name: str
     bf16: float  # FLOP/s, dense, accumulated in fp32
@@ -56,7 +56,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """A row of the table; UserError with the nearest names for any other."""
+    """Return the row of `name`, in any case of letters; UserError with the nearest name if there is none."""
     gpu = GPUS.get(name.lower())
     if gpu is None:
         near = difflib.get_close_matches(name.lower(), GPUS, 1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""The whole plan of a run as plain numbers; text.py prints it, and --json writes it as it stands."""
+"""The plan of a run as one dictionary of plain numbers: text.py prints it, --json writes it unchanged."""
 
 from dataclasses import asdict
 from typing import Any
@@ -21,9 +21,9 @@ _OFFLOADS: dict[int, tuple[Offload, ...]] = {
 
 
 def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumptions) -> dict[str, Any]:
-    """Every number of the plan for `gpus` ranks, in bytes, FLOPs and seconds; ready for json.dumps.
+    """Compute the plan for `gpus` ranks, in elements, bytes, FLOPs and seconds; JSON values only.
 
-    Weak scaling: a rank's micro-batch stays what the configuration says, whatever the number of ranks.
+    Scaling is weak: a rank's micro-batch is the configuration's for any number of ranks.
     """
     denoiser, psi = meta_models(config, num_classes)
     both = players(config, denoiser, psi)
@@ -120,4 +120,5 @@ def _memory_record(memory: Memory) -> dict[str, Any]:
         "moments": memory.moments,
         "fullest_moment": memory.fullest,
         "peak": memory.peak,
+        "peak_by_kind": memory.peak_by_kind,
     }

@@ -1,4 +1,4 @@
-"""What the plan must know of the two players: how large they are, and how often an iteration passes through each."""
+"""The two players as the plan sees them: their sizes, and how often an iteration passes through each."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,23 +15,23 @@ Pass = Literal["train", "forward"]
 
 
 class Node(NamedTuple):
-    """A module: which parameters it has itself, as indices into Player.parameters, and the modules inside it."""
+    """A module of a network, as it is called."""
 
-    own: tuple[int, ...]
+    own: tuple[int, ...]  # parameters that are its own, not its children's: indices into Player.parameters
     children: "tuple[Node, ...]"
     recomputed: bool = False  # its forward runs again before its backward: activation checkpointing
 
 
 @dataclass(frozen=True)
 class Player:
-    """One network of the game; numbers are elements, not bytes."""
+    """One network of the game; sizes in elements, not bytes."""
 
     name: str  # "denoiser" or "Psi"
     parameters: tuple[int, ...]  # of each parameter, trained or not
     tree: Node  # its modules as they are called
     trained: int
     passes: tuple[Pass, ...]  # through its engine's module in one iteration, in order; () without an engine
-    traced: Pass  # the first pass of the run, which ZeRO-3 takes for what all of them need
+    traced: Pass  # the first pass of the run: ZeRO-3 learns from it what every pass needs
     steps: int  # of its optimizer in one iteration
     backwards: int  # of its own loss in one iteration
 
@@ -42,7 +42,7 @@ class Player:
 
     @property
     def has_engine(self) -> bool:
-        """Whether it is trained in this run; a fixed Psi is a plain module, the same on every rank."""
+        """Whether this run trains it. A fixed Psi has no engine: it is a plain module, whole on every rank."""
         return self.steps > 0
 
 
@@ -78,7 +78,7 @@ def players(config: Config, denoiser: nn.Module, psi: nn.Module | None) -> list[
 
 
 def _call_tree(module: nn.Module, *inputs: Tensor) -> Node:
-    """The modules that module(*inputs) calls, in the order of the calls; inputs as the module's parameters, on meta."""
+    """Record which modules module(*inputs) calls, in order; module and inputs are on meta."""
     index = {parameter: i for i, parameter in enumerate(module.parameters())}
     checkpointed = (
         set(module.checkpointed) if isinstance(module, Denoiser) and module.activation_checkpointing else set()
@@ -106,5 +106,5 @@ def _call_tree(module: nn.Module, *inputs: Tensor) -> Node:
 
 
 def recomputes(config: Config) -> bool:
-    """Whether the discriminator's step runs the denoiser anew, because its graph is not kept for both players."""
+    """Return whether the discriminator's step runs the denoiser again; else both players share one forward pass."""
     return config.game.mode == "sadm" and (config.implementation == "reference" or config.train.grad_accumulation > 1)

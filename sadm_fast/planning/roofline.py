@@ -1,13 +1,14 @@
-"""A prediction of the step's time, from counts and the manufacturer's peaks. Nothing in here was measured.
+"""Predict the time of a step from counts and the manufacturer's peaks. No number in here was measured.
 
     compute        FLOPs / (fraction_of_peak * peak FLOP/s of the dtype)
     update         bytes that AdamW and the EMA read and write / (fraction_of_bandwidth * memory bandwidth)
     communication  bytes that a ring sends / (fraction_of_bandwidth * links)
 
-The links: inside a node what one GPU sends to the others; across nodes NCCL builds a ring for each network adapter, so
-all adapters of a node carry the ring together, but no more than its slowest link lets through. Latencies, reading of
-data, checkpoints and the host are left out. A step takes the sum of the three if nothing overlaps, and
-max(compute, communication) + update if all communication is hidden behind compute.
+links: inside a node, the rate at which one GPU sends to the others. Across nodes NCCL builds a ring for each network
+adapter, so all adapters of a node carry the traffic together, limited by the slowest link of a ring.
+
+A step takes the sum of the three if nothing overlaps, and max(compute, communication) + update if all communication is
+hidden behind compute. Left out: latency, reading data, checkpoints, and the host.
 """
 
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from sadm_fast.planning.gpus import Gpu
 from sadm_fast.planning.memory import width
 from sadm_fast.planning.players import Player
 
-# Assumed. Well-tuned trainers of large transformers report 0.35 to 0.5 of the tensor cores' peak in bf16.
+# Assumed. Well-tuned trainers of large transformers report 0.35 to 0.5 of the tensor cores' peak in bf16. This one
+# reached 0.22 to 0.34 on an H200 (docs/planning.md).
 FRACTION_OF_PEAK = 0.4
-# Assumed, of memory and links: long streams come near 0.8 of what is on paper.
+# Assumed, of memory and links: long transfers reach about 0.8 of the published bandwidth.
 FRACTION_OF_BANDWIDTH = 0.75
 GPUS_PER_NODE = 8
 NETWORK_GBIT = 400.0
@@ -28,7 +30,7 @@ NETWORK_GBIT = 400.0
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the prediction rests on."""
+    """The hardware and the fractions of its peaks that the prediction assumes."""
 
     gpu: Gpu
     gpus_per_node: int = GPUS_PER_NODE
@@ -37,13 +39,13 @@ class Assumptions:
     fraction_of_bandwidth: float = FRACTION_OF_BANDWIDTH
 
     def links(self, world_size: int) -> float:
-        """bytes/s with which a ring of so many ranks moves data from each rank to the next, at best."""
+        """Return the peak bytes/s from each rank to the next, in a ring of `world_size` ranks."""
         if world_size <= self.gpus_per_node:
             return self.gpu.link
         return min(self.gpu.link, self.gpus_per_node * self.network_gbit * 1e9 / 8)
 
     def peak(self, config: Config) -> float:
-        """FLOP/s of the run's dtype. PyTorch keeps fp32 products in fp32 unless told otherwise; nobody does here."""
+        """Return the peak FLOP/s of the run's dtype; fp32 without TF32, which is off in PyTorch and stays off here."""
         return self.gpu.bf16 if config.train.precision == "bf16" else self.gpu.fp32
 
 
@@ -57,17 +59,17 @@ class StepTime:
 
     @property
     def exposed(self) -> float:
-        """With no overlap of compute and communication."""
+        """Seconds if communication does not overlap compute."""
         return self.compute + self.update + self.communication
 
     @property
     def hidden(self) -> float:
-        """With all communication that fits behind compute hidden there."""
+        """Seconds if communication overlaps compute as far as compute lasts."""
         return max(self.compute, self.communication) + self.update
 
 
 def update_bytes(config: Config, players: list[Player], world_size: int, stage: int) -> float:
-    """Bytes through the memory in the optimizers' steps and the EMA's: each tensor once for each read and write."""
+    """Count the bytes that the optimizers and the EMA read and write: each tensor once for each access."""
     total = 0.0
     for player in players:
         if not player.has_engine:
@@ -89,7 +91,7 @@ def step_time(
     world_size: int,
     stage: int,
 ) -> StepTime:
-    """The prediction for one of `world_size` ranks that computes `flops` and takes part in the transfers `moved`."""
+    """Predict the step of one of `world_size` ranks, which computes `flops` and takes part in the transfers `moved`."""
     rate = assumptions.fraction_of_bandwidth
     wire = sum(transfer.wire(world_size) for transfer in moved)
     return StepTime(

@@ -1,24 +1,16 @@
-"""The plan for a terminal of 120 columns. What is counted and what is predicted is said above each table."""
+"""The plan as text of at most 120 columns. Above each table stands whether its numbers are counted or predicted."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
+
+from sadm_fast.planning.memory import Kind
 
 _GIB, _MIB = 2**30, 2**20
-
-# Columns of the memory table, by the words in the names of what they add up.
-_COLUMNS = {
-    "weights": ("weights",),
-    "gradients": ("gradients",),
-    "optimizer": ("masters", "moments", "temporary"),
-    "EMA": ("EMA",),
-    "pictures": ("pictures",),
-    "activ.": ("activations",),
-    "buckets": ("bucket",),
-}
+_COLUMNS = [kind for kind in get_args(Kind) if kind != "other"]  # of the memory table
 
 
 def plan_text(plan: dict[str, Any]) -> str:
-    """The dictionary of plan.make_plan as lines."""
+    """Print the dictionary of plan.make_plan."""
     gpu = plan["assumptions"]["gpu"]
     samples = plan["micro_batch"] * plan["grad_accumulation"]
     lines = [
@@ -27,7 +19,7 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"{plan['gpus']} x {gpu['name']}; {plan['micro_batch']} samples x {plan['grad_accumulation']} micro-batches a"
         f" rank, {samples * plan['gpus']} a step",
         "Counted: parameters, FLOPs, memory, bytes. Predicted, by a roofline: times and images/s, and marked so.",
-        "No time of this project was ever measured on a GPU.",
+        "Measured so far, on one H200: 0.22 to 0.34 of the bf16 peak, where --fraction-of-peak assumes 0.4 by default.",
     ]
     for section in (_parameters, _flops, _memory, _communication, _prediction, _scaling):
         lines += ["", *section(plan)]
@@ -61,10 +53,7 @@ def _memory(plan: dict[str, Any]) -> Iterator[str]:
     limit = plan["assumptions"]["gpu"]["memory"]
     for row in plan["memory"]:
         here = (row["zero_stage"], row["offload"]) == (plan["zero_stage"], plan["offload"])
-        held = [*row["resident"].items(), *row["moments"][row["fullest_moment"]].items()]
-        cells = ""
-        for words in _COLUMNS.values():
-            cells += f"{sum(size for what, size in held if any(w in what for w in words)) / _GIB:>10.2f}"
+        cells = "".join(f"{row['peak_by_kind'][kind] / _GIB:>10.2f}" for kind in _COLUMNS)
         mark = "!" if row["peak"] > limit else " "
         offload = row["offload"].replace(" and parameters", "+params")
         yield (
@@ -126,7 +115,7 @@ def _prediction(plan: dict[str, Any]) -> Iterator[str]:
         f"  Links, one direction: {gpu['link_name']} {gpu['link'] / 1e9:,.0f} GB/s for each GPU in a node of"
         f" {a['gpus_per_node']}, network {a['network_gbit']:g} Gbit/s for each GPU."
     )
-    yield "  Left out: latency (it tells above some hundred ranks), offloading, reading data, checkpoints, pictures."
+    yield "  Left out: latency (it counts from some hundred ranks on), offloading, reading data, checkpoints, pictures."
 
 
 def _scaling(plan: dict[str, Any]) -> Iterator[str]:
@@ -147,4 +136,4 @@ def _scaling(plan: dict[str, Any]) -> Iterator[str]:
             f"{'!' if row['memory_peak'] > limit else ' '} {row['wire'] / _MIB:>10,.0f} {step:>17} {images:>21}"
             f" {efficiency:>14}"
         )
-    yield "  Efficiency: images/s over n times those of one rank; above 1 where ZeRO divides what one rank does alone."
+    yield "  Efficiency: images/s of n ranks over n times those of one; above 1 where ZeRO divides optimizer work."

@@ -1,13 +1,13 @@
-"""What ZeRO stage 3 gathers in one iteration: DeepSpeed's (0.19.8) rules, played through on sizes.
+"""Elements that ZeRO stage 3 gathers in one iteration: DeepSpeed's (0.19.8) rules, simulated on sizes.
 
-A parameter of at most `stage3_param_persistence_threshold` elements is persistent: whole all the time, gathered anew
-once after each step. Any other is gathered when a module needs it, or before, when prefetching reaches it: at each
-module up to `stage3_prefetch_bucket_size` elements more, as long as no more than `stage3_max_live_parameters` are
-whole. It is given up when its module is done, unless a module needs it again within `stage3_max_reuse_distance`
-elements, or prefetching has already passed over its next use because it was there.
-
-What may be given up after a forward DeepSpeed remembers from the first pass of the run. If that had no backward,
-everything is given up after every forward for the rest of the run.
+- A parameter of at most `stage3_param_persistence_threshold` elements is persistent: whole all the time, and gathered
+  once after each step.
+- Any other is gathered when a module needs it, or earlier by prefetching. Each module prefetches up to
+  `stage3_prefetch_bucket_size` elements, as long as no more than `stage3_max_live_parameters` are whole.
+- It is released when its module is done. Exceptions: a module needs it again within `stage3_max_reuse_distance`
+  elements, or prefetching passed its next use while it was there.
+- DeepSpeed learns in the first pass of the run what a forward may release. If that pass had no backward, every forward
+  of the run releases everything.
 """
 
 from collections import deque
@@ -21,23 +21,23 @@ from sadm_fast.planning.players import Node, Player
 class Gathered(NamedTuple):
     """Elements of a player's parameters."""
 
-    in_all: int  # gathered in one iteration, each as often as it is gathered
-    at_once: int  # most that are whole at one time, the persistent ones left out
+    in_all: int  # gathered in one iteration; a parameter counts as often as it is gathered
+    at_once: int  # whole at the same time, at most; persistent ones not counted
 
 
 def persistent(player: Player, zero: ZeroConfig) -> int:
-    """Elements that are whole on every rank all the time."""
+    """Count the elements that are whole on every rank all the time."""
     return sum(size for size in player.parameters if size <= zero.stage3_param_persistence_threshold)
 
 
 def partitioned(player: Player, world_size: int) -> int:
-    """Elements of one rank's share: each parameter is divided for itself, and padded."""
+    """Count the elements of one rank's share: each parameter is divided by itself, and padded."""
     return sum(-(-size // world_size) for size in player.parameters)
 
 
 @lru_cache
 def gathered(player: Player, zero: ZeroConfig) -> Gathered:
-    """One iteration of a run that has settled: from its third on."""
+    """Simulate one iteration after the run has settled, which it has by the third."""
     coordinator = _Coordinator(player, zero)
     for way in player.passes:
         coordinator.reset()
@@ -49,7 +49,7 @@ def gathered(player: Player, zero: ZeroConfig) -> Gathered:
 
 
 class _Coordinator:
-    """The part of DeepSpeed's PartitionedParameterCoordinator that decides; parameters are their indices."""
+    """The decisions of DeepSpeed's PartitionedParameterCoordinator; a parameter is its index."""
 
     def __init__(self, player: Player, zero: ZeroConfig) -> None:
         self._sizes, self._zero = player.parameters, zero
@@ -57,12 +57,12 @@ class _Coordinator:
         self._persistent = {i for i, size in enumerate(self._sizes) if size <= zero.stage3_param_persistence_threshold}
         self._trace = [*_forward_order(player.tree), *_backward_order(player.tree)]
         self._whole: set[int] = set()
-        self._ahead: set[int] = set()  # prefetched, and not asked for yet
+        self._ahead: set[int] = set()  # prefetched, not used yet
         self.in_all = self.at_once = 0
         self.reset()
 
     def reset(self) -> None:
-        """Before a pass: what was prefetched for nothing is given up."""
+        """Start a pass: release what was prefetched and not used."""
         self._ahead.clear()
         self._queue = deque((i, step) for step, own in enumerate(self._trace) for i in sorted(own))
         self._fetched_for: dict[int, int] = {}
@@ -113,21 +113,21 @@ class _Coordinator:
         self._step += 1
 
     def _release(self, own: tuple[int, ...], forget: bool) -> None:
-        given_up = {i for i in own if i in self._whole}
+        released = {i for i in own if i in self._whole}
         if not forget:
-            given_up = {i for i in given_up if self._fetched_for.get(i, -1) <= self._step}
+            released = {i for i in released if self._fetched_for.get(i, -1) <= self._step}
             passed = 0
             for later in self._trace[self._step :]:
-                if not given_up or passed >= self._zero.stage3_max_reuse_distance:
+                if not released or passed >= self._zero.stage3_max_reuse_distance:
                     break
-                given_up.difference_update(later)
+                released.difference_update(later)
                 passed += sum(self._sizes[i] for i in later)
-        self._whole -= given_up
-        self._live -= sum(self._sizes[i] for i in given_up)
+        self._whole -= released
+        self._live -= sum(self._sizes[i] for i in released)
 
 
 def _forward_order(node: Node) -> list[tuple[int, ...]]:
-    """Parameters that each module itself has, in the order in which the modules are entered."""
+    """List each module's own parameters, in the order in which a forward pass enters the modules."""
     return [node.own, *(own for child in node.children for own in _forward_order(child))]
 
 

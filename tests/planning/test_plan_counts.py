@@ -67,7 +67,7 @@ def test_each_purpose_takes_what_is_planned(ranks: list[dict[str, Any]], name: s
 def test_buckets_are_as_large_as_planned(ranks: list[dict[str, Any]], name: str):
     memory = planned(CASES[name].config)
     at_once = max(
-        sum(size for what, size in (memory.device | moment).items() if "bucket" in what)
+        sum(size for what, size in (memory.device | moment).items() if memory.kinds[what] == "buckets")
         for moment in memory.moments.values()
     )
     for rank in ranks:
