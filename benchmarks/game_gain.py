@@ -12,13 +12,13 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SPACES = ("fid_classifier", "fid_random", "fid_pixels")
 
 
-def train(config: Path, mode: str, seed: int, folder: Path, overrides: list[str]) -> dict[int, dict[str, float]]:
-    """Run one training to its end; its scores by step."""
+def train(config: Path, mode: str, seed: int, folder: Path, overrides: list[str]) -> dict[int, dict[str, Any]]:
+    """Run one training to its end, and return the lines of its evaluations.jsonl by step."""
     command = [sys.executable, str(ROOT / "sadm_fast" / "train.py"), "--config", str(config), "--run-dir", str(folder)]
     for override in [f"name={mode}{seed}", f"seed={seed}", f"game.mode={mode}", *overrides]:
         command += ["--set", override]
@@ -27,14 +27,15 @@ def train(config: Path, mode: str, seed: int, folder: Path, overrides: list[str]
     return {line["step"]: line for line in map(json.loads, lines)}
 
 
-def table(scores: dict[str, dict[int, dict[int, dict[str, float]]]]) -> str:
+def table(scores: dict[str, dict[int, dict[int, dict[str, Any]]]]) -> str:
     """Markdown: for each step and feature space the mean of the first mode, and the change of the others against it."""
     modes = list(scores)
     base, others = modes[0], modes[1:]
     head = ["step", "distance", base, *(f"{mode} against {base}: mean (each seed)" for mode in others)]
     rows = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for step in sorted(next(iter(scores[base].values()))):
-        for space in SPACES:
+    evaluations = next(iter(scores[base].values()))
+    for step in sorted(evaluations):
+        for space in evaluations[step]["floor"]:
             values = [run[step][space] for run in scores[base].values()]
             cells = [str(step), space, f"{statistics.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})"]
             for mode in others:
@@ -53,7 +54,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gain"))
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    scores: dict[str, dict[int, dict[int, dict[str, float]]]] = {mode: {} for mode in arguments.modes}
+    scores: dict[str, dict[int, dict[int, dict[str, Any]]]] = {mode: {} for mode in arguments.modes}
     for seed in arguments.seeds:
         for mode in arguments.modes:
             folder = arguments.out / f"{mode}{seed}"

@@ -14,8 +14,7 @@ from sadm_fast.engine.masters import local_masters, trainable_shapes
 from sadm_fast.engine.players import Players, samples_compared, samples_per_step
 from sadm_fast.files import write_json
 from sadm_fast.gallery import Gallery, grid_classes, real_grid, save_picture
-from sadm_fast.metrics.evaluation import Evaluator
-from sadm_fast.metrics.evaluator import build_evaluator
+from sadm_fast.metrics.run_evaluation import RunEvaluation
 from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.pretrain import prepare_judge, prepare_psi
@@ -53,18 +52,18 @@ def assemble(
     psi_facts: dict[str, Any] = {}
     if config.game.mode != "plain":
         psi, psi_facts = prepare_psi(config, source, folder.pretrained, device, console)
-    evaluator: Evaluator | None = None
+    evaluation: RunEvaluation | None = None
     judge_facts: dict[str, Any] = {}
     if config.evaluate.every is not None:
         judge, judge_facts = prepare_judge(config, source, folder.pretrained, device, console)
-        evaluator = build_evaluator(config, source, judge, device)
+        evaluation = RunEvaluation(config, source, judge, num_classes, device)
     with nullcontext() if found is None else Undrawn():
         denoiser = build_denoiser(config, num_classes)
     if found is None:
         start_from_weights(config, denoiser)
     # fp32 networks to look through, only where somebody looks: rank 0 draws, all ranks evaluate.
     viewer: Denoiser | None = None
-    if rank == 0 or evaluator is not None:
+    if rank == 0 or evaluation is not None:
         with Undrawn():
             viewer = build_denoiser(config, num_classes).to(device).eval().requires_grad_(False)
     psi_viewer: StructureEncoder | None = None
@@ -102,7 +101,7 @@ def assemble(
         viewer=viewer,
         psi_viewer=psi_viewer,
         autoencoder=autoencoder,
-        evaluator=evaluator,
+        evaluation=evaluation,
         device=device,
         console=console,
     )

@@ -1,9 +1,9 @@
-"""Score a trained run: Frechet distances of its samples to the real images, in three feature spaces.
+"""Score a trained run: Frechet distances of its samples to the real images, in several feature spaces.
 
     python sadm_fast/evaluate.py runs/mnist [--samples 5000]
 
-The numbers are not the FID of papers: the features are those of a classifier trained on the run's own images
-(fid_classifier), of a fixed random network (fid_random), and the pixels (fid_pixels).
+The numbers are not the FID of papers. Each is named after its feature space, for example fid_classifier: the features
+of a classifier trained on the run's own images. Together with each stands its floor, real images against real ones.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from sadm_fast.console import Console
     from sadm_fast.feed import open_data
     from sadm_fast.generation import load_trained
-    from sadm_fast.metrics.evaluator import build_evaluator, evaluation_images
+    from sadm_fast.metrics.run_evaluation import RunEvaluation
     from sadm_fast.pretrain import prepare_judge
     from sadm_fast.ranks.collectives import first_on_rank_zero
     from sadm_fast.ranks.launch import distributed
@@ -63,11 +63,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             )
         images = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0, path=arguments.data))
         judge, facts = prepare_judge(config, images, RunFolder(arguments.run).pretrained, place.device, console)
-        evaluator = build_evaluator(config, images, judge, place.device)
-        scores = evaluator.score(evaluation_images(config, trained.model, len(trained.classes), place.device))
-        sampler = {"steps": evaluate.steps, "guidance_scale": 1.0, "weights": "ema", "seed": config.seed}
-        result = {"step": trained.step, **scores, "sampler": sampler, "judge_accuracy": facts.get("accuracy")}
-        console.say(json.dumps(result, indent=2))
+        evaluation = RunEvaluation(config, images, judge, len(trained.classes), place.device)
+        scores = evaluation.score(trained.model, trained.step)
+        console.say(json.dumps(scores | {"judge_accuracy": facts.get("accuracy")}, indent=2))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ from sadm_fast.engine.players import Players
 from sadm_fast.feed import load_samples
 from sadm_fast.game import Batch, predict
 from sadm_fast.generation import generate, to_images
-from sadm_fast.metrics.evaluation import Evaluator
-from sadm_fast.metrics.evaluator import evaluation_images
-from sadm_fast.metrics.judges import JUDGES
+from sadm_fast.metrics.run_evaluation import RunEvaluation, one_line
 from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.ranks.collectives import rank_and_world_size
@@ -138,7 +136,7 @@ class Gallery:
         viewer, psi_viewer: fp32 networks that take up the weights to look through, in eval mode; None on a rank
             that does not look.
         autoencoder: of the latents, on rank 0; None for pixels.
-        evaluator: on every rank, or on none.
+        evaluation: on every rank, or on none.
     """
 
     def __init__(
@@ -154,14 +152,14 @@ class Gallery:
         viewer: Denoiser | None,
         psi_viewer: StructureEncoder | None,
         autoencoder: Autoencoder | None,
-        evaluator: Evaluator | None,
+        evaluation: RunEvaluation | None,
         device: torch.device,
         console: Console,
     ) -> None:
         self._config, self._folder, self._players, self._average = config, folder, players, average
         self._shapes, self._num_classes = shapes, num_classes
         self._viewer, self._psi_viewer, self._autoencoder = viewer, psi_viewer, autoencoder
-        self._evaluator, self._device, self._console = evaluator, device, console
+        self._evaluation, self._device, self._console = evaluation, device, console
         self._rank = rank_and_world_size()[0]
         self._relations = RelationView(config, source, device) if psi_viewer is not None else None
 
@@ -170,7 +168,7 @@ class Gallery:
         config = self._config
         picture_due = config.train.due(step, config.train.sample_every)
         every = config.evaluate.every
-        evaluation_due = self._evaluator is not None and every is not None and config.train.due(step, every)
+        evaluation_due = self._evaluation is not None and every is not None and config.train.due(step, every)
         if not (picture_due or evaluation_due):
             return False
         name = f"step-{step:06d}"
@@ -203,12 +201,8 @@ class Gallery:
             log.image(tag, picture, step)
 
     def _evaluate(self, step: int, log: TrainingLog) -> None:
-        assert self._evaluator is not None and self._viewer is not None  # on every rank, where there are evaluations
+        assert self._evaluation is not None and self._viewer is not None  # on every rank, where there are evaluations
         started = time.perf_counter()
-        config = self._config
-        scores = self._evaluator.score(evaluation_images(config, self._viewer, self._num_classes, self._device))
-        sampler = {"steps": config.evaluate.steps, "guidance_scale": 1.0, "weights": "ema", "seed": config.seed}
-        log.write_evaluation({"step": step, **scores, "sampler": sampler})
-        found = ", ".join(f"{judge.metric} {scores[judge.metric]:.4g}" for judge in JUDGES)
-        seconds = time.perf_counter() - started
-        self._console.say(f"step {step}: {found} of {scores['samples']} samples ({seconds:.0f} s)")
+        scores = self._evaluation.score(self._viewer, step)
+        log.write_evaluation(scores)
+        self._console.say(f"step {step}: {one_line(scores)} ({time.perf_counter() - started:.0f} s)")

@@ -12,10 +12,10 @@ from sadm_fast.ranks.collectives import sum_over_ranks
 
 
 class FeatureStatistics:
-    """Number, sum and sum of outer products of feature vectors, all in float64.
+    """Number, sum and sum of outer products of feature vectors, in float64.
 
-    Raw sums, so that batches, streams and ranks add up in any order. The subtraction of the mean in `moments`
-    costs about mean^2 / variance units of 1e-16, which features of networks (ratio below 1e4) never notice.
+    Raw sums, so that batches and ranks add up in any order. Subtracting the mean in `moments` loses about
+    mean^2 / variance units of 1e-16; features of networks have a ratio below 1e4.
     """
 
     def __init__(self, dimension: int, device: torch.device | str = "cpu") -> None:
@@ -39,7 +39,7 @@ class FeatureStatistics:
         self.outer.addmm_(features.T, features)
 
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        """The statistics of both sets together, as a new object; ValueError if the dimensions differ."""
+        """Return new statistics of both sets together; ValueError if the dimensions differ."""
         if other.dimension != self.dimension:
             raise ValueError(f"cannot merge features of dimension {self.dimension} and {other.dimension}")
         both = FeatureStatistics(self.dimension, self.sum.device)
@@ -49,7 +49,7 @@ class FeatureStatistics:
         return both
 
     def all_reduce(self) -> None:
-        """Replace this rank's statistics by those of all ranks; does nothing outside torch.distributed."""
+        """Replace this rank's statistics by those of all ranks; nothing to do outside torch.distributed."""
         # float64 holds integers up to 2^53 exactly, so the count travels with the sums.
         flat = sum_over_ranks(torch.cat([self.sum.new_tensor([float(self.count)]), self.sum, self.outer.flatten()]))
         self.count = int(flat[0].item())
@@ -57,7 +57,7 @@ class FeatureStatistics:
         self.outer = flat[1 + self.dimension :].view(self.dimension, self.dimension)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean [d] and unbiased covariance [d, d], float64; ValueError for fewer than two feature vectors."""
+        """Return mean [d] and unbiased covariance [d, d], float64; ValueError for fewer than two feature vectors."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, got {self.count}")
         mean = self.sum / self.count
@@ -66,22 +66,20 @@ class FeatureStatistics:
 
 
 def _root_factor(covariance: Tensor) -> Tensor:
-    """A matrix L [d, d] with L L^T = covariance; what rounding made of zero eigenvalues is zero again."""
+    """Return L [d, d] with L L^T = covariance. Eigenvalues that are zero but for rounding are set to zero."""
     eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    # eigh is backward stable: an exact zero comes out as large as d eps times the largest eigenvalue.
+    # eigh is backward stable: a zero eigenvalue comes out at most d eps times as large as the largest one.
     noise = eigenvalues[-1].clamp(min=0) * eigenvalues.numel() * torch.finfo(eigenvalues.dtype).eps
     return vectors * torch.where(eigenvalues > noise, eigenvalues, 0.0).sqrt()
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)): the SQUARED Frechet distance, as FID reports
-    it.
+    """Compute |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)): the SQUARED Frechet distance, as FID does.
 
-    Means [d], covariances [d, d]; computed in float64 and never negative. The trace of the matrix root is the
-    sum of the singular values of L1^T L2 with cov = L L^T by symmetric eigendecomposition: no square root is
-    taken of a product's eigenvalues, so covariances of low rank cost no digits. Raises ValueError for
-    mismatched shapes and for NaN or infinite values. Source: Dowson and Landau 1982;
-    Heusel et al. 2017, eq. 6.
+    Means [d], covariances [d, d]; computed in float64, never negative. The trace of the root is the sum of the singular
+    values of L1^T L2, where cov = L L^T by symmetric eigendecomposition. No eigenvalue of a product is rooted, so
+    covariances of low rank lose no digits. Raises ValueError for shapes that do not match and for values that are not
+    finite. Source: Dowson and Landau 1982; Heusel et al. 2017, eq. 6.
     """
     dimension = mean1.numel()
     shapes = [tuple(t.shape) for t in (mean1, cov1, mean2, cov2)]

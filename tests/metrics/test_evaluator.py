@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sadm_fast.metrics.evaluation import Evaluator
+from sadm_fast.metrics.evaluator import Evaluator
 from sadm_fast.metrics.frechet import FeatureStatistics
 from sadm_fast.metrics.judges import ClassifierJudge, Judge, PixelJudge, RandomJudge
 from sadm_fast.scales import float_to_pixels, pixels_to_float
