@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from sadm_fast.config import Config, check_config
 from sadm_fast.errors import UserError
 from sadm_fast.plan import main
-from sadm_fast.planning.communication import Transfer, transfers
+from sadm_fast.planning.communication import LOG_LINE, Transfer, transfers
 from sadm_fast.planning.cost import meta_models
 from sadm_fast.planning.gpus import GPUS, find_gpu
 from sadm_fast.planning.players import players
 from sadm_fast.planning.roofline import Assumptions, step_time, update_bytes
 from sadm_fast.planning.text import plan_text
+from sadm_fast.run import log
 
 IMAGENET = {
     "name": "imagenet512",
@@ -220,6 +223,15 @@ def test_what_travels_at_each_stage():
     for stage in (1, 2):
         assert travelling[stage]["denoiser weights"] == ("all-gather", 2 * denoiser)
     assert not transfers(config, both, 512, 1, stage=2)
+
+
+def test_a_log_line_is_as_large_as_planned(monkeypatch: pytest.MonkeyPatch):
+    def check(sums: Tensor) -> Tensor:
+        assert sums.numel() * sums.element_size() == LOG_LINE
+        return sums
+
+    monkeypatch.setattr(log, "sum_over_ranks", check)
+    log.Interval(torch.device("cpu")).reduce(8, 0)
 
 
 def test_global_scope_gathers_the_features_of_all_ranks():
