@@ -15,7 +15,7 @@ from sadm_fast.planning.players import Player
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
 
-_VOTE = 3 * 4  # ranks.vote.Vote: int32 [3] each iteration
+VOTE = 3 * 4  # ranks.vote.Vote: int32 [3] each iteration
 LOG_LINE = 16 * 8  # run.log.Interval: float64 [16] each line of metrics.jsonl
 _CHECK = 7 * 8  # structure_loss compares the ranks' arguments: int64 [7] from each
 
@@ -104,4 +104,4 @@ def _small(config: Config, players: list[Player], stage: int) -> float:
     norm = {0: 0, 1: 4, 2: 4, 3: 8 if offload_of(config) == "none" else 4}[stage]
     if config.train.precision == "bf16" and stage in (1, 2):
         norm += 1
-    return _VOTE + steps * norm + LOG_LINE / config.train.log_every
+    return VOTE + steps * norm + LOG_LINE / config.train.log_every

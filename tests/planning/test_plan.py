@@ -11,12 +11,13 @@ from torch import Tensor
 from sadm_fast.config import Config, check_config
 from sadm_fast.errors import UserError
 from sadm_fast.plan import main
-from sadm_fast.planning.communication import LOG_LINE, Transfer, transfers
+from sadm_fast.planning.communication import LOG_LINE, VOTE, Transfer, transfers
 from sadm_fast.planning.cost import meta_models
 from sadm_fast.planning.gpus import GPUS, find_gpu
 from sadm_fast.planning.players import players
 from sadm_fast.planning.roofline import Assumptions, step_time, update_bytes
 from sadm_fast.planning.text import plan_text
+from sadm_fast.ranks import vote
 from sadm_fast.run import log
 
 IMAGENET = {
@@ -225,13 +226,20 @@ def test_what_travels_at_each_stage():
     assert not transfers(config, both, 512, 1, stage=2)
 
 
-def test_a_log_line_is_as_large_as_planned(monkeypatch: pytest.MonkeyPatch):
-    def check(sums: Tensor) -> Tensor:
-        assert sums.numel() * sums.element_size() == LOG_LINE
-        return sums
+def test_vote_and_log_line_are_as_large_as_planned(monkeypatch: pytest.MonkeyPatch):
+    sizes: list[int] = []
 
-    monkeypatch.setattr(log, "sum_over_ranks", check)
+    def count(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    monkeypatch.setattr(vote, "is_distributed", lambda: True)
+    monkeypatch.setattr(vote, "communication_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(vote, "max_over_ranks", count)
+    monkeypatch.setattr(log, "sum_over_ranks", count)
+    vote.Vote().ask()
     log.Interval(torch.device("cpu")).reduce(8, 0)
+    assert sizes == [VOTE, LOG_LINE]
 
 
 def test_global_scope_gathers_the_features_of_all_ranks():
