@@ -1,9 +1,11 @@
-"""What a person sees in the terminal: sentences, and a bar on a terminal or a plain line now and then in a pipe."""
+"""Messages to the person at the terminal: lines of text, and progress as a bar (in a pipe: a line every 10 seconds)."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import TextIOWrapper
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -19,6 +21,22 @@ from rich.progress import (
 _PLAIN_EVERY_S = 10.0
 
 
+def accept_any_text() -> None:
+    """Let stdout and stderr take any text, whatever their encoding, and whether they are open or not.
+
+    What they cannot show is escaped. File names may hold bytes that are no text in any encoding.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed: the next file opened would take its place
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class _Terminal(RichConsole):
     """Its reader may go (a closed ssh, a pipe into `head`); a training of weeks goes on in silence."""
 
@@ -27,31 +45,42 @@ class _Terminal(RichConsole):
             super().on_broken_pipe()
 
 
+def _write(console: RichConsole, text: str) -> None:
+    """Print a line; when that fails (a full disk behind `>`), this and all that follow are dropped."""
+    try:
+        console.print(text)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class Console:
-    """Speaks on rank 0 and is silent elsewhere."""
+    """Speaks on rank 0 and is silent elsewhere. A line that cannot be written never ends the program."""
 
     def __init__(self, rank: int = 0) -> None:
+        accept_any_text()
         self._speaks = rank == 0
-        self._console = _Terminal(highlight=False, soft_wrap=True)
+        self._console = _Terminal(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def say(self, text: str) -> None:
-        """One line; above the bar, if one is shown."""
+        """Print a line (or several); above the bar, if one is shown."""
         if self._speaks:
-            self._console.print(text, markup=False)
+            _write(self._console, text)
 
     def complain(self, text: str) -> None:
-        """One line on stderr, from any rank: what went wrong here may be known nowhere else."""
-        with suppress(BrokenPipeError):
+        """Print a line on stderr, from any rank: what went wrong here may be known nowhere else."""
+        with suppress(OSError):
             sys.stderr.write(text + "\n" if self._speaks else f"(another rank) {text}\n")
             sys.stderr.flush()
 
     def bar(self, description: str, total: int, start: int = 0, *, brief: bool = False) -> "Bar":
-        """Progress over `total` steps; use as a context manager. brief: in a pipe, say nothing of quick work."""
+        """Progress over `total` steps; a context manager. brief: in a pipe, print nothing if the work is quick."""
         return Bar(self._console if self._speaks else None, description, total, start, brief)
 
     @contextmanager
     def progress(self, description: str) -> Iterator[Callable[[int, int], None]]:
-        """Yields report(done, total); a bar appears with its first call, so work that is skipped shows none."""
+        """Yield report(done, total). The bar appears with its first call: work that is skipped shows none."""
         with ExitStack() as stack:
             bars: list[Bar] = []
 
@@ -94,11 +123,11 @@ class Bar:
             self._progress.stop()
 
     def at(self, done: int, note: str = "") -> None:
-        """`done` of the steps are behind us; `note` says how it goes."""
+        """Show that `done` steps are done; `note` is shown beside the bar, for example the loss."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
         elif self._console is not None:
             now = time.monotonic()
             if (done == self._total and self._says_the_end) or now - self._said >= _PLAIN_EVERY_S:
                 self._said, self._says_the_end = now, True
-                self._console.print(f"{self._description} {done}/{self._total} {note}".rstrip(), markup=False)
+                _write(self._console, f"{self._description} {done}/{self._total} {note}".rstrip())

@@ -14,55 +14,45 @@ import os
 import sys
 from pathlib import Path
 
-# Started as a script, Python puts sadm_fast/ itself on the path, where a name could hide somebody else's module.
-if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # the repository, not its folder sadm_fast/, whose names could hide other modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sadm_fast.errors import LostRank, UserError, print_error, speaks_for_machine
+from sadm_fast import cli
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="encode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("encode.py", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", "--deepspeed_config", metavar="FILE", help="encode as this JSON file says")
+    parser.add_config(what, required=False)
     what.add_argument("--check", metavar="PATH", help="decode every image, or hash every shard of latents")
     what.add_argument("--bench", metavar="PATH", help="images a second of each loader, alone")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="with --config: change a field, for example --set latents.batch=64; may be repeated",
+        "--threads", type=cli.whole(1, 1024), default=os.cpu_count() or 1, metavar="N", help="with --check and --bench"
+    )
+    parser.add_argument(
+        "--resolution", type=cli.whole(8, 8192), default=256, metavar="N",
+        help="with --bench: side of the crop (default: 256)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="with --check and --bench")
-    parser.add_argument("--resolution", type=int, default=256, help="with --bench: side of the crop (default: 256)")
-    parser.add_argument("--micro-batch", type=int, default=64, help="with --bench (default: 64)")
-    parser.add_argument("--rounds", type=int, default=3, help="with --bench: measurements of each (default: 3)")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # from the launcher
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # out of habit
+    parser.add_argument(
+        "--micro-batch", type=cli.whole(1, 65536), default=64, metavar="N", help="with --bench (default: 64)"
+    )
+    parser.add_argument(
+        "--rounds", type=cli.whole(1), default=3, metavar="N", help="with --bench: measurements of each (default: 3)"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    try:
-        for name in ("threads", "resolution", "micro_batch", "rounds"):
-            if getattr(arguments, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
-        if arguments.check:
-            return _check(arguments)
-        if arguments.bench:
-            return _bench(arguments)
+    return cli.run(lambda _: _run(parse_arguments(argv)), again="continues")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.config is not None:
         return _encode(arguments)
-    except UserError as error:
-        print_error(error)
-        return 2
-    except LostRank as error:
-        print(f"error: {error}; the same command continues", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if speaks_for_machine():
-            print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    option = "--check" if arguments.check is not None else "--bench"
+    if not cli.is_sole_worker(f"encode.py {option}"):
+        return 0
+    return _check(arguments) if arguments.check is not None else _bench(arguments)
 
 
 def _encode(arguments: argparse.Namespace) -> int:
@@ -113,7 +103,7 @@ def _check(arguments: argparse.Namespace) -> int:
             if report.smallest_name:
                 what += f", shortest side {report.smallest_side} pixels ({report.smallest_name})"
     for problem in problems:
-        print(problem)
+        console.say(problem)
     console.say(f"{arguments.check}: {what}; " + (f"{len(problems)} broken" if problems else "all whole"))
     return 1 if problems else 0
 

@@ -11,34 +11,29 @@ import json
 import sys
 from pathlib import Path
 
-# Started as a script, Python puts sadm_fast/ itself on the path, where a name could hide somebody else's module.
-if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # the repository, not its folder sadm_fast/, whose names could hide other modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from sadm_fast import cli
 from sadm_fast.errors import UserError
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("evaluate.py", __doc__)
     parser.add_argument("run", type=Path, help="the run's folder, for example runs/mnist")
-    parser.add_argument("--samples", type=int, help="generated samples (default: the run's)")
-    parser.add_argument("--steps", type=int, help="sampler steps (default: the run's)")
-    parser.add_argument("--data", help="folder of real images (default: the run's)")
+    parser.add_argument(
+        "--samples", type=cli.whole(2), metavar="N", help="generated samples (default: the run's)"
+    )
+    parser.add_argument("--steps", type=cli.whole(1, 10000), metavar="N", help="sampler steps (default: the run's)")
+    parser.add_argument("--data", metavar="DIR", help="real images to compare with (default: the run's)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        _evaluate(parse_arguments(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(lambda _: _evaluate(parse_arguments(argv)), again="starts again")
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(arguments: argparse.Namespace) -> int:
     from sadm_fast.console import Console
     from sadm_fast.feed import open_data
     from sadm_fast.generation import load_trained
@@ -49,8 +44,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from sadm_fast.run.folder import RunFolder
 
     changes = {"samples": arguments.samples, "steps": arguments.steps}
-    if any(value is not None and value < 2 for value in changes.values()):
-        raise UserError(f"--samples {arguments.samples} --steps {arguments.steps}: must be at least 2")
     with distributed() as place:
         console = Console(place.rank)
         trained = load_trained(arguments.run, place.device)
@@ -63,9 +56,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             )
         images = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0, path=arguments.data))
         judge, facts = prepare_judge(config, images, RunFolder(arguments.run).pretrained, place.device, console)
-        evaluation = RunEvaluation(config, images, judge, len(trained.classes), place.device)
-        scores = evaluation.score(trained.model, trained.step)
+        try:
+            evaluation = RunEvaluation(config, images, judge, len(trained.classes), place.device)
+            scores = evaluation.score(trained.model, trained.step)
+        except ValueError as error:  # too few real images, samples that are not finite
+            raise UserError(f"{arguments.run}: cannot be scored: {error}") from None
         console.say(json.dumps(scores | {"judge_accuracy": facts.get("accuracy")}, indent=2))
+    return 0
 
 
 if __name__ == "__main__":

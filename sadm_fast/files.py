@@ -1,5 +1,6 @@
 """Small files that are replaced as a whole, or grow by a line; the folder for what can be made again."""
 
+import errno
 import json
 import math
 import os
@@ -36,6 +37,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file as a whole."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Make the folder of the file `path` and check that it can be written, before there is anything to write.
+
+    Raises:
+        UserError: naming `option` and the reason.
+    """
+    temporary = path.with_name(path.name + ".tmp")  # as it is written later
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.open("ab").close()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror})") from None
 
 
 def append_json(path: Path, value: dict[str, Any]) -> None:

@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Started as a script, Python puts sadm_fast/ itself on the path, where a name could hide somebody else's module.
-if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # the repository, not its folder sadm_fast/, whose names could hide other modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sadm_fast.errors import UserError
+from sadm_fast import cli
 from sadm_fast.planning.gpus import GPUS, find_gpu
 
 if TYPE_CHECKING:  # it takes seconds to import, --help should not
@@ -24,27 +23,23 @@ if TYPE_CHECKING:  # it takes seconds to import, --help should not
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser("plan.py", __doc__)
+    parser.add_config()
+    parser.add_argument(
+        "--gpus", type=cli.whole(1, 2**20), default=8, metavar="N", help="ranks, one a GPU (default: 8)"
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a JSON file as in configs/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="change a field of the configuration, for example --set train.micro_batch=8; may be repeated",
-    )  # fmt: skip
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="ranks, one a GPU (default: 8)")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} (default: h100)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--gpus-per-node", type=cli.whole(1, 2**20), default=8, metavar="N", help="default: 8")
     parser.add_argument(
-        "--network-gbit", type=float, default=400.0, metavar="G",
+        "--network-gbit", type=cli.real(1e-3, 1e6), default=400.0, metavar="G",
         help="network: Gbit/s in one direction for each GPU, so a node has GPUS_PER_NODE times that (default: 400)",
     )  # fmt: skip
     parser.add_argument(
-        "--fraction-of-peak", type=float, default=0.4, metavar="F",
+        "--fraction-of-peak", type=cli.real(1e-3, 1), default=0.4, metavar="F",
         help="share of the peak FLOP/s that the run is assumed to reach (default: 0.4)",
     )  # fmt: skip
     parser.add_argument(
-        "--fraction-of-bandwidth", type=float, default=0.75, metavar="F",
+        "--fraction-of-bandwidth", type=cli.real(1e-3, 1), default=0.75, metavar="F",
         help="share of the bandwidth of memory and links that it is assumed to reach (default: 0.75)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same numbers there")
@@ -52,37 +47,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    try:
-        print(_plan(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(lambda _: _plan(parse_arguments(argv)), again="starts again")
 
 
-def _plan(arguments: argparse.Namespace) -> str:
+def _plan(arguments: argparse.Namespace) -> int:
+    if not cli.is_sole_worker("plan.py"):
+        return 0
     gpu = find_gpu(arguments.gpu)
-    for option in ("gpus", "gpus_per_node"):
-        if getattr(arguments, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: must be at least 1")
-    if not 0 < arguments.network_gbit < float("inf"):
-        raise UserError(f"--network-gbit {arguments.network_gbit:g}: must be a positive number")
-    for option in ("fraction_of_peak", "fraction_of_bandwidth"):
-        if not 0 < getattr(arguments, option) <= 1:
-            raise UserError(
-                f"--{option.replace('_', '-')} {getattr(arguments, option):g}: must be above 0 and at most 1"
-            )
 
     from sadm_fast.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
 
-    from sadm_fast.files import expand_home, write_json
+    from sadm_fast.console import Console
+    from sadm_fast.files import require_writable, write_json
     from sadm_fast.planning.plan import make_plan
     from sadm_fast.planning.roofline import Assumptions
     from sadm_fast.planning.text import plan_text
 
+    if arguments.json is not None:
+        require_writable(arguments.json, "--json")
     plan = make_plan(
         config,
         _num_classes(config),
@@ -96,15 +80,13 @@ def _plan(arguments: argparse.Namespace) -> str:
         ),
     )
     if arguments.json is not None:
-        try:
-            write_json(Path(expand_home(arguments.json)), plan)
-        except OSError as error:
-            raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror})") from None
-    return plan_text(plan)
+        write_json(arguments.json, plan)
+    Console().say(plan_text(plan))
+    return 0
 
 
 def _num_classes(config: "Config") -> int:
-    """What denoiser.num_classes says, or else the data."""
+    """denoiser.num_classes, or the number of classes in the data if that is null."""
     if config.denoiser.num_classes is not None:
         return config.denoiser.num_classes
     from sadm_fast.console import Console

@@ -7,70 +7,36 @@ The same command continues an interrupted run.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Started as a script, Python puts sadm_fast/ itself on the path, where a name could hide somebody else's module.
-if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # the repository, not its folder sadm_fast/, whose names could hide other modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sadm_fast.errors import LostRank, UserError, print_error, speaks_for_machine
-from sadm_fast.ranks.stopping import Stopped, StopRequest
+from sadm_fast import cli
+from sadm_fast.ranks import environment
+from sadm_fast.ranks.stopping import StopRequest
 
 if TYPE_CHECKING:  # it takes seconds to import, --help should not
     from sadm_fast.config import Config
 
-# Exit codes: 0 finished, 2 something for the user to change, 75 (EX_TEMPFAIL) stopped before the end and resumable,
-# 1 another rank is gone or hangs (or a bug, with its traceback).
-EXIT_LOST = 1
-EXIT_USER_ERROR = 2
-EXIT_STOPPED = 75
-
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config", "--deepspeed_config", required=True, metavar="FILE", help="a JSON file as in configs/"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="change a field of the configuration, for example --set train.steps=100; may be repeated",
-    )  # fmt: skip
+    parser = cli.Parser("train.py", __doc__)
+    parser.add_config()
     parser.add_argument("--run-dir", metavar="DIR", help="the run's folder (default: runs/NAME)")
     parser.add_argument(
         "--dry-run", action="store_true",
         help="print the resolved configuration, parameters, FLOPs and MACs a step and the memory plan; train nothing",
     )  # fmt: skip
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # from the launcher
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # out of habit
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    request = StopRequest()
-    try:
-        try:
-            return _train(arguments, request)
-        finally:
-            request.defer()
-    except UserError as error:
-        print_error(error)
-        return EXIT_USER_ERROR
-    except LostRank as error:
-        print(f"error: {error}; the same command continues from the last checkpoint", file=sys.stderr)
-        return EXIT_STOPPED if request.asked else EXIT_LOST
-    except Stopped:
-        print("asked to stop before the training had begun; the same command starts it again", file=sys.stderr)
-        return EXIT_STOPPED
-    except KeyboardInterrupt:
-        if speaks_for_machine():
-            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+    return cli.run(
+        lambda request: _train(parse_arguments(argv), request), again="continues from the last checkpoint, if there is one"
+    )
 
 
 def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
@@ -79,11 +45,11 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if environment.rank() == 0:
             _describe(config)
         return 0
 
-    # What a person may have got wrong is found before the slow imports.
+    # Checked before the slow imports.
     folder = RunFolder(Path(arguments.run_dir or Path("runs") / config.name))
     folder.check(config)
 
@@ -129,23 +95,25 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
         else:
             console.say(f"stopped at step {trainer.step} of {config.train.steps}; the same command continues")
         console.say(f"report: {folder.path / 'report.html'}")
-    return 0 if finished else EXIT_STOPPED
+    return 0 if finished else cli.EXIT_STOPPED
 
 
 def _describe(config: "Config") -> None:
-    """--dry-run; without the data too, if denoiser.num_classes says what they would."""
+    """Print the --dry-run plan. Needs no data on disk if denoiser.num_classes is set."""
     from sadm_fast.build import resolve_classes
     from sadm_fast.console import Console
     from sadm_fast.feed import open_data
     from sadm_fast.planning.dry_run import describe
 
+    console = Console()
     there = Path(config.data.path).exists() or config.data.path.startswith("demo:")
     if there or config.denoiser.num_classes is None:
-        classes = resolve_classes(config, open_data(config, Console(), check=False))
+        classes = resolve_classes(config, open_data(config, console, check=False))
     else:
         classes = config.denoiser.num_classes
-        print(f"data.path={config.data.path} is not there; planned for denoiser.num_classes={classes}\n")
-    print(describe(config, classes, int(os.environ.get("WORLD_SIZE", "1"))))
+        console.say(f"data.path={config.data.path} is not there; planned for denoiser.num_classes={classes}\n")
+    console.say(describe(config, classes, environment.world_size()))
+
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from sadm_fast.errors import LostRank, UserError, sign_of_a_lost_rank
-from sadm_fast.ranks.rendezvous import all_ranks_are_here, check_alone, meet, stay_on_loopback
+from sadm_fast.ranks.environment import check_environment, number, ranks_here
+from sadm_fast.ranks.rendezvous import all_ranks_are_here, meet, stay_on_loopback
 
 # Rank 0 may train Psi or write the demo set while the others wait for it.
 _PATIENCE = datetime.timedelta(hours=2)
@@ -30,39 +32,61 @@ class Place(NamedTuple):
 
 
 def choose_accelerator() -> bool:
-    """Whether there is a GPU; where there is none DeepSpeed is told so, before its import looks for one and warns."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    return torch.cuda.is_available()
+    """Whether to use a GPU: if there is one, unless DS_ACCELERATOR (DeepSpeed's variable) says cpu.
+
+    Sets DS_ACCELERATOR where there is none, before DeepSpeed's import looks for a GPU and warns.
+
+    Raises:
+        UserError: DS_ACCELERATOR names something else, or a GPU where there is none.
+    """
+    there, wanted = torch.cuda.is_available(), os.environ.get("DS_ACCELERATOR")
+    if wanted not in (None, "cpu", "cuda"):
+        raise UserError(f'DS_ACCELERATOR="{wanted}": must be cuda or cpu, or unset')
+    if wanted == "cuda" and not there:
+        raise UserError("DS_ACCELERATOR=cuda: torch finds no GPU here; set it to cpu, or unset it")
+    if not there:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    return there and wanted != "cpu"
+
+
+def own_device() -> torch.device:
+    """This rank's device: the GPU numbered LOCAL_RANK, or the CPU. UserError if there is no such GPU."""
+    if not choose_accelerator():
+        return torch.device("cpu")
+    local_rank, gpus = number("LOCAL_RANK") or 0, torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(
+            f"LOCAL_RANK={local_rank}: this process sees {gpus} GPU(s), numbered from 0; start one rank a GPU, and let"
+            " each see all GPUs of its machine (CUDA_VISIBLE_DEVICES, SLURM's --gpus-per-task)"
+        )
+    return torch.device("cuda", local_rank)
 
 
 @contextmanager
 def distributed() -> Iterator[Place]:
-    """torch.distributed and DeepSpeed's view of it, for one rank or for what the launcher's environment says.
+    """Start torch.distributed, and DeepSpeed on top of it; yield this rank's place.
 
     Started by `deepspeed` or `torchrun`, RANK, WORLD_SIZE and LOCAL_RANK are set; started by plain `python`, this is
     the only rank and no port is opened.
 
     Raises:
-        UserError: the launcher's variables do not tell where the ranks meet.
+        UserError: the launcher's variables do not tell where the ranks meet, or which GPU is this rank's.
         LostRank: another rank has not come, or, in place of a collective's RuntimeError, is gone.
     """
-    cuda = choose_accelerator()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    check_environment()
+    device = own_device()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each take every core slow one another down several times.
-        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")  # torchrun, deepspeed
-        torch.set_num_threads(max(1, torch.get_num_threads() // here))
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here()))
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         if all_ranks_are_here():
             stay_on_loopback()
         store, rank, world_size = meet(_MEETING)
     else:
-        check_alone()
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
         store, rank, world_size = dist.HashStore(), 0, 1
     try:
@@ -88,7 +112,7 @@ def distributed() -> Iterator[Place]:
     except UserError as error:
         error.said = False
         with suppress(RuntimeError):  # rank 0, which holds the store, may be gone
-            error.said = store.add(f"error/{error}", 1) > 1
+            error.said = store.add(f"error/{sha256(repr(error).encode()).hexdigest()}", 1) > 1
         raise
     except RuntimeError as error:
         sign = sign_of_a_lost_rank(error)
@@ -103,20 +127,20 @@ def distributed() -> Iterator[Place]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Let nothing on stdout and stderr, not from children either: DeepSpeed tries compilers out when it is imported."""
-    kept = {number: os.dup(number) for number in (1, 2)}
+    """Discard stdout and stderr, children's included: importing DeepSpeed probes compilers, which print."""
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        for number in kept:
-            os.dup2(nowhere, number)
+        for descriptor in kept:
+            os.dup2(nowhere, descriptor)
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        for number, copy in kept.items():
-            os.dup2(copy, number)
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
             os.close(copy)
         os.close(nowhere)
 

@@ -1,8 +1,8 @@
-"""Where the ranks of a job meet, and what that opens to the network.
+"""The meeting of a job's ranks, and the ports it opens.
 
-Rank 0 listens on MASTER_PORT for a key-value store through which the ranks find one another; gloo and NCCL then open
-ports of their own choice. Nobody is asked for a password on any of them. So ranks that are all on this machine meet on
-its loopback interface, and otherwise rank 0 listens on the address that it was given, not on all it has.
+Rank 0 keeps a key-value store on MASTER_PORT, through which the ranks find one another; gloo and NCCL then open ports
+of their own choice. None of them asks for a password. Therefore ranks that are all on this machine meet on its loopback
+interface, and otherwise rank 0 listens only on the address it was given.
 """
 
 import datetime
@@ -14,50 +14,39 @@ import socket
 import torch.distributed as dist
 
 from sadm_fast.errors import LostRank, UserError
+from sadm_fast.ranks.environment import number, ranks_here
 
 _LOOPBACK = "127.0.0.1"
 
 
-def check_alone() -> None:
-    """UserError if this process has no RANK but is one of several: each would take itself for the only one."""
-    for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):  # srun, mpirun
-        if int(os.environ.get(variable, "1")) > 1:
-            raise UserError(
-                f"{variable}={os.environ[variable]}: several tasks were started, but RANK is not set;"
-                " docs/scale.md says how to start them"
-            )
-
-
 def all_ranks_are_here() -> bool:
-    """Whether the launcher's variables say that no rank is on another machine; UserError if one of them is missing."""
-    for variable in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        if variable not in os.environ:
-            raise UserError(f"{variable}: is not set, though RANK is; docs/scale.md says how to start several ranks")
-    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun, deepspeed
-    return here == os.environ["WORLD_SIZE"] or _is_loopback(os.environ["MASTER_ADDR"])
+    """Whether the launcher's variables say that every rank is on this machine."""
+    return number("WORLD_SIZE") == ranks_here() or _is_loopback(os.environ["MASTER_ADDR"])
 
 
 def stay_on_loopback() -> None:
     """Let gloo and NCCL use the loopback interface, unless the user has chosen another one."""
     names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if names:
-            os.environ.setdefault(variable, names[0])
+        if names and not os.environ.get(variable):
+            os.environ[variable] = names[0]
 
 
 def meet(patience: datetime.timedelta) -> tuple[dist.Store, int, int]:
-    """The store of this job's ranks, once all have come; this one's rank; how many they are.
+    """Wait for all ranks; return the key-value store they share, this one's rank and their number.
+
+    The launcher's variables are checked before (sadm_fast.ranks.environment).
 
     Raises:
         UserError: rank 0 cannot listen on MASTER_PORT.
-        LostRank: somebody has not come in time.
+        LostRank: a rank has not come within `patience`.
     """
     here = all_ranks_are_here()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps the store
         store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
         return store, rank, world_size
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = _LOOPBACK if here else os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world_size, port = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
+    address = _LOOPBACK if here else os.environ["MASTER_ADDR"]
     listening = _listen(address, port, world_size).detach() if rank == 0 else None
     try:
         store = dist.TCPStore(
@@ -73,9 +62,9 @@ def meet(patience: datetime.timedelta) -> tuple[dist.Store, int, int]:
 
 
 def _listen(address: str, port: int, world_size: int) -> socket.socket:
-    """Rank 0's socket: on `address` if it is one of this machine's, on all of them if it is a name.
+    """Rank 0's socket: on `address` if it is a number and one of this machine's, otherwise on all interfaces.
 
-    What a host calls itself is often not what the others call it (Debian: 127.0.1.1), so a name does not tell where.
+    A name is not resolved: a host's own name often leads to an address that others cannot reach (Debian: 127.0.1.1).
     """
     try:
         number = _number(address)
@@ -102,7 +91,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _number(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a string is, None for a name."""
+    """Parse a numeric address; None for a host name."""
     try:
         return ipaddress.ip_address(address)
     except ValueError:
