@@ -9,10 +9,12 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from sadm_fast.console import accept_any_text
 from sadm_fast.errors import LostRank, UserError
+from sadm_fast.files import expand_home
 from sadm_fast.ranks import environment
 from sadm_fast.ranks.stopping import Stopped, StopRequest
 
@@ -42,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print below a usage message: "argument --count: 0: too small" as "--count 0: ..."."""
+        """Raise argparse's message as a UserError; "argument --count: 0: too small" becomes "--count 0: too small"."""
         subject, colon, rest = message.partition(": ")
         if colon and subject.startswith("argument "):
             message = f"{subject.removeprefix('argument ')} {rest}"
@@ -78,6 +80,13 @@ def real(low: float, high: float, *, above: bool = False) -> Callable[[str], flo
         return value
 
     return parse
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path, with `~` as the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError('"": must be a path')
+    return Path(expand_home(text))
 
 
 def run(work: Callable[[StopRequest], int], *, again: str) -> int:

@@ -20,12 +20,10 @@ from sadm_fast.errors import UserError
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser("evaluate.py", __doc__)
-    parser.add_argument("run", type=Path, help="the run's folder, for example runs/mnist")
-    parser.add_argument(
-        "--samples", type=cli.whole(2), metavar="N", help="generated samples (default: the run's)"
-    )
+    parser.add_argument("run", type=cli.path, help="the run's folder, for example runs/mnist")
+    parser.add_argument("--samples", type=cli.whole(2), metavar="N", help="generated samples (default: the run's)")
     parser.add_argument("--steps", type=cli.whole(1, 10000), metavar="N", help="sampler steps (default: the run's)")
-    parser.add_argument("--data", metavar="DIR", help="real images to compare with (default: the run's)")
+    parser.add_argument("--data", type=cli.path, metavar="DIR", help="real images to compare with (default: the run's)")
     return parser.parse_args(argv)
 
 

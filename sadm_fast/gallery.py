@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from sadm_fast.build import load_weights
@@ -22,65 +21,22 @@ from sadm_fast.generation import generate, to_images
 from sadm_fast.metrics.run_evaluation import RunEvaluation, one_line
 from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.pictures import picture_grid, save_picture
 from sadm_fast.ranks.collectives import rank_and_world_size
 from sadm_fast.report import write_report
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.log import TrainingLog
-from sadm_fast.scales import float_to_pixels
 from sadm_kernels import relation_matrix
 
-PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # by the ending of a file's name
 _RELATION_IMAGES = 60
 # The fixed batch is noisier than most of what is trained on: there the denoiser has to guess structure.
 _RELATION_LEVEL = 0.8
-_GRID_GAP = 2
-_GRID_GREY = 230
-_GRID_SCALE_TO = 56  # small images are enlarged to about this many pixels
 
 
 def grid_classes(num_classes: int, columns: int) -> list[int]:
     """The classes shown in a grid's columns: all, or `columns` of them evenly chosen."""
     shown = min(num_classes, columns)
     return [i * num_classes // shown for i in range(shown)]
-
-
-class Grid:
-    """A picture of images in rows and columns with light gaps, filled in any order.
-
-    images, columns: how many. shape: of an image, (channels, height, width); small ones are enlarged.
-    """
-
-    def __init__(self, images: int, columns: int, shape: tuple[int, int, int]) -> None:
-        channels, height, width = shape
-        self._columns, self._factor = columns, max(1, round(_GRID_SCALE_TO / width))
-        self._cell = (height * self._factor + _GRID_GAP, width * self._factor + _GRID_GAP)
-        sides = (-(-images // columns) * self._cell[0] + _GRID_GAP, columns * self._cell[1] + _GRID_GAP)
-        self.picture = torch.full((channels, *sides), _GRID_GREY, dtype=torch.uint8)
-
-    def paste(self, first: int, images: Tensor) -> None:
-        """Put images [N, C, H, W] in [-1, 1] at the places `first`, `first` + 1, ..., row by row."""
-        pixels = float_to_pixels(images).cpu()
-        pixels = pixels.repeat_interleave(self._factor, 2).repeat_interleave(self._factor, 3)
-        for place, image in enumerate(pixels, first):
-            top, left = (_GRID_GAP + n * side for n, side in zip(divmod(place, self._columns), self._cell, strict=True))
-            self.picture[:, top : top + image.shape[1], left : left + image.shape[2]] = image
-
-
-def picture_grid(images: Tensor, columns: int) -> Tensor:
-    """Images [N, C, H, W] in [-1, 1], row by row, as one picture uint8 [C, H', W'] with light gaps."""
-    channels, height, width = images.shape[1:]
-    grid = Grid(len(images), columns, (channels, height, width))
-    grid.paste(0, images)
-    return grid.picture
-
-
-def save_picture(picture: Tensor, path: Path) -> None:
-    """Write uint8 [1 or 3, H, W] as PNG, or as JPEG if the name says so; replaces an existing file as a whole."""
-    array = picture.permute(1, 2, 0).numpy()
-    temporary = path.with_name(path.name + ".tmp")
-    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    image.save(temporary, format=PICTURE_FORMATS.get(path.suffix.lower(), "PNG"), quality=95)
-    temporary.replace(path)
 
 
 def sample_grid(

@@ -42,7 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--fraction-of-bandwidth", type=cli.real(1e-3, 1), default=0.75, metavar="F",
         help="share of the bandwidth of memory and links that it is assumed to reach (default: 0.75)",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same numbers there")
+    parser.add_argument("--json", type=cli.path, metavar="FILE", help="write the same numbers there")
     return parser.parse_args(argv)
 
 

@@ -9,91 +9,91 @@ import argparse
 import sys
 from pathlib import Path
 
-# Started as a script, Python puts sadm_fast/ itself on the path, where a name could hide somebody else's module.
-if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # the repository, not its folder sadm_fast/, whose names could hide other modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from sadm_fast import cli
 from sadm_fast.errors import UserError
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser("sample.py", __doc__)
+    parser.add_argument("run", type=cli.path, help="the run's folder, for example runs/mnist")
+    parser.add_argument("--classes", nargs="+", action="extend", metavar="CLASS", help="class names (default: all)")
+    parser.add_argument(
+        "--count", type=cli.whole(1), default=80, metavar="N",
+        help="samples in all; they go round the classes (default: 80)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=cli.whole(1, 10_000), metavar="N", help="sampler steps (default: the run's)")
+    parser.add_argument(
+        "--guidance-scale", type=cli.real(0, 10_000), metavar="S", help="classifier-free guidance (default: the run's)"
     )
-    parser.add_argument("run", type=Path, help="the run's folder, for example runs/mnist")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="class names (default: all)")
-    parser.add_argument("--count", type=int, default=80, help="samples in all; they go round the classes (default: 80)")
-    parser.add_argument("--steps", type=int, help="sampler steps (default: the run's)")
-    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the run's)")
-    parser.add_argument("--seed", type=int, help="of the starting noise (default: the run's)")
+    parser.add_argument(
+        "--seed", type=cli.whole(0, 2**64 - 1), metavar="N", help="of the starting noise (default: the run's)"
+    )
     parser.add_argument("--autoencoder", help="of a run on latents: folder or hub id (default: where the run had it)")
-    parser.add_argument("--batch", type=int, default=250, help="samples at a time")
-    parser.add_argument("--out", type=Path, help="the picture of the grid (default: samples.png in the run's folder)")
-    parser.add_argument("--folder", type=Path, help="write every sample to FOLDER/class/number.png instead of a grid")
+    parser.add_argument("--batch", type=cli.whole(1), default=250, metavar="N", help="samples at a time")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--out", type=cli.path, metavar="FILE", help="the grid, .png or .jpg (default: samples.png in the run's folder)"
+    )
+    where.add_argument(
+        "--folder", type=cli.path, metavar="DIR",
+        help="write every sample to DIR/class/number.png instead of a grid; DIR must be new or empty",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    try:
-        print(_sample(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(lambda _: _sample(parse_arguments(argv)), again="starts again")
 
 
-def _sample(arguments: argparse.Namespace) -> Path:
+def _sample(arguments: argparse.Namespace) -> int:
+    if not cli.is_sole_worker("sample.py"):
+        return 0
     import torch
 
-    from sadm_fast.ranks.launch import choose_accelerator
-
-    device = torch.device("cuda" if choose_accelerator() else "cpu")
-
     from sadm_fast.console import Console
-    from sadm_fast.files import expand_home
-    from sadm_fast.gallery import picture_grid, save_picture
     from sadm_fast.generation import generate, load_trained, to_images
-    from sadm_fast.scales import float_to_pixels
+    from sadm_fast.pictures import ClassFolders, GridFile
+    from sadm_fast.ranks.launch import own_device
 
+    device = own_device()
     trained = load_trained(arguments.run, device)
-    autoencoder = trained.autoencoder(device, arguments.autoencoder)
     names = list(arguments.classes or trained.classes)
     unknown = [name for name in names if name not in trained.classes]
     if unknown:
         raise UserError(f"--classes {unknown[0]}: the run has {', '.join(trained.classes[:20])}")
-    if arguments.count < 1 or arguments.batch < 1:
-        raise UserError(f"--count {arguments.count} --batch {arguments.batch}: must be at least 1")
-
-    config = trained.config
+    config, count = trained.config, arguments.count
     if arguments.seed is not None:
         config = config.model_copy(update={"seed": arguments.seed})
-    steps = arguments.steps if arguments.steps is not None else config.sampling.steps
-    scale = arguments.guidance_scale if arguments.guidance_scale is not None else config.sampling.guidance_scale
-    if steps < 1:
-        raise UserError(f"--steps {steps}: must be at least 1")
-    ids = torch.arange(arguments.count, device=device)
-    labels = torch.tensor([trained.classes.index(name) for name in names], device=device)[ids % len(names)]
-    images = []
-    with Console().bar("sampling", arguments.count) as bar:
-        for chosen in ids.split(arguments.batch):
-            batch = generate(config, trained.model, labels[chosen], chosen, steps=steps, guidance_scale=scale)
-            images.append(to_images(batch, autoencoder).cpu())
-            bar.at(int(chosen[-1]) + 1)
-    pictures = torch.cat(images)
-    try:
-        if arguments.folder is None:
-            out = Path(expand_home(arguments.out or Path(arguments.run, "samples.png")))
-            save_picture(picture_grid(pictures, min(len(names), arguments.count)), out)
-            return out
-        folder = Path(expand_home(arguments.folder))
-        for i, image in enumerate(pictures):
-            path = folder / names[i % len(names)] / f"{i:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(float_to_pixels(image), path)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
-    return folder
+    steps = arguments.steps or config.sampling.steps
+    scale = config.sampling.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
+    shape = (config.data.channels, config.data.resolution, config.data.resolution)
+    output: ClassFolders | GridFile
+    if arguments.folder is not None:
+        output = ClassFolders(arguments.folder, names)
+    else:
+        out = arguments.out or arguments.run / "samples.png"
+        output = GridFile(out, count, min(len(names), count), shape)
+
+    autoencoder = trained.autoencoder(device, arguments.autoencoder)
+    labels = torch.tensor([trained.classes.index(name) for name in names], device=device)
+    console = Console()
+    with console.bar("sampling", count) as bar:
+        for first in range(0, count, arguments.batch):
+            ids = torch.arange(first, min(first + arguments.batch, count), device=device)
+            samples = generate(config, trained.model, labels[ids % len(names)], ids, steps=steps, guidance_scale=scale)
+            if not bool(torch.isfinite(samples).all()):
+                raise UserError(
+                    f"{trained.checkpoint}: draws samples that are not finite at --guidance-scale {scale:g}, --steps"
+                    f" {steps}; try others, or an earlier checkpoint"
+                )
+            output.add(first, to_images(samples, autoencoder))
+            bar.at(first + len(ids))
+    output.finish()
+    console.say(str(output.path))
+    return 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # it takes seconds to import, --help should not
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser("train.py", __doc__)
     parser.add_config()
-    parser.add_argument("--run-dir", metavar="DIR", help="the run's folder (default: runs/NAME)")
+    parser.add_argument("--run-dir", type=cli.path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     parser.add_argument(
         "--dry-run", action="store_true",
         help="print the resolved configuration, parameters, FLOPs and MACs a step and the memory plan; train nothing",
@@ -35,7 +35,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     return cli.run(
-        lambda request: _train(parse_arguments(argv), request), again="continues from the last checkpoint, if there is one"
+        lambda request: _train(parse_arguments(argv), request),
+        again="continues from the last checkpoint, if there is one",
     )
 
 
@@ -50,7 +51,7 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
         return 0
 
     # Checked before the slow imports.
-    folder = RunFolder(Path(arguments.run_dir or Path("runs") / config.name))
+    folder = RunFolder(arguments.run_dir or Path("runs") / config.name)
     folder.check(config)
 
     from sadm_fast.console import Console
@@ -113,7 +114,6 @@ def _describe(config: "Config") -> None:
         classes = config.denoiser.num_classes
         console.say(f"data.path={config.data.path} is not there; planned for denoiser.num_classes={classes}\n")
     console.say(describe(config, classes, environment.world_size()))
-
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sadm_fast import train
+from sadm_fast import cli, train
 from sadm_fast.config import load_config
 from sadm_fast.run.checkpoint import FORMAT
 from sadm_fast.run.folder import RunFolder
@@ -174,7 +174,7 @@ def test_a_stopped_run_continues_bit_for_bit(config: Path, tmp_path: Path):
     for number in (signal.SIGINT, signal.SIGTERM):
         program = Program(argv, tmp_path)
         program.at_step(at + 3, metrics, partial(program.process.send_signal, number))
-        out, err = program.finish(train.EXIT_STOPPED)
+        out, err = program.finish(cli.EXIT_STOPPED)
         assert "Traceback" not in out + err
         at, before = last_checkpoint(stopped), at
         assert before + 3 <= at < steps
@@ -411,7 +411,7 @@ def test_bad_input_ends_in_one_line(config: Path, tmp_path: Path, capfd: pytest.
 def refused(argv: list[str], capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
     """`train.main` returns 2 and says one line on stderr with all the words in it."""
     capfd.readouterr()
-    assert train.main(argv) == train.EXIT_USER_ERROR
+    assert train.main(argv) == cli.EXIT_USER_ERROR
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err
     assert err.count("\n") == 1 and err.startswith("error: "), err

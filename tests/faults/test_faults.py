@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sadm_fast.train import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
+from sadm_fast.cli import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 from tests.faults.conftest import CHECKPOINT_EVERY, STEPS, VARIANTS, Row, Training
 from tests.faults.faults import ENGINE, TRAINER, WRITER, Fault
 from tests.faults.test_kills import assert_same_run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sadm_fast.train import EXIT_LOST
+from sadm_fast.cli import EXIT_LOST
 from tests.faults.conftest import STEPS, VARIANTS, Row, Training
 from tests.faults.faults import IN_A_SAVE, Fault, chains
 from tests.support.programs import assert_same_state, lines
