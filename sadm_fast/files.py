@@ -39,8 +39,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def require_writable(path: Path, option: str) -> None:
-    """Make the folder of the file `path` and check that it can be written, before there is anything to write.
+def require_writable(path: Path, option: str, *, make_folder: bool = False) -> None:
+    """Check that the file `path` can be written, before there is anything to write.
 
     Raises:
         UserError: naming `option` and the reason.
@@ -49,7 +49,8 @@ def require_writable(path: Path, option: str) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         temporary.open("ab").close()
         temporary.unlink()
     except OSError as error:

@@ -83,7 +83,7 @@ class GridFile:
             raise UserError(
                 f"--count {count}: a grid of {width} x {height} pixels is too large; --folder writes single pictures"
             )
-        require_writable(path, "--out")
+        require_writable(path, "--out", make_folder=True)
         self.path = path
         self._grid = Grid(count, columns, shape)
 
@@ -111,18 +111,18 @@ class ClassFolders:
         self.path = path
         self._folders = [path / _folder_name(i, name) for i, name in enumerate(classes)]
         try:
-            if path.is_dir() and any(path.iterdir()):
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
                 raise UserError(f"--folder {path}: is not empty; choose another, or remove what is in it")
+            for folder in self._folders:
+                folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"--folder {path}: cannot be read ({error.strerror})") from None
-        require_writable(path / "0.png", f"--folder {path}:")
+            raise UserError(f"--folder {path}: cannot be used ({error.strerror})") from None
 
     def add(self, first: int, images: Tensor) -> None:
         """Write samples number `first`, `first` + 1, ...: images [B, C, H, W] in [-1, 1]."""
         for number, pixels in enumerate(float_to_pixels(images).cpu(), first):
-            folder = self._folders[number % len(self._folders)]
-            folder.mkdir(exist_ok=True)
-            _save_or_explain(pixels, folder / f"{number:06d}.png")
+            _save_or_explain(pixels, self._folders[number % len(self._folders)] / f"{number:06d}.png")
 
     def finish(self) -> None:
         """Nothing is left to write."""

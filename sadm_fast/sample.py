@@ -72,7 +72,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     shape = (config.data.channels, config.data.resolution, config.data.resolution)
     output: ClassFolders | GridFile
     if arguments.folder is not None:
-        output = ClassFolders(arguments.folder, names)
+        output = ClassFolders(arguments.folder, names[:count])
     else:
         out = arguments.out or arguments.run / "samples.png"
         output = GridFile(out, count, min(len(names), count), shape)
