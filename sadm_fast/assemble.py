@@ -13,10 +13,11 @@ from sadm_fast.ema import EMA
 from sadm_fast.engine.masters import local_masters, trainable_shapes
 from sadm_fast.engine.players import Players, samples_compared, samples_per_step
 from sadm_fast.files import write_json
-from sadm_fast.gallery import Gallery, grid_classes, real_grid, save_picture
+from sadm_fast.gallery import Gallery, grid_classes, real_grid
 from sadm_fast.metrics.run_evaluation import RunEvaluation
 from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.pictures import save_picture
 from sadm_fast.pretrain import prepare_judge, prepare_psi
 from sadm_fast.ranks.launch import Place
 from sadm_fast.ranks.watchdog import Watchdog

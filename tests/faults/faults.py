@@ -118,7 +118,7 @@ IN_A_STEP: list[Fault] = [
     Fault("sadm_fast.run.log:append_json", 2),
     Fault("sadm_fast.run.log:append_json", 3, when="after"),
     Fault(f"{TRAINER}:sample_grid"),
-    Fault(f"{TRAINER}:save_picture", 2, when="after"),
+    Fault("sadm_fast.gallery:save_picture", 2, when="after"),
     Fault(f"{TRAINER}:gather", rank=1),
 ]
 
