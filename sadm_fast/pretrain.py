@@ -36,19 +36,21 @@ def check_psi(config: Config, images: Source) -> None:
         return
     if config.structure_encoder.weights is not None:
         load_psi(build_psi(config), Path(config.structure_encoder.weights))
-    elif len(images.classes) < 2:
+    elif len(images.filled) < 2:
         raise UserError(
             f"structure_encoder.weights=null: Psi is trained to tell classes apart, and data.path={images.where} has"
-            " only one; give the weights of an encoder trained elsewhere (docs/data.md), or use game.mode=plain"
+            " images of only one; give the weights of an encoder trained elsewhere (docs/data.md), or use"
+            " game.mode=plain"
         )
 
 
 def check_judge(config: Config, images: Source) -> None:
     """UserError if there is nothing to train the evaluations' judge on."""
-    if config.evaluate.every is not None and len(images.classes) < 2:
+    if config.evaluate.every is not None and len(images.filled) < 2:
         raise UserError(
             f"evaluate.every={config.evaluate.every}: its judge is trained to tell classes apart, and"
-            f" data.path={images.where} has only one; use evaluate.every=null and score the samples afterwards"
+            f" data.path={images.where} has images of only one; use evaluate.every=null and score the samples"
+            " afterwards"
         )
 
 

@@ -1,6 +1,6 @@
-"""What a loader reads from: samples with classes, listed once, read by number.
+"""Sources: samples with classes, listed once, read by number.
 
-A source is a list that is cheap to hand to a worker process and knows nothing of order, crops or batches.
+A source knows nothing of order, flips, crops or batches: those are of the plan and the loader.
 """
 
 import hashlib
@@ -64,7 +64,15 @@ class PackedNames:
 
 
 class Source(ABC):
-    """Samples with classes: sample i has class labels[i], an index into `classes`."""
+    """Samples with classes: sample i has class labels[i], an index into `classes`. A class may have no samples.
+
+    A new kind of source gives what is abstract here, or in ImageSource if its samples are encoded images: then both
+    loaders, the check, encode.py and the bench work with it. Resumed runs and runs of several ranks rely on this:
+
+    - one path lists the same samples in the same order on every rank and at every start;
+    - whatever changes that list changes `fingerprint`: a run only continues with the data it began with;
+    - a source is cheap to pickle and reading has no state: any index, in any order, from several threads and processes.
+    """
 
     labels: np.ndarray  # int64 [len(self)]
     classes: tuple[str, ...]
@@ -88,6 +96,11 @@ class Source(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def filled(self) -> list[int]:
+        """The classes that have samples, ascending. Shards may lack labels, a cache may have lost all of a class."""
+        return np.unique(self.labels).tolist()
 
 
 class ImageSource(Source):
