@@ -57,7 +57,7 @@ def assemble(
     judge_facts: dict[str, Any] = {}
     if config.evaluate.every is not None:
         judge, judge_facts = prepare_judge(config, source, folder.pretrained, device, console)
-        evaluation = RunEvaluation(config, source, judge, num_classes, device)
+        evaluation = RunEvaluation(config, source, judge, source.filled, device)
     with nullcontext() if found is None else Undrawn():
         denoiser = build_denoiser(config, num_classes)
     if found is None:
@@ -98,7 +98,6 @@ def assemble(
         players,
         lambda: ema.average,
         shapes,
-        num_classes=num_classes,
         viewer=viewer,
         psi_viewer=psi_viewer,
         autoencoder=autoencoder,
@@ -113,7 +112,7 @@ def assemble(
         trainer.resume(found)
     if rank == 0:
         folder.rewind(trainer.step)
-        shown = grid_classes(num_classes, config.sampling.columns)
+        shown = grid_classes(source.filled, config.sampling.columns)
         facts = run_facts(config, source, shapes, psi_facts, judge_facts, place.world_size, shown)
         write_json(folder.facts, facts)
         save_picture(real_grid(config, source, device, autoencoder), folder.samples / "real.png")

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from sadm_fast.console import Console
-    from sadm_fast.feed import open_data
+    from sadm_fast.feed import listed, open_data
     from sadm_fast.generation import load_trained
     from sadm_fast.metrics.run_evaluation import RunEvaluation
     from sadm_fast.pretrain import prepare_judge
@@ -53,9 +53,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 " sample.py --folder and score those"
             )
         images = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0, path=arguments.data))
+        there = [images.classes[label] for label in images.filled]
+        drawn = [trained.classes[label] for label in trained.filled]
+        if set(there) != set(drawn):
+            console.say(
+                f"data.path={images.where}: has images of {listed(there)}; samples are drawn of the classes that the"
+                f" run was trained on, {listed(drawn)}"
+            )
         judge, facts = prepare_judge(config, images, RunFolder(arguments.run).pretrained, place.device, console)
         try:
-            evaluation = RunEvaluation(config, images, judge, len(trained.classes), place.device)
+            evaluation = RunEvaluation(config, images, judge, trained.filled, place.device)
             scores = evaluation.score(trained.model, trained.step)
         except ValueError as error:  # too few real images, samples that are not finite
             raise UserError(f"{arguments.run}: cannot be scored: {error}") from None

@@ -70,6 +70,20 @@ def _require_fit(config: Config, latents: LatentSource) -> None:
             raise UserError(f"{key}={asked}: the latents in data.path={latents.where} were made with {there}")
 
 
+def count_classes(source: Source, num_classes: int) -> str:
+    """How many of a run's classes have samples and which have none, as a part of a sentence."""
+    names = [*source.classes, *map(str, range(len(source.classes), num_classes))]
+    filled = set(source.filled)
+    empty = [names[label] for label in range(num_classes) if label not in filled]
+    return f"{len(filled)} classes" + (f" (none of {listed(empty)}; nothing is drawn of these)" if empty else "")
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and how many there are if that is not all."""
+    first = ", ".join(names[:10])
+    return first if len(names) <= 10 else f"{first}, ... ({len(names)} classes)"
+
+
 def load_samples(config: Config, source: Source, indices: Sequence[int] | np.ndarray) -> Tensor:
     """Samples of `source`, not mirrored, latents at their posterior's mean: float32 [N, C, H, W]."""
     return data.load_samples(source, indices, loader_spec(config))

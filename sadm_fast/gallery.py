@@ -33,17 +33,17 @@ _RELATION_IMAGES = 60
 _RELATION_LEVEL = 0.8
 
 
-def grid_classes(num_classes: int, columns: int) -> list[int]:
-    """The classes shown in a grid's columns: all, or `columns` of them evenly chosen."""
-    shown = min(num_classes, columns)
-    return [i * num_classes // shown for i in range(shown)]
+def grid_classes(classes: Sequence[int], columns: int) -> list[int]:
+    """The classes shown in a grid's columns: all of `classes`, or `columns` of them evenly chosen."""
+    shown = min(len(classes), columns)
+    return [classes[i * len(classes) // shown] for i in range(shown)]
 
 
 def sample_grid(
-    config: Config, model: Denoiser, num_classes: int, device: torch.device, autoencoder: Autoencoder | None
+    config: Config, model: Denoiser, classes: Sequence[int], device: torch.device, autoencoder: Autoencoder | None
 ) -> Tensor:
-    """The grid of the run: a column a class, a row a starting noise; uint8 [C, H', W']."""
-    classes = grid_classes(num_classes, config.sampling.columns)
+    """The grid of the run: a column a class of (some of) `classes`, a row a starting noise; uint8 [C, H', W']."""
+    classes = grid_classes(classes, config.sampling.columns)
     ids = torch.arange(len(classes) * config.sampling.rows, device=device)
     labels = torch.tensor(classes, device=device).repeat(config.sampling.rows)
     samples = generate(
@@ -54,13 +54,9 @@ def sample_grid(
 
 def real_grid(config: Config, source: Source, device: torch.device, autoencoder: Autoencoder | None) -> Tensor:
     """Real images of the same classes in the same arrangement; latents are decoded."""
-    classes = grid_classes(len(source.classes), config.sampling.columns)
-    chosen = []
-    for row in range(config.sampling.rows):
-        for c in classes:
-            members = np.flatnonzero(source.labels == c)
-            if len(members):  # a class of latents may be empty: all its images were broken
-                chosen.append(int(members[row % len(members)]))
+    classes = grid_classes(source.filled, config.sampling.columns)
+    members = [np.flatnonzero(source.labels == c) for c in classes]
+    chosen = [int(of_class[row % len(of_class)]) for row in range(config.sampling.rows) for of_class in members]
     samples = load_samples(config, source, chosen)
     return picture_grid(to_images(samples.to(device), autoencoder), len(classes))
 
@@ -70,8 +66,8 @@ class RelationView:
 
     def __init__(self, config: Config, source: Source, device: torch.device) -> None:
         self._config = config
-        per_class = max(1, _RELATION_IMAGES // len(source.classes))
-        classes = grid_classes(len(source.classes), _RELATION_IMAGES)
+        classes = grid_classes(source.filled, _RELATION_IMAGES)
+        per_class = max(1, _RELATION_IMAGES // len(source.filled))
         chosen = [int(i) for c in classes for i in np.flatnonzero(source.labels == c)[:per_class]]
         x0 = load_samples(config, source, chosen).to(device)
         labels = torch.from_numpy(source.labels[chosen]).long().to(device)
@@ -122,7 +118,6 @@ class Gallery:
         average: Callable[[], Sequence[Fragment]],
         shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
         *,
-        num_classes: int,
         viewer: Denoiser | None,
         psi_viewer: StructureEncoder | None,
         autoencoder: Autoencoder | None,
@@ -131,7 +126,7 @@ class Gallery:
         console: Console,
     ) -> None:
         self._config, self._folder, self._players, self._average = config, folder, players, average
-        self._shapes, self._num_classes = shapes, num_classes
+        self._shapes, self._classes = shapes, source.filled
         self._viewer, self._psi_viewer, self._autoencoder = viewer, psi_viewer, autoencoder
         self._evaluation, self._device, self._console = evaluation, device, console
         self._rank = rank_and_world_size()[0]
@@ -170,7 +165,7 @@ class Gallery:
 
     def _save_grid(self, log: TrainingLog, step: int, name: str, tag: str) -> None:
         if self._rank == 0 and self._viewer is not None:
-            picture = sample_grid(self._config, self._viewer, self._num_classes, self._device, self._autoencoder)
+            picture = sample_grid(self._config, self._viewer, self._classes, self._device, self._autoencoder)
             save_picture(picture, self._folder.samples / f"{name}.png")
             log.image(tag, picture, step)
 

@@ -24,6 +24,7 @@ class Trained(NamedTuple):
 
     config: Config
     classes: list[str]
+    filled: list[int]  # the labels that it was trained on, of those of `classes`
     model: Denoiser  # EMA weights, eval mode
     step: int
     latent_space: dict[str, Any] | None  # of the autoencoder it was trained with; None: it paints pixels
@@ -53,7 +54,9 @@ def load_trained(run: Path, device: torch.device) -> Trained:
     folder = RunFolder(run)
     try:
         config = check_config(json.loads(folder.config.read_text()))
-        classes = [str(name) for name in json.loads(folder.facts.read_text())["classes"]]
+        facts = json.loads(folder.facts.read_text())
+        classes = [str(name) for name in facts["classes"]]
+        empty = set(facts.get("empty_classes", ()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run}: holds no run that can be read ({error})") from None
     for found in reversed(checkpoint.completed(folder.checkpoints)):
@@ -71,7 +74,8 @@ def load_trained(run: Path, device: torch.device) -> Trained:
             raise RuntimeError("it does not say which autoencoder it was trained with")
     except RuntimeError as error:
         raise UserError(f"{found}: does not fit the run's config.json ({error})") from None
-    return Trained(config, classes, model, checkpoint.step_of(found), space, found)
+    filled = [label for label in range(len(classes)) if label not in empty]
+    return Trained(config, classes, filled, model, checkpoint.step_of(found), space, found)
 
 
 _DECODED_AT_ONCE = 8  # latents: a decoder takes some hundred times the memory of its image

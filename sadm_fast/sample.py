@@ -60,10 +60,11 @@ def _sample(arguments: argparse.Namespace) -> int:
 
     device = own_device()
     trained = load_trained(arguments.run, device)
-    names = list(arguments.classes or trained.classes)
-    unknown = [name for name in names if name not in trained.classes]
+    there = [trained.classes[label] for label in trained.filled]
+    names = list(arguments.classes or there)
+    unknown = [name for name in names if name not in there]
     if unknown:
-        raise UserError(f"--classes {unknown[0]}: the run has {', '.join(trained.classes[:20])}")
+        raise UserError(f"--classes {unknown[0]}: the run was trained on images of {', '.join(there[:20])}")
     config, count = trained.config, arguments.count
     if arguments.seed is not None:
         config = config.model_copy(update={"seed": arguments.seed})

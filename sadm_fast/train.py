@@ -64,13 +64,13 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
         from sadm_fast.data.latents import LatentSource
         from sadm_fast.engine.feature_queue import check_queue
         from sadm_fast.engine.optimizers import check_optimizers
-        from sadm_fast.feed import open_data
+        from sadm_fast.feed import count_classes, open_data
         from sadm_fast.models.autoencoder import Autoencoder
         from sadm_fast.pretrain import check_judge, check_psi
 
         console = Console(place.rank)
         source = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0))
-        resolve_classes(config, source)
+        num_classes = resolve_classes(config, source)
         autoencoder = None
         if isinstance(source, LatentSource) and config.latents is not None and place.rank == 0:  # it makes the pictures
             autoencoder = Autoencoder.load(
@@ -86,7 +86,7 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
             folder.claim(config)
         barrier()
         console.say(
-            f"{config.name}: {config.game.mode}, {len(source)} images of {len(source.classes)} classes, "
+            f"{config.name}: {config.game.mode}, {len(source)} images of {count_classes(source, num_classes)}, "
             f"{place.world_size} rank(s) on {place.device}, into {folder.path}"
         )
         trainer = assemble(config, folder, source, autoencoder, place, console)

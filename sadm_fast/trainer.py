@@ -94,6 +94,7 @@ class Trainer:
         log = TrainingLog(self.folder, self.rank, self.step)
         loader = self._loader()
         self._started = time.perf_counter()
+        first, skipped_before = self.step, self.skipped_steps
         interval, stop = Interval(self.device), False
         try:
             with (
@@ -131,7 +132,15 @@ class Trainer:
             if self.rank == 0:
                 write_report(self.folder.path)
             barrier()  # the launcher ends the others as soon as one has ended with 75
-        return self.step >= train.steps
+        finished = self.step >= train.steps
+        taken = self.step - first - (self.skipped_steps - skipped_before)
+        if finished and (self.step == self.skipped_steps or (self.step > first and not taken)):
+            raise UserError(
+                f"{self.folder.path}: every step was skipped, because its loss or gradient was not finite: nothing was"
+                " trained; look at the data (encode.py --check) or lower the learning rate, and start with another"
+                " --run-dir"
+            )
+        return finished
 
     def _loader(self) -> Loader:
         """This rank's micro-batches from the samples on that the run has not seen; close it."""

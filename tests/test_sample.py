@@ -1,8 +1,6 @@
-"""sample.py and evaluate.py on a finished run made by hand."""
+"""sample.py on a finished run made by hand."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from sadm_fast.engine.masters import Fragment, trainable_shapes
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
 from sadm_fast.run.folder import RunFolder
 from tests.support.programs import tree
-from tests.support.ranks import ROOT, clean_environment
 from tests.test_train import CLASSES, write_images
 
 
@@ -106,7 +103,7 @@ def test_a_tilde_is_the_home_folder(run: Path, tmp_path: Path, monkeypatch: pyte
     ("arguments", "words"),
     [
         (["--out", "~no-such-user/x.png"], "~no-such-user/x.png: there is no home folder"),
-        (["--classes", "pentagon"], "pentagon: the run has circle, square, triangle"),
+        (["--classes", "pentagon"], "pentagon: the run was trained on images of circle, square, triangle"),
         (["--count", "0"], "--count 0: must be at least 1"),
         (["--count", "many"], "--count many: must be a whole number"),
         (["--count", "1000000"], "--count 1000000: a grid of"),
@@ -175,12 +172,9 @@ def test_a_damaged_checkpoint_is_not_sampled_from(run: Path, capsys: pytest.Capt
     assert "no whole checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_evaluate_prints_the_three_distances(run: Path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "sadm_fast" / "evaluate.py"), str(run), "--samples", "9"],
-        capture_output=True, text=True, env=clean_environment(), check=True, timeout=300,
-    )  # fmt: skip
-    result = json.loads(done.stdout[done.stdout.index("{") :])
-    assert result["samples"] == 9 and result["step"] == 10
-    assert all(result[name] > 0 for name in ("fid_classifier", "fid_random", "fid_pixels"))
+def test_classes_without_images_are_not_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (run / "run.json").write_text(json.dumps({"classes": list(CLASSES), "empty_classes": [1]}))
+    assert sample.main([str(run), "--count", "4", "--folder", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["circle", "triangle"]
+    assert sample.main([str(run), "--classes", "square"]) == 2
+    assert "--classes square: the run was trained on images of circle, triangle" in capsys.readouterr().err

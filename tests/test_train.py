@@ -30,7 +30,7 @@ METRICS = {
     "step", "samples_seen", "loss_denoise", "loss_denoise_q1", "loss_denoise_q2", "loss_denoise_q3", "loss_denoise_q4",
     "structure_distance", "loss_discriminator", "grad_norm_denoiser", "grad_norm_discriminator", "lr",
     "lr_discriminator", "samples_per_s", "data_wait_fraction", "memory_bytes", "broken_images", "skipped_steps",
-    "wall_s",
+    "wall_s", "structure_undefined",
 }  # fmt: skip
 TIMES = {"samples_per_s", "data_wait_fraction", "memory_bytes", "wall_s"}
 SCORES = {"fid_classifier", "fid_random", "fid_pixels"}
@@ -82,9 +82,10 @@ def command(config: Path, run: Path, *overrides: str, ranks: int = 0) -> list[st
 @pytest.mark.slow
 def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(config: Path, tmp_path: Path):
     run = tmp_path / "run"
-    argv = command(config, run, "evaluate.every=3")
+    argv = command(config, run, "evaluate.every=3", "denoiser.num_classes=5")
     out, err = Program(argv, tmp_path).finish()
     assert "Traceback" not in out + err
+    assert "images of 3 classes (none of 3, 4; nothing is drawn of these)" in out
     assert str(run / "report.html") in out
 
     files = set(tree(run))
@@ -116,6 +117,9 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(con
     for line in scores:
         assert set(line) == {"step", "samples", "floor", "sampler"} | SCORES
         assert line["samples"] == 12 and set(line["floor"]) == SCORES
+    said, _ = Program(start_line(ROOT / "sadm_fast" / "evaluate.py", str(run)), tmp_path).finish()
+    result = json.loads(said[said.index("{") :])
+    assert {name: result[name] for name in SCORES} == {name: scores[-1][name] for name in SCORES}
     facts = json.loads((run / "run.json").read_text())
     assert facts["classes"] == list(CLASSES) and facts["parameters"].keys() == {"denoiser", "discriminator"}
     assert facts["structure_encoder"]["accuracy"] is not None and facts["judge"]["accuracy"] is not None

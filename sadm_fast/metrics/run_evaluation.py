@@ -1,6 +1,6 @@
 """The evaluation of a run: its real images and its samples, handed to the Evaluator."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,14 +26,14 @@ class RunEvaluation:
     Args:
         images: the run's real images; evenly chosen ones are compared, config.evaluate.real_images at most.
         classifier: the trained judge.
-        num_classes: sample i is drawn for class i mod num_classes, and is the same on any number of ranks.
+        classes: labels to draw samples of. Sample i is of classes[i mod len(classes)], whatever the number of ranks.
     """
 
     def __init__(
-        self, config: Config, images: Source, classifier: ClassifierJudge, num_classes: int, device: torch.device
+        self, config: Config, images: Source, classifier: ClassifierJudge, classes: Sequence[int], device: torch.device
     ) -> None:
         """Pass the real images through the judges. Collective: each rank takes its share of them."""
-        self._config, self._num_classes, self._device = config, num_classes, device
+        self._config, self._classes, self._device = config, torch.tensor(classes, device=device), device
         data, evaluate = config.data, config.evaluate
         rank, world = rank_and_world_size()
         stride = -(-len(images) // evaluate.real_images)
@@ -60,7 +60,7 @@ class RunEvaluation:
         rank, world = rank_and_world_size()
         for first in range(rank * evaluate.batch, evaluate.samples, world * evaluate.batch):
             ids = torch.arange(first, min(first + evaluate.batch, evaluate.samples), device=self._device)
-            labels = ids % self._num_classes
+            labels = self._classes[ids % len(self._classes)]
             yield generate(config, model, labels, ids + _FIRST_ID, steps=evaluate.steps, guidance_scale=_GUIDANCE_SCALE)
 
 

@@ -74,6 +74,7 @@ def run_facts(
         "commit": _commit(),
         "command": " ".join(["python", *sys.argv]),
         "classes": list(images.classes),
+        "empty_classes": sorted(set(range(len(images.classes))) - set(images.filled)),  # nothing is drawn of them
         "images": len(images),
         "sample_grid": {"columns": len(shown), "labels": list(shown) * config.sampling.rows},
         "structure_encoder": dict(psi) or None,

@@ -1,0 +1,61 @@
+"""Pictures of a run whose data have no images of some classes: nothing is shown of these."""
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sadm_fast.config import Config, check_config
+from sadm_fast.data import open_images
+from sadm_fast.data.source import Source
+from sadm_fast.gallery import RelationView, grid_classes, real_grid
+
+
+def shards(path: Path, labels: Sequence[int]) -> Source:
+    """8-pixel images whose grey is their label, in one shard."""
+    with tarfile.open(path, "w") as archive:
+        for number, label in enumerate(labels):
+            encoded = io.BytesIO()
+            Image.new("L", (8, 8), label).save(encoded, "PNG")
+            for end, content in (("png", encoded.getvalue()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{number:03d}.{end}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return open_images(path, "webdataset")
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Config:
+    monkeypatch.setenv("SADM_CACHE", str(tmp_path / "cache"))
+    tiny = {
+        "name": "tiny",
+        "data": {"resolution": 8, "threads": 1},
+        "sampling": {"rows": 2, "columns": 3},
+    }
+    return check_config(tiny)
+
+
+def test_columns_are_spread_evenly_over_the_classes() -> None:
+    assert grid_classes(range(3), 10) == [0, 1, 2]
+    assert grid_classes(range(1000), 4) == [0, 250, 500, 750]
+    assert grid_classes([2, 30, 31, 40, 90], 2) == [2, 31]
+
+
+def test_real_images_stand_under_their_own_class(config: Config, tmp_path: Path) -> None:
+    source = shards(tmp_path / "one-based.tar", [1, 2, 4, 4, 1, 2, 5])
+    assert source.classes == ("0", "1", "2", "3", "4", "5") and source.filled == [1, 2, 4, 5]
+    picture = real_grid(config, source, torch.device("cpu"), None)
+    cell = (picture.shape[2] - 2) // 3
+    middle = slice(2 + cell // 2, None, cell)
+    assert picture[0, middle, middle].tolist() == [[1, 2, 4], [1, 2, 4]]
+    assert grid_classes(source.filled, 3) == [1, 2, 4]
+
+
+def test_relations_of_a_subset_of_a_thousand_classes_are_looked_at(config: Config, tmp_path: Path) -> None:
+    view = RelationView(config, shards(tmp_path / "subset.tar", [7, 99, 255] * 25), torch.device("cpu"))
+    assert np.bincount(view._batch.labels)[[7, 99, 255]].tolist() == [20, 20, 20]

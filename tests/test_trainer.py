@@ -1,0 +1,72 @@
+"""The loop with players that do not play."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sadm_fast.config import check_config
+from sadm_fast.console import Console
+from sadm_fast.data import open_images
+from sadm_fast.engine.players import NotFinite
+from sadm_fast.errors import UserError
+from sadm_fast.ranks.stopping import StopRequest
+from sadm_fast.run.folder import RunFolder
+from sadm_fast.trainer import Trainer
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """Of three steps, whose iterations `trainer.players.iteration` decides about."""
+    (tmp_path / "images" / "only").mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(np.full((8, 8), 60 * i, np.uint8)).save(tmp_path / "images" / "only" / f"{i}.png")
+    config = check_config({
+        "name": "tiny",
+        "data": {"path": str(tmp_path / "images"), "resolution": 8, "threads": 1, "loader": "torch"},
+        "train": {"steps": 3, "micro_batch": 2, "log_every": 10},
+    })  # fmt: skip
+    monkeypatch.setattr("sadm_fast.trainer.write_report", lambda path: None)
+    monkeypatch.setattr(Trainer, "_log_line", lambda *_: {"step": 0})
+    monkeypatch.setattr("sadm_fast.trainer._note", lambda line: "")
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(config)
+    players: Any = MagicMock()
+    players.process = config.process
+    writer, gallery = MagicMock(), MagicMock()
+    writer.status.return_value = False, False
+    return Trainer(
+        config, folder, open_images(tmp_path / "images"), players, MagicMock(), writer, gallery,
+        null_class=1, device=torch.device("cpu"), console=Console(),
+    )  # fmt: skip
+
+
+def iterations(trainer: Trainer, *outcomes: Any) -> None:
+    trainer.players.iteration.side_effect = outcomes  # type: ignore[attr-defined]
+
+
+def test_a_run_in_which_every_step_was_skipped_is_an_error(trainer: Trainer) -> None:
+    iterations(trainer, *[NotFinite()] * 3)
+    with pytest.raises(UserError, match=r"run: every step was skipped, .*: nothing was trained") as caught:
+        trainer.run(StopRequest())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="nothing was trained"):  # nor is it finished when it is started again
+        trainer.run(StopRequest())
+
+
+def test_a_continued_run_that_only_skipped_is_an_error(trainer: Trainer) -> None:
+    trainer.step = 1
+    iterations(trainer, *[NotFinite()] * 2)
+    with pytest.raises(UserError, match="nothing was trained"):
+        trainer.run(StopRequest())
+
+
+def test_a_run_with_one_step_that_counted_is_none(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sadm_fast.trainer.Interval", MagicMock())
+    iterations(trainer, NotFinite(), MagicMock(), NotFinite())
+    assert trainer.run(StopRequest())
+    assert (trainer.step, trainer.skipped_steps) == (3, 2)
