@@ -1,9 +1,9 @@
 """The fused loss as a torch operator and as an autograd function: what torch.compile and autograd see of a backend.
 
 The gradients come with the loss, in one sequence of passes; backward only scales them, out of place, so it can be
-repeated. It is not differentiable again: that is refused, never left out. Compiled code calls the operator; plain
-eager code the function, which saves the operator's Python layers (a few times the kernel's own time at small
-batches), and so does a process group, whose collectives must not be reordered.
+repeated. It is not differentiable again: that is refused, never left out. Compiled code calls the operator, which holds
+the collectives of a process group as well; plain eager code calls the function, which saves the operator's Python
+layers (a few times the kernel's own time at small batches).
 
 A backend takes its rows against all columns. A queue's pairs count twice, once each way, but have one way among them:
 the sums of all columns are doubled, and those of the batch's columns, where both ways are, taken off once. That is one
@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sadm_kernels import native, triton
-from sadm_kernels.gathering import Gathering, Shared, send
+from sadm_kernels.collectives import group_of
+from sadm_kernels.gathering import Gathering, Shared, agreed_weight, send
 from sadm_kernels.samples import Options, Pairs, Samples, compute_dtype
 
 _BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton}
@@ -61,6 +62,60 @@ def _evaluate(
     return (sums[0] / total).to(dtype), total.reciprocal().to(dtype), grad_real, grad_fake
 
 
+def _pairs(batch: Samples, options: Options, queue: Samples | None, shared: Shared | None) -> Pairs:
+    """The pairs of a batch's rows with the batch (that of all ranks, if `shared`) and the queue."""
+    columns, first, queued = batch, 0, 0
+    if shared is not None:
+        all_fake = Gathering(batch.fake, shared.group)  # on its way before the others are waited for
+        all_real, all_weight, all_labels = shared.wait()
+        columns = Samples(all_real, all_fake.wait(), all_weight, all_labels)
+        first = dist.get_rank(shared.group) * len(batch.real)
+    if queue is not None:
+        columns, queued = columns.followed_by(queue), len(queue.real)
+    return Pairs(columns.alike(), range(first, first + len(batch.real)), options, queued)
+
+
+def _send(batch: Samples, options: Options, queue: Samples | None, backend: str, group: dist.ProcessGroup) -> Shared:
+    """Start sending what the ranks agree on. Collective."""
+    about = {**options._asdict(), "impl": backend}
+    weight = agreed_weight(batch, 0 if queue is None else len(queue.real), group, about)
+    return send(batch.real, weight, batch.labels, queue, group)
+
+
+def _forward(
+    batch: Samples,
+    options: Options,
+    queue: Samples | None,
+    backend: str,
+    need: tuple[bool, bool],
+    shared: Shared | None,
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """S (0-d), 1 / sum(omega) (0-d), and the gradients of S * sum(omega), of the shapes of real and of fake."""
+
+    def add_ranks(sums: Tensor) -> Tensor:
+        sums = sums.contiguous()
+        dist.all_reduce(sums, group=None if shared is None else shared.group)
+        return sums
+
+    p = _pairs(batch, options, queue, shared)
+    loss, inverse_total, *gradients = _evaluate(backend, p, need, _add_nothing if shared is None else add_ranks)
+    widths = (batch.real.shape[1], batch.fake.shape[1])
+    own = [None if g is None else g[:, :width].contiguous() for g, width in zip(gradients, widths, strict=True)]
+    return loss, inverse_total, own
+
+
+def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """The gradients of real and fake for the gradient of the loss, in their dtypes; None where none was needed."""
+    if torch.is_grad_enabled():  # torch's own once_differentiable does not see torch.autograd.grad
+        raise RuntimeError(
+            "structure_loss: its fused gradient has no second derivative (create_graph=True); use impl='reference'"
+        )
+    inverse_total, *gradients = ctx.saved_tensors
+    scale = grad * inverse_total
+    sides = zip(gradients, ctx.dtypes, ctx.needed, strict=True)
+    return [(g * scale).to(dtype) if needed else None for g, dtype, needed in sides]
+
+
 @torch.library.custom_op("sadm_kernels::structure_loss", mutates_args=())
 def _structure_loss(
     real: Tensor,
@@ -79,13 +134,15 @@ def _structure_loss(
     backend: str,
     need_real: bool,
     need_fake: bool,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, options = Samples(real, fake, weight, labels), Options(relation, penalty, normalize, tau, delta)
     queue = None
     if queue_real is not None and queue_fake is not None:
         queue = Samples(queue_real, queue_fake, queue_weight, queue_labels)
-    p = _pairs(Samples(real, fake, weight, labels), Options(relation, penalty, normalize, tau, delta), queue)
-    loss, inverse_total, *grads = _evaluate(backend, p, (need_real, need_fake), _add_nothing)
-    grad_real, grad_fake = (loss.new_empty(0) if grad is None else grad for grad in grads)
+    shared = _send(batch, options, queue, backend, group_of(group)) if group else None
+    loss, inverse_total, gradients = _forward(batch, options, queue, backend, (need_real, need_fake), shared)
+    grad_real, grad_fake = (loss.new_empty(0) if grad is None else grad for grad in gradients)
     return loss, inverse_total, grad_real, grad_fake
 
 
@@ -107,39 +164,23 @@ def _(
     backend: str,
     need_real: bool,
     need_fake: bool,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(real)
-
-    def gradient(needed: bool) -> Tensor:
-        return real.new_empty(real.shape if needed else (0,), dtype=dtype)
-
-    return real.new_empty((), dtype=dtype), real.new_empty((), dtype=dtype), gradient(need_real), gradient(need_fake)
+    dtype = compute_dtype(real, fake)
+    grad_real, grad_fake = (
+        x.new_empty(x.shape if need else (0,), dtype=dtype) for x, need in ((real, need_real), (fake, need_fake))
+    )
+    return real.new_empty((), dtype=dtype), real.new_empty((), dtype=dtype), grad_real, grad_fake
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    _, inverse_total, grad_real, grad_fake = output
-    ctx.save_for_backward(inverse_total, grad_real, grad_fake)
-    ctx.dtype = inputs[0].dtype
-    ctx.needed = inputs[-2:]
-
-
-def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """The gradients of real and fake for the gradient of the loss; None where none was needed."""
-    if torch.is_grad_enabled():  # torch's own once_differentiable does not see torch.autograd.grad
-        raise RuntimeError(
-            "structure_loss: its fused gradient has no second derivative (create_graph=True); use impl='reference'"
-        )
-    inverse_total, *gradients = ctx.saved_tensors
-    scale = grad * inverse_total
-
-    def scaled(g: Tensor) -> Tensor:
-        return torch.mul(g, scale, out=torch.empty_like(g, dtype=ctx.dtype))  # in one go, rounded once
-
-    return [scaled(g) if needed else None for g, needed in zip(gradients, ctx.needed, strict=True)]
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
+    ctx.needed = inputs[14:16]
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return (*_scaled(ctx, grad), *([None] * 14))
+    return (*_scaled(ctx, grad), *([None] * 15))
 
 
 _structure_loss.register_autograd(_backward, setup_context=_save)
@@ -158,39 +199,19 @@ class _Eager(torch.autograd.Function):
         options: Options,
         queue: Samples | None,
         backend: str,
-        shared: Shared | None,
         needed: tuple[bool, bool],
+        shared: Shared | None,
     ) -> Tensor:
-        def add_ranks(sums: Tensor) -> Tensor:
-            sums = sums.contiguous()
-            dist.all_reduce(sums, group=None if shared is None else shared.group)
-            return sums
-
-        p = _pairs(Samples(real, fake, weight, labels), options, queue, shared)
-        ctx.needed, ctx.dtype = needed, real.dtype  # not needs_input_grad, which is set without autograd as well
-        reduce = _add_nothing if shared is None else add_ranks
-        loss, *saved = _evaluate(backend, p, needed, reduce)
-        ctx.save_for_backward(*saved)
+        batch = Samples(real, fake, weight, labels)
+        loss, inverse_total, gradients = _forward(batch, options, queue, backend, needed, shared)
+        ctx.save_for_backward(inverse_total, *gradients)
+        ctx.dtypes = (real.dtype, fake.dtype)
+        ctx.needed = needed  # not needs_input_grad, which is set without autograd as well
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_scaled(ctx, grad), *([None] * 7))
-
-
-def _pairs(batch: Samples, options: Options, queue: Samples | None, shared: Shared | None = None) -> Pairs:
-    """The pairs of a batch's rows with the batch (that of all ranks, if `shared`) and the queue."""
-    batch = columns = batch.plain()
-    first = 0
-    if shared is not None:
-        all_fake = Gathering(batch.fake, shared.group)  # on its way before the others are waited for
-        all_real, all_weight, all_labels = shared.wait()
-        columns = Samples(all_real, all_fake.wait(), all_weight, all_labels)
-        first = dist.get_rank(shared.group) * len(batch.real)
-    queued = 0
-    if queue is not None:
-        columns, queued = columns.followed_by(queue), len(queue.real)
-    return Pairs(columns, range(first, first + len(batch.real)), options, queued)
 
 
 def structure_loss(
@@ -203,16 +224,16 @@ def structure_loss(
     shared: Shared | None = None,
 ) -> Tensor:
     """S by the fused `backend`; arguments as in sadm_kernels.structure_loss, which has checked them."""
-    real, fake, weight, labels = batch
     grad = torch.is_grad_enabled()
-    need = (grad and real.requires_grad, grad and fake.requires_grad)
+    need = (grad and batch.real.requires_grad, grad and batch.fake.requires_grad)
+    if shared is None and (torch.compiler.is_compiling() or _traced(batch.real) or _traced(batch.fake)):
+        past = (None,) * 4 if queue is None else queue
+        name = "" if group is None else group.group_name
+        return _structure_loss(*batch, *past, *options, backend, *need, name)[0]
     if shared is None and group is not None:
-        shared = send(real, weight, labels, queue, group)
-    if shared is not None or not (torch.compiler.is_compiling() or _traced(real) or _traced(fake)):
-        loss: Tensor = _Eager.apply(*batch, options, queue, backend, shared, need)
-        return loss
-    past = (None,) * 4 if queue is None else queue
-    return _structure_loss(*batch, *past, *options, backend, *need)[0]
+        shared = _send(batch, options, queue, backend, group)
+    loss: Tensor = _Eager.apply(*batch, options, queue, backend, need, shared)
+    return loss
 
 
 def _traced(x: Tensor) -> bool:

@@ -8,14 +8,14 @@ Other backends are tested against this file.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sadm_kernels.gathering import Gathering, Shared
+from sadm_kernels.collectives import agree, gather, sum_ranks
+from sadm_kernels.gathering import Shared
 from sadm_kernels.samples import Options, Samples, compute_dtype
 
 RELATIONS = ("euclidean", "cosine", "gaussian")
@@ -24,47 +24,6 @@ NORMALIZATIONS = ("unit", "mean", "none")
 
 # ||a||^2 + ||b||^2 - 2ab cancels: its rounding noise, in units of eps * (||a||^2 + ||b||^2), stays below this.
 _MERGE_EPS = 8.0
-
-
-def _refuse_second_derivative() -> None:
-    """Autograd sees one rank's share of a collective only; torch's own once_differentiable misses autograd.grad."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("structure_loss with group=: no second derivative (create_graph=True); use group=None")
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of all ranks; the gradient of a row is the sum of what all ranks ask of it."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return Gathering(rows, group).wait()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _refuse_second_derivative()
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may hand the same tensor to others
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
-
-
-class _SumRanks(torch.autograd.Function):
-    """Sum over ranks. `shared`: every rank goes on to its own loss with it, so gradients are summed as well."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup, shared: bool) -> Tensor:
-        ctx.group, ctx.shared = group, shared
-        value = value.clone()
-        dist.all_reduce(value, group=group)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        _refuse_second_derivative()
-        if ctx.shared:
-            grad = grad.clone()
-            dist.all_reduce(grad, group=ctx.group)
-        return grad, None, None
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -108,7 +67,7 @@ def _relation(
         distance = _sqrt(d2)
         sums = torch.stack([(pair_weight * distance).sum(), pair_weight.sum()])
         if group is not None:
-            sums = _SumRanks.apply(sums, group, True)
+            sums = sum_ranks(sums, group.group_name, True)
         mean = sums[0] / torch.where(sums[1] == 0, 1.0, sums[1])
         scale = 1.0 / torch.where(mean == 0, 1.0, mean)
         return distance * scale if relation == "euclidean" else torch.exp(-d2 * scale.square() / (2.0 * tau**2))
@@ -155,7 +114,10 @@ def structure_loss(
     """
     real, fake, weight, labels = batch
     relation, penalty, normalize, tau, delta = options
-    dtype = compute_dtype(real)
+    dtype = compute_dtype(real, fake)
+    if group is not None and shared is None:
+        queued = 0 if queue is None else len(queue.real)
+        weight = agree(real, fake, weight, labels, queued, *options, group.group_name)
     with _no_autocast(real.device.type):
         f, g = real.to(dtype), fake.to(dtype)
         w = torch.ones(len(f), dtype=dtype, device=f.device) if weight is None else weight.to(dtype)
@@ -183,17 +145,19 @@ def structure_loss(
         difference = matrix(g, columns.fake) - matrix(f, columns.real)
         sums = torch.stack([(pair_weight * _penalty(difference, penalty, delta)).sum(), pair_weight.sum()])
         if group is not None:
-            sums = _SumRanks.apply(sums, group, False)
+            sums = sum_ranks(sums, group.group_name, False)
         return sums[0] / torch.where(sums[1] == 0, 1.0, sums[1])
 
 
 def _of_all_ranks(own: Samples, group: dist.ProcessGroup, shared: Shared | None) -> Samples:
     """The batch of all ranks; what is in `shared` need not travel again, unless a gradient has to travel back."""
+    name = group.group_name
     if shared is None:
-        real, weight = _Gather.apply(own.real, group), _Gather.apply(own.weight, group)
-        labels = None if own.labels is None else _Gather.apply(own.labels, group)
+        assert own.weight is not None
+        real, weight = gather(own.real, name), gather(own.weight, name)
+        labels = None if own.labels is None else gather(own.labels, name)
     else:
         real, weight, labels = shared.wait()
-        real = _Gather.apply(own.real, group) if own.real.requires_grad else real.to(own.real.dtype)
-        weight = torch.ones_like(real[:, 0]) if weight is None else weight
-    return Samples(real, _Gather.apply(own.fake, group), weight, labels)
+        real = gather(own.real, name) if own.real.requires_grad else real.to(own.real.dtype)
+        weight = torch.ones_like(real[:, 0]) if weight is None else weight.to(real.dtype)
+    return Samples(real, gather(own.fake, name), weight, labels)

@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype sums are kept in: float64 for float64 input, float32 for everything narrower."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def compute_dtype(*features: Tensor) -> torch.dtype:
+    """The dtype sums are kept in: float64 if any features are float64, float32 if all are narrower."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
 
 
 class Samples(NamedTuple):
@@ -20,17 +21,23 @@ class Samples(NamedTuple):
     """
 
     real: Tensor  # [n, d], any float dtype; a queue's are converted to the batch's
-    fake: Tensor  # [n, d]
+    fake: Tensor  # [n, e]; width and dtype need not be real's, for only [n, n] matrices are compared
     weight: Tensor | None = None  # [n], non-negative; None: ones
     labels: Tensor | None = None  # integers [n]; a queue has them if and only if the batch does
 
-    def plain(self) -> "Samples":
-        """The same, contiguous, with float32 weights (float64 for float64 features) and int64 labels."""
+    def alike(self) -> "Samples":
+        """What a fused backend takes: contiguous features of one dtype and width, float weights, int64 labels.
+
+        Zeros behind the narrower features change no length, distance or product.
+        """
+        real, fake, weight, labels = self
+        dtype, width = torch.promote_types(real.dtype, fake.dtype), max(real.shape[1], fake.shape[1])
+        real, fake = (x if x.shape[1] == width else F.pad(x, (0, width - x.shape[1])) for x in (real, fake))
         return Samples(
-            self.real.contiguous(),
-            self.fake.contiguous(),
-            None if self.weight is None else self.weight.to(compute_dtype(self.real)).contiguous(),
-            None if self.labels is None else self.labels.long().contiguous(),
+            real.to(dtype).contiguous(),
+            fake.to(dtype).contiguous(),
+            None if weight is None else weight.to(compute_dtype(real, fake)).contiguous(),
+            None if labels is None else labels.long().contiguous(),
         )
 
     def first(self, n: int) -> "Samples":
@@ -42,12 +49,12 @@ class Samples(NamedTuple):
         """These samples and behind them a queue's, converted to their dtypes."""
         weight, labels = self.weight, self.labels
         if weight is not None or queue.weight is not None:
-            dtype = compute_dtype(self.real)
-            now = self.real.new_ones(len(self.real), dtype=dtype) if weight is None else weight
+            now = self.real.new_ones(len(self.real)) if weight is None else weight
             past = self.real.new_ones(len(queue.real)) if queue.weight is None else queue.weight
-            weight = torch.cat([now, past.to(dtype)])
+            dtype = compute_dtype(self.real, self.fake)
+            weight = torch.cat([now.to(dtype), past.to(dtype)])
         if labels is not None and queue.labels is not None:
-            labels = torch.cat([labels, queue.labels.to(labels.dtype)])
+            labels = torch.cat([labels.long(), queue.labels.long()])
         real = torch.cat([self.real, queue.real.to(self.real.dtype)])
         fake = torch.cat([self.fake, queue.fake.to(self.fake.dtype)])
         return Samples(real, fake, weight, labels)
@@ -78,7 +85,7 @@ class Pairs(NamedTuple):
     counts every pair both ways, (i, j) and (j, i), whichever rank has row j.
     """
 
-    samples: Samples  # n: the batch of all ranks, and behind it a queue; as `Samples.plain` makes them
+    samples: Samples  # n: the batch of all ranks, and behind it a queue; as `Samples.alike` makes them
     own: range  # which of them are this rank's rows
     options: Options = Options()
     queued: int = 0  # how many samples at the end are a queue's

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sadm_kernels import Queue, backends, share, structure_loss
-from sadm_kernels.reference import _Gather
+from sadm_kernels import Queue, StructureLoss, backends, share, structure_loss
+from sadm_kernels.collectives import gather
 
 IMPLEMENTATIONS = [impl for impl in ("reference", "native") if backends()[impl] == "ok"]
 WORLD = 3
@@ -98,11 +98,65 @@ def play(group: Any, ranks: tuple[int, ...], impl: str) -> dict[Any, tuple[Tenso
     return results
 
 
+def unlike(size: int) -> tuple[Tensor, Tensor]:
+    """Features of a float32 teacher and a narrower float64 student."""
+    real, fake, *_ = whole_batch(size)
+    return real.float(), fake[:, :3]
+
+
+def play_unlike(group: Any, impl: str) -> dict[str, tuple[Tensor, ...]]:
+    """Loss and gradients of this rank's share of `unlike`, also sent ahead."""
+    own = slice(dist.get_rank(group) * SHARE, (dist.get_rank(group) + 1) * SHARE)
+    real, fake = (x[own].clone().requires_grad_(True) for x in unlike(SHARE * dist.get_world_size(group)))
+    loss = structure_loss(real, fake, normalize="mean", group=group, impl=impl)
+    early = structure_loss(share(real.detach(), group=group), fake, normalize="mean", impl=impl)
+    return {
+        "together": (loss.detach(), *torch.autograd.grad(loss, (real, fake))),
+        "early": (early.detach(), *torch.autograd.grad(early, fake)),
+    }
+
+
+def play_compiled(group: Any, impl: str) -> dict[str, tuple[Tensor, ...]]:
+    """Loss and gradients, eager and compiled without a graph break, while tau changes and with only a rank's weight."""
+    own = slice(dist.get_rank(group) * SHARE, (dist.get_rank(group) + 1) * SHARE)
+    real, fake, weight, labels = (x[own] for x in whole_batch(SHARE * dist.get_world_size(group)))
+    loss, queue = StructureLoss(relation="gaussian", normalize="mean", group=group, impl=impl), past(True)
+
+    def call(f: Tensor, g: Tensor, tau: float) -> Tensor:
+        loss.tau = tau
+        return loss(f, g, weight if dist.get_rank(group) else None, labels, queue)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results: dict[str, tuple[Tensor, ...]] = {}
+    for name, function in (("eager", call), ("compiled", compiled)):
+        found = []
+        for tau in (1.0, 0.9, 0.8):
+            f, g = real.clone().requires_grad_(True), fake.clone().requires_grad_(True)
+            value = function(f, g, tau)
+            found += [value.detach(), *torch.autograd.grad(value, (f, g))]
+        results[name] = tuple(found)
+    return results
+
+
+def train_with_ddp(group: Any) -> tuple[Tensor, Tensor]:
+    """A network's gradient from one process with the whole batch, and from DDP by the recipe of kernels/README.md."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    real, fake, *_ = whole_batch(SHARE * ranks)
+    own = slice(rank * SHARE, (rank + 1) * SHARE)
+    torch.manual_seed(0)
+    net = torch.nn.Linear(DIMENSION, DIMENSION).double()
+    whole = torch.autograd.grad(structure_loss(real, net(fake)), net.weight)[0]
+    parallel = torch.nn.parallel.DistributedDataParallel(net, process_group=group)
+    (ranks * structure_loss(real[own], parallel(fake[own]), group=group)).backward()
+    assert net.weight.grad is not None
+    return whole, net.weight.grad
+
+
 def gather_backward(group: Any, rank: int) -> tuple[Tensor, Tensor]:
     """The gradient through a gather of one row a rank, and afterwards the gradient that was handed in."""
     row = torch.zeros(1, 2, requires_grad=True)
     asked = torch.full((WORLD, 2), 10.0**rank)
-    (grad,) = torch.autograd.grad(_Gather.apply(row, group), row, grad_outputs=asked)
+    (grad,) = torch.autograd.grad(gather(row, group.group_name), row, grad_outputs=asked)
     return grad, asked
 
 
@@ -156,6 +210,10 @@ def mistakes(group: Any, rank: int) -> dict[str, str]:
                 *(x.to(torch.float32 if rank else torch.bfloat16) for x in (real, fake)), group=group
             )
         ),
+        "fake": attempt(lambda: structure_loss(real, fake[:, : 3 + rank % 2], group=group)),
+        "relation": attempt(lambda: structure_loss(real, fake, relation="cosine" if rank else "gaussian", group=group)),
+        "tau": attempt(lambda: structure_loss(real, fake, tau=1.0 + rank, group=group)),
+        "impl": attempt(lambda: structure_loss(real, fake, impl="auto" if rank else "reference", group=group)),
         "queue": attempt(
             lambda: structure_loss(real, fake, queue=Queue(real[:rows], fake[:rows]) if rank else None, group=group)
         ),
@@ -186,6 +244,10 @@ def main() -> None:
         if rank in ranks
         for impl in IMPLEMENTATIONS
     }
+    for impl in IMPLEMENTATIONS:
+        results[f"unlike, {impl}"] = play_unlike(groups["three"], impl)
+        results[f"compiled, {impl}"] = play_compiled(groups["three"], impl)
+    results["ddp"] = train_with_ddp(groups["three"])
     results["memory"] = measured
     results["gather"] = gather_backward(groups["three"], rank)
     results["mistakes"] = mistakes(groups["three"], rank)

@@ -143,6 +143,31 @@ def test_the_gradient_of_one_input_alone_is_complete(group) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
 
 
+def test_widths_and_dtypes_of_their_own_go_through_the_group(ranks, impl: str) -> None:
+    real, fake = (x.requires_grad_(True) for x in worker.unlike(worker.SHARE * worker.WORLD))
+    loss = structure_loss(real, fake, normalize="mean", impl="reference")
+    grad_real, grad_fake = torch.autograd.grad(loss, (real, fake))
+    for rank, results in enumerate(ranks):
+        own = slice(rank * worker.SHARE, (rank + 1) * worker.SHARE)
+        found = results[f"unlike, {impl}"]
+        # float64 sums in another order; the gradient of real is rounded to float32
+        torch.testing.assert_close(found["together"][::2], (loss.detach(), grad_fake[own]), rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(found["together"][1], grad_real[own], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found["early"], found["together"][::2], rtol=1e-10, atol=1e-13)
+
+
+def test_compiled_without_a_graph_break_it_is_the_same(ranks, impl: str) -> None:
+    for results in ranks:
+        found = results[f"compiled, {impl}"]
+        torch.testing.assert_close(found["compiled"], found["eager"], rtol=1e-10, atol=1e-13)
+
+
+def test_with_data_parallelism_the_loss_times_the_ranks_trains_as_one_process_does(ranks) -> None:
+    for results in ranks:
+        whole, parallel = results["ddp"]
+        torch.testing.assert_close(parallel, whole, rtol=1e-10, atol=1e-13)
+
+
 def test_a_gathers_gradient_sums_what_all_ranks_ask_and_leaves_their_tensors_alone(ranks) -> None:
     for rank, results in enumerate(ranks):
         grad, asked = results["gather"]
@@ -159,6 +184,17 @@ def test_a_gathers_gradient_sums_what_all_ranks_ask_and_leaves_their_tensors_alo
             "dtype",
             "ValueError: real.dtype on the ranks of group: torch.bfloat16, torch.float32, torch.float32;"
             " must be the same on all",
+        ),
+        (
+            "fake",
+            "ValueError: fake.shape on the ranks of group: (3, 3), (3, 4), (3, 3); must be the same on all",
+        ),
+        ("relation", "ValueError: relation on the ranks of group: gaussian, cosine, cosine; must be the same on all"),
+        ("tau", "ValueError: tau on the ranks of group: 1.0, 2.0, 3.0; must be the same on all"),
+        pytest.param(
+            "impl",
+            "ValueError: impl on the ranks of group: reference, native, native; must be the same on all",
+            marks=pytest.mark.skipif(backends()["native"] != "ok", reason=backends()["native"]),
         ),
         ("queue", "ValueError: rows of queue on the ranks of group: 0, 2, 3; must be the same on all"),
         ("labels", "ValueError: labels given on the ranks of group: False, True, True; must be the same on all"),

@@ -177,7 +177,7 @@ def test_a_missing_weight_counts_as_one(impl: str) -> None:
 
 
 @implementations
-@pytest.mark.parametrize("part", ["real", "fake", "weight"])
+@pytest.mark.parametrize("part", ["real", "fake"])
 def test_a_nan_in_the_queue_stays_a_nan(impl: str, part: str) -> None:
     batch, queue = samples(4, 3, 1), samples(5, 3, 2)
     getattr(queue, part).view(-1)[3] = math.nan
@@ -208,7 +208,7 @@ PAST = torch.randn(5, 3)
 @pytest.mark.parametrize(
     ("queue", "message"),
     [
-        (Queue(PAST[:4], PAST), r"queue.real.shape=torch.Size\(\[4, 3\]\) but queue.fake.shape=torch.Size\(\[5, 3\]\)"),
+        (Queue(PAST[:4], PAST), r"queue.real.shape=\(4, 3\) but queue.fake.shape=\(5, 3\)"),
         (Queue(PAST[0], PAST[0]), r"queue.real.shape=\(3,\): must be \[B, d\]"),
         (Queue(PAST.long(), PAST.long()), "queue.real.dtype=torch.int64: must be float16"),
         (Queue(PAST[:, :2], PAST[:, :2]), r"queue.real.shape=\(5, 2\): must be \[q, 3\], as wide as real"),
