@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
@@ -33,7 +33,7 @@ _REMEDY = "remove it or replace it"
 _MAX_SAMPLED = 2_000  # headers that the quick look opens: a second or two
 _CHUNK = 64  # images a thread checks at a time
 _LOOKED_AT_AGAIN = 16  # remembered problems that are verified before the report is believed
-_VERSION = 1  # of the remembered reports
+_VERSION = 2  # of the remembered reports
 
 
 class Verdict(NamedTuple):
@@ -63,15 +63,28 @@ def examine(encoded: bytes, *, decode: bool = True) -> Verdict:
     return Verdict(width, height, reason)
 
 
-def refused_kind(image: Image.Image) -> str | None:
+def refused_kind(image: ImageFile.ImageFile) -> str | None:
     """Why the loaders do not take an opened image, by its format; None if they do."""
     if image.format not in _FORMATS:
         return f"is {image.format}, which the loaders do not read; convert it to PNG or JPEG"
     if image.mode not in _MODES:
         return f"has pixel mode {image.mode}, not 8 bits a channel; convert it to 8-bit PNG"
+    if _is_deep(image):
+        return "has more than 8 bits a channel; convert it to 8-bit PNG"
     if image.format != "MPO" and getattr(image, "is_animated", False):
         return "is animated; save the frames as separate images"
     return None
+
+
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    """Whether Pillow cuts channels of more than 8 bits down to them; its decoder's arguments tell."""
+    if not image.tile:
+        return False
+    codec, arguments = image.tile[0].codec_name, image.tile[0].args
+    if image.format == "PNG":
+        return isinstance(arguments, str) and arguments.endswith(";16B")
+    # PPM: (mode, largest value) where that is not 255
+    return codec.startswith("ppm") and isinstance(arguments, tuple) and arguments[1] > 255
 
 
 def read_problem(error: OSError) -> str:

@@ -15,30 +15,27 @@ from nvidia.dali import fn, math, pipeline_def, types
 
 
 @pipeline_def
-def decode_pipeline(source: Any, channels: int, from_paths: bool) -> tuple[Any, ...]:
-    """A pipeline from files to whole images on the CPU.
+def decode_pipeline(source: Any) -> tuple[Any, ...]:
+    """A pipeline from encoded images to whole ones on the CPU.
 
-    source, from_paths: as crop_pipeline. Outputs: images uint8 [H, W, channels] of any sizes, labels, sample ids and
-    mirror flags.
+    source: as crop_pipeline. Outputs: images uint8 [H, W, 3] of any sizes, labels, sample ids and mirror flags.
     """
     images, label, sample_id, mirror = _given(source)
-    return _decoded(images, channels, from_paths, "cpu"), label, sample_id, mirror
+    return _decoded(images, 3, "cpu"), label, sample_id, mirror
 
 
 @pipeline_def(enable_conditionals=True)
-def crop_pipeline(
-    source: Any, size: int, channels: int, halvings: int, from_paths: bool, mixed_decode: bool
-) -> tuple[Any, ...]:
-    """A pipeline from files to crops, with at most `halvings` box halvings of an image; small images are enlarged.
+def crop_pipeline(source: Any, size: int, channels: int, halvings: int, mixed_decode: bool) -> tuple[Any, ...]:
+    """A pipeline from encoded images to crops, with at most `halvings` box halvings; small images are enlarged.
 
-    source: callable(run) -> images, labels int64 [B], sample ids int64 [B], mirror int32 [B]. images:
-    from_paths: paths uint8 [B, length], which DALI opens; otherwise a list of B encoded images uint8 [n_i].
+    source: callable(run) -> a list of B encoded images uint8 [n_i], labels int64 [B], sample ids int64 [B], mirror
+    int32 [B].
     mixed_decode: decode JPEG with nvJPEG and crop on the GPU; otherwise (in tests) nothing touches one. Outputs: pixels
     uint8 [B, size, size, channels] (on the GPU if mixed_decode), and on the CPU labels, sample ids and the
     images' shapes int64 [B, 3] as (height, width, channels).
     """
     images, label, sample_id, mirror = _given(source)
-    image = _decoded(images, channels, from_paths, "mixed" if mixed_decode else "cpu")
+    image = _decoded(images, channels, "mixed" if mixed_decode else "cpu")
     shape = image.shape(device="cpu")
     image = _halve_while_large(image, shape[0], shape[1], size, halvings)
     pixels = fn.resize_crop_mirror(
@@ -64,11 +61,9 @@ def _given(source: Any) -> Any:
     )
 
 
-def _decoded(images: Any, channels: int, from_paths: bool, device: str) -> Any:
-    # Mapping small files into memory costs more than reading them, and gains nothing on a network file system.
-    encoded = fn.io.file.read(images, dont_use_mmap=True) if from_paths else images
+def _decoded(images: Any, channels: int, device: str) -> Any:
     return fn.decoders.image(
-        encoded,
+        images,
         device=device,
         output_type=types.RGB if channels == 3 else types.GRAY,
         adjust_orientation=False,

@@ -1,19 +1,20 @@
-"""Micro-batches through NVIDIA DALI: the order is ours, reading and decoding are its threads'.
+"""Micro-batches through NVIDIA DALI: the order is ours, decoding is done by its threads.
 
-An external source hands DALI the images of a micro-batch by its position in the plan, so the pipeline has no
-state to save: started at another sample it continues exactly there. On the CPU, DALI decodes bit for bit as
-Pillow, and our own threads crop (fast_crop: DALI's resize takes three times as long). On a GPU the crop is
-part of DALI's graph. One micro-batch is made while the one before is used.
+An external source hands DALI the encoded images of a micro-batch by its position in the plan, so the pipeline has no
+state to save: started at another sample it continues exactly there. Our own threads read the files, and decode those
+that DALI would decode otherwise than Pillow (sadm_fast.data.dali_kinds). On the CPU, DALI decodes bit for bit as
+Pillow, and our threads crop (fast_crop: DALI's resize takes three times as long). On a GPU the crop is part of
+DALI's graph. One micro-batch is made while the one before is used.
 
 A pipeline that met a broken image cannot go on, and does not say which one it was. Then Pillow looks for it
-among the micro-batches under way, and the pipeline is built again at the same position, without that image.
+among the micro-batches under way, and the pipeline is built again at the same position, without that image. If Pillow
+finds none, it decodes the images of that micro-batch from then on.
 
 A micro-batch goes through the pipeline in runs of at most 31 images. From 32 on, DALI 2.4 prepares the decoding in
 several threads, and an image whose header it cannot read soon ends the process with a segmentation fault there (seen
 within seconds with one damaged PNG in 36; never in thousands of failing runs of 31).
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -21,14 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali.plugin.pytorch import feed_ndarray
+from PIL import Image
 from torch import Tensor
 
 from sadm_fast.data.adm_crop import fast_crop
-from sadm_fast.data.batch import ImageBatch, ImageMemory, LoaderSpec, stack_crops
+from sadm_fast.data.batch import ImageBatch, ImageMemory, LoaderSpec
 from sadm_fast.data.broken import BrokenImages, read_all_or_replace
 from sadm_fast.data.checking import too_small
 from sadm_fast.data.dali_graph import crop_pipeline, decode_pipeline
-from sadm_fast.data.image_folder import ImageFolder
+from sadm_fast.data.dali_kinds import decoded_by_pillow, for_dali
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
@@ -38,6 +40,9 @@ _MAX_RUN = 31
 
 _MAX_REFUSED = 16
 """More micro-batches in a row that Pillow reads and DALI does not are no odd file, but DALI failing as a whole."""
+
+_UNKNOWN, _DALI, _PILLOW = range(3)  # who decodes an image
+_REFUSED = b"\0"  # no image to DALI: makes it fail, so that the reason is looked for
 
 Feed = Callable[[int], tuple[Any, ...]]  # what DALI calls for run 0, 1, ... (dali_graph.crop_pipeline)
 
@@ -65,7 +70,8 @@ class DaliLoader:
         size, runs = plan.micro_batch, -(-plan.micro_batch // _MAX_RUN)
         self._parts = [slice(size * run // runs, size * (run + 1) // runs) for run in range(runs)]
         self._broken = BrokenImages(source)
-        self._readers = ThreadPoolExecutor(spec.threads, "shards")  # starts no thread before it is used
+        self._decoder = np.zeros(len(source), dtype=np.uint8)  # of each image; told by its first reading
+        self._readers = ThreadPoolExecutor(spec.threads, "readers")
         self._croppers = ThreadPoolExecutor(spec.threads, "crops")
         self._ahead = ThreadPoolExecutor(1, "micro-batch")  # all below belongs to its thread, once it is started
         self._coming: Future[ImageBatch] | None = None
@@ -113,14 +119,14 @@ class DaliLoader:
         device_id = None
         if self._mixed_decode:
             device_id = torch.cuda.current_device() if self._device.index is None else self._device.index
-        from_paths = isinstance(self._source, ImageFolder)
         graph: Any = decode_pipeline
-        options: dict[str, Any] = {"channels": self._spec.channels, "from_paths": from_paths}
+        options: dict[str, Any] = {}
         if self._mixed_decode:
             graph = crop_pipeline
-            options |= {"size": self._spec.resolution, "halvings": self._halvings, "mixed_decode": True}
+            options |= {"size": self._spec.resolution, "channels": self._spec.channels}
+            options |= {"halvings": self._halvings, "mixed_decode": True}
         pipeline = graph(
-            self._path_feed() if from_paths else self._encoded_feed(),
+            self._feed(),
             **options,
             batch_size=min(self._plan.micro_batch, _MAX_RUN),
             num_threads=self._threads,
@@ -138,14 +144,14 @@ class DaliLoader:
 
     def _next(self) -> ImageBatch:
         """The micro-batch at self._position; builds the pipeline again as often as it takes."""
-        transient = True
+        transient, refused = True, self._refused
         while True:
             try:
                 images, labels, sample_ids, sides = self._run_mixed() if self._mixed_decode else self._run()
             except RuntimeError as error:
                 if not self._find_broken():
                     if not transient:
-                        return self._read_with_pillow(error)
+                        self._leave_to_pillow(error)
                     transient = False  # perhaps the file system hiccuped: once more
                 self._build()
                 continue
@@ -158,7 +164,8 @@ class DaliLoader:
                 self._halvings = needed
                 self._build()
                 continue
-            self._refused = 0
+            if self._refused == refused:
+                self._refused = 0
             return ImageBatch(
                 images=images.to(self._device),
                 labels=torch.from_numpy(labels).to(self._device),
@@ -176,7 +183,7 @@ class DaliLoader:
             labels, sample_ids, mirror = (_host(outputs).copy() for outputs in rest)
             arrays = [np.asarray(decoded[i]) for i in range(len(labels))]  # valid until the next run
             cropping = [
-                self._croppers.submit(fast_crop, array, size, bool(flip), crop)
+                self._croppers.submit(_crop, array, size, bool(flip), crop)
                 for array, flip, crop in zip(arrays, mirror.tolist(), crops[part], strict=True)
                 if self._spec.enlarge or min(array.shape[:2]) >= size
             ]
@@ -225,67 +232,59 @@ class DaliLoader:
         # A side of size * 2^k up to size * 2^(k+1) - 1 is halved k times; the sides are far below 2^53.
         return int(np.log2(max(1, sides.min(axis=1).max() // self._spec.resolution)))
 
-    def _read_with_pillow(self, error: RuntimeError) -> ImageBatch:
-        """The micro-batch at self._position without DALI, which refuses it twice; its pipeline goes on behind it."""
-        self._refused += 1
-        if self._refused > _MAX_REFUSED:
+    def _leave_to_pillow(self, error: RuntimeError) -> None:
+        """Let Pillow decode the images of the micro-batch at self._position, which DALI refuses twice."""
+        indices = self._broken.replace(self._plan[self._position].indices)
+        if self._refused == _MAX_REFUSED or (self._decoder[indices] == _PILLOW).all():
             text = str(error)
             reason = " ".join(text.partition("encountered:")[2].split() or text.split())[:200]  # not its traceback
             raise UserError(
                 f"data.path={self._source.where}: DALI failed on images that Pillow reads ({reason}); "
                 "use --set data.loader=torch"
             ) from error
-        wanted = self._plan[self._position]
-        with ThreadPoolExecutor(self._threads) as pool:
-            crops = read_all_or_replace(self._source, wanted.indices, self._spec, pool)
-        pixels = [
-            crop.pixels[:, ::-1] if flip else crop.pixels for crop, flip in zip(crops, wanted.mirror, strict=True)
-        ]
-        self._position += 1
-        self._build()
-        self._position -= 1
-        return ImageBatch(
-            images=pixels_to_float(stack_crops(pixels).to(self._device)),
-            labels=torch.from_numpy(self._source.labels[[crop.index for crop in crops]]).to(self._device),
-            sample_ids=torch.from_numpy(wanted.sample_ids).to(self._device),
-        )
+        self._refused += 1
+        self._decoder[indices] = _PILLOW
 
-    def _path_feed(self) -> Feed:
-        """Images of a folder as paths uint8 [B, length], which DALI's threads open."""
-        folder, start = self._source, self._position
-        assert isinstance(folder, ImageFolder)
-        root = os.path.join(os.fsencode(folder.root.absolute()), b"")
-
-        def feed(run: int) -> tuple[Any, ...]:
-            position, part = divmod(run, len(self._parts))
-            indices, *rest = (values[self._parts[part]] for values in self._wanted(start + position))
-            names = [folder.files.encoded(index) for index in indices.tolist()]
-            # One array for the batch is three times cheaper to hand over than one for each path. Repeating the
-            # slash between root and name makes the paths equally long and does not change where they lead.
-            length = max(map(len, names))
-            paths = np.array([root + b"/" * (length - len(name)) + name for name in names])
-            return paths.view(np.uint8).reshape(len(names), -1), *rest
-
-        return feed
-
-    def _encoded_feed(self) -> Feed:
-        """Images of any source as a list of B encoded images uint8 [n_i], read ahead by our own threads."""
+    def _feed(self) -> Feed:
+        """Encoded images from self._position on, read ahead by our own threads."""
         start = self._position
-        reading: dict[int, tuple[list[Future[bytes]], list[np.ndarray]]] = {}
+        reading: dict[int, tuple[list[list[Future[list[np.ndarray]]]], list[np.ndarray]]] = {}
+
+        def read_ahead(position: int) -> None:
+            indices, *rest = self._wanted(start + position)
+            parts = [np.array_split(indices[part], self._threads) for part in self._parts]
+            futures = [[self._readers.submit(self._read, chunk.tolist()) for chunk in chunks] for chunks in parts]
+            reading[position] = futures, rest
 
         def feed(run: int) -> tuple[Any, ...]:
             position, part = divmod(run, len(self._parts))
             for later in range(position, position + self._prefetch + 1):
                 if later not in reading:
-                    indices, *rest = self._wanted(start + later)
-                    reading[later] = ([self._readers.submit(self._source.read, i) for i in indices.tolist()], rest)
+                    read_ahead(later)
             futures, rest = reading[position]
             if part + 1 == len(self._parts):
                 del reading[position]
-            encoded = [np.frombuffer(_result(future), dtype=np.uint8) for future in futures[self._parts[part]]]
+            encoded = [image for chunk in futures[part] for image in chunk.result()]
             return encoded, *(values[self._parts[part]] for values in rest)
 
         return feed
+
+    def _read(self, indices: list[int]) -> list[np.ndarray]:
+        """Images as DALI takes them, uint8 [n_i]; one that is broken as something that DALI refuses."""
+        return [np.frombuffer(self._read_one(index), dtype=np.uint8) for index in indices]
+
+    def _read_one(self, index: int) -> bytes:
+        try:
+            encoded = self._source.read(index)
+            if self._decoder[index] == _DALI:
+                return encoded or _REFUSED
+            if self._decoder[index] == _PILLOW:
+                return decoded_by_pillow(encoded)
+            given, as_it_is = for_dali(encoded)
+            self._decoder[index] = _DALI if as_it_is else _PILLOW
+            return given
+        except Exception:  # a file that is gone, or whatever Pillow raises for damaged ones (see checking.examine)
+            return _REFUSED
 
     def _wanted(self, position: int) -> list[np.ndarray]:
         """Images to read, their labels, sample ids and mirror flags of a micro-batch; each [B]."""
@@ -294,12 +293,11 @@ class DaliLoader:
         return [indices, self._source.labels[indices], wanted.sample_ids, wanted.mirror.astype(np.int32)]
 
 
-def _result(reading: "Future[bytes]") -> bytes:
-    """What was read; where that failed, something that DALI refuses, so that the reason is looked for."""
-    try:
-        return reading.result() or b"\0"
-    except OSError:
-        return b"\0"
+def _crop(image: np.ndarray, size: int, mirror: bool, out: np.ndarray) -> None:
+    """fast_crop of RGB uint8 [H, W, 3] to out [1 or 3, size, size]; grey is weighed as Pillow does it."""
+    if len(out) == 1:
+        image = np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
+    fast_crop(image, size, mirror, out)
 
 
 def _host(outputs: Any) -> np.ndarray:
