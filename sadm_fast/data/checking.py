@@ -3,14 +3,14 @@
 An image is sound if Pillow decodes all of it. What no decoder notices is not found here either: bytes changed
 in the middle of a JPEG's entropy-coded data decode, in Pillow and in DALI, to a picture with a smear in it.
 
-A kind that the loaders refuse (16 bits, animated, TIFF, ...) is broken here and for the torch loader. DALI decodes
-some of them all the same, so the two only agree on data that passed the check.
+A kind that the loaders refuse (16 bits, animated, TIFF, ...) is broken here and in training, whatever the loader.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -34,6 +34,9 @@ _MAX_SAMPLED = 2_000  # headers that the quick look opens: a second or two
 _CHUNK = 64  # images a thread checks at a time
 _LOOKED_AT_AGAIN = 16  # remembered problems that are verified before the report is believed
 _VERSION = 2  # of the remembered reports
+
+# Remarks on odd but readable files: clear colours in a palette, EXIF that ends too early, very many pixels.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Verdict(NamedTuple):

@@ -38,9 +38,6 @@ from sadm_fast.scales import pixels_to_float
 
 _MAX_RUN = 31
 
-_MAX_REFUSED = 16
-"""More micro-batches in a row that Pillow reads and DALI does not are no odd file, but DALI failing as a whole."""
-
 _UNKNOWN, _DALI, _PILLOW = range(3)  # who decodes an image
 _REFUSED = b"\0"  # no image to DALI: makes it fail, so that the reason is looked for
 
@@ -77,7 +74,6 @@ class DaliLoader:
         self._coming: Future[ImageBatch] | None = None
         self._position = 0
         self._halvings = 0
-        self._refused = 0
         self._pipeline: Any = None
         self._build()
 
@@ -144,7 +140,7 @@ class DaliLoader:
 
     def _next(self) -> ImageBatch:
         """The micro-batch at self._position; builds the pipeline again as often as it takes."""
-        transient, refused = True, self._refused
+        transient = True
         while True:
             try:
                 images, labels, sample_ids, sides = self._run_mixed() if self._mixed_decode else self._run()
@@ -164,8 +160,6 @@ class DaliLoader:
                 self._halvings = needed
                 self._build()
                 continue
-            if self._refused == refused:
-                self._refused = 0
             return ImageBatch(
                 images=images.to(self._device),
                 labels=torch.from_numpy(labels).to(self._device),
@@ -235,14 +229,13 @@ class DaliLoader:
     def _leave_to_pillow(self, error: RuntimeError) -> None:
         """Let Pillow decode the images of the micro-batch at self._position, which DALI refuses twice."""
         indices = self._broken.replace(self._plan[self._position].indices)
-        if self._refused == _MAX_REFUSED or (self._decoder[indices] == _PILLOW).all():
+        if (self._decoder[indices] == _PILLOW).all():  # DALI fails as a whole
             text = str(error)
             reason = " ".join(text.partition("encountered:")[2].split() or text.split())[:200]  # not its traceback
             raise UserError(
                 f"data.path={self._source.where}: DALI failed on images that Pillow reads ({reason}); "
                 "use --set data.loader=torch"
             ) from error
-        self._refused += 1
         self._decoder[indices] = _PILLOW
 
     def _feed(self) -> Feed:

@@ -101,6 +101,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """[how many pipelines were built]"""
+    from sadm_fast.data import dali_loader
+
+    count, real = [0], dali_loader.decode_pipeline
+
+    def build(*arguments: Any, **options: Any) -> Any:
+        count[0] += 1
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(dali_loader, "decode_pipeline", build)
+    return count
+
+
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo set, written once for all tests."""

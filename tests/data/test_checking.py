@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -54,31 +53,6 @@ def test_without_a_limit_any_size_is_sound(small_folder: Path, resolution: int |
 def test_broken_link(small_folder: Path) -> None:
     (small_folder / "dog/9.png").symlink_to(small_folder / "gone.png")
     assert _problem(small_folder, "dog/9.png").startswith("cannot be read (FileNotFoundError")
-
-
-def test_format_that_only_one_loader_reads(small_folder: Path) -> None:
-    Image.new("L", (8, 8)).save(small_folder / "dog/3.png", format="GIF")
-    assert _problem(small_folder, "dog/3.png").startswith("is GIF, which the loaders do not read")
-
-
-def test_sixteen_bits(small_folder: Path) -> None:
-    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(small_folder / "dog/3.png")
-    assert _problem(small_folder, "dog/3.png").startswith("has pixel mode I;16, not 8 bits")
-
-
-def test_animation(small_folder: Path) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(small_folder / "dog/9.webp", save_all=True, append_images=frames[1:])
-    assert _problem(small_folder, "dog/9.webp").startswith("is animated")
-
-
-def test_a_cameras_jpeg_with_a_second_picture_is_sound(small_folder: Path, photo: Any) -> None:
-    first, second = photo(16, 16, seed=1), photo(16, 16, seed=2)
-    first.save(small_folder / "dog/3.jpg", format="MPO", save_all=True, append_images=[second])
-    with Image.open(small_folder / "dog/3.jpg") as image:
-        assert image.format == "MPO"
-    folder = ImageFolder.scan(small_folder)
-    assert all(pixel_problem(folder, i, 8) is None for i in range(len(folder)))
 
 
 def test_image_too_large_to_decode(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
