@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def load_trained(run: Path, device: torch.device) -> Trained:
         load_weights(model, load_file(found / "ema.safetensors"))
         if config.latents is not None and not isinstance(space, dict):
             raise RuntimeError("it does not say which autoencoder it was trained with")
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{found}: does not fit the run's config.json ({error})") from None
     filled = [label for label in range(len(classes)) if label not in empty]
     return Trained(config, classes, filled, model, checkpoint.step_of(found), space, found)

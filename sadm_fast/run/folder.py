@@ -34,6 +34,13 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run folder {self.path}: is a file; choose another with --run-dir")
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"run folder {self.path}: the name is not UTF-8, as safetensors and TensorBoard need it; choose another"
+                " with --run-dir"
+            ) from None
         if not self.config.exists():
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise UserError(

@@ -1,6 +1,7 @@
 """A run's folder: whose it is, and what is taken back when a run continues from an earlier step."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ def test_a_free_folder_is_claimed_by_writing_the_configuration(tmp_path: Path):
 def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/of/mine")
     assert RunFolder("~/runs/x").config == Path("/home/of/mine/runs/x/config.json")
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_training(tmp_path: Path):
+    with pytest.raises(UserError, match=r"caf.*: the name is not UTF-8.*--run-dir"):
+        RunFolder(tmp_path / os.fsdecode(b"caf\xe9")).check(config())
 
 
 def test_what_a_resumed_run_may_change_is_no_other_configuration(folder: RunFolder):
