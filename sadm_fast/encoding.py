@@ -125,7 +125,8 @@ def _prepare(root: Path, encoding: Encoding) -> None:
             raise UserError(f"data.path={root}: holds other files; give an empty or a new folder to encode into")
         (root / SHARDS).mkdir(parents=True, exist_ok=True)
         wanted = encoding.to_json()
-        if there is None:
+        begun = any((root / SHARDS).glob("*.safetensors"))
+        if there is None or not begun:
             write_json(root / ENCODING, wanted)
         elif there != wanted:
             changed = [key for key in wanted if not isinstance(there, dict) or there.get(key) != wanted[key]]
