@@ -4,7 +4,6 @@ A shard holds the same images in the same batches whoever makes it, so a run tha
 another number of ranks, ends with the same bytes.
 """
 
-import io
 import json
 import shutil
 from collections import deque
@@ -17,9 +16,8 @@ import torch
 
 from sadm_fast.config import Config
 from sadm_fast.console import Console
-from sadm_fast.data.adm_crop import read_crop
 from sadm_fast.data.batch import stack_crops
-from sadm_fast.data.checking import pixel_problem
+from sadm_fast.data.broken import read_crop_or_reason
 from sadm_fast.data.latents import (
     ENCODING,
     MANIFEST,
@@ -32,6 +30,7 @@ from sadm_fast.data.latents import (
 )
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
+from sadm_fast.feed import loader_spec
 from sadm_fast.files import write_json
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.ranks.collectives import barrier, first_on_rank_zero
@@ -223,20 +222,17 @@ def _store(latents: np.ndarray, out: np.ndarray, source: ImageSource, indices: l
 def _crops(
     config: Config, source: ImageSource, indices: range
 ) -> Iterator[list[tuple[int, np.ndarray | str]]]:  # fmt: skip
-    """Batches of (image, its crop uint8 [S, S, C] or what is wrong with it), read ahead by data.threads threads."""
+    """Batches of (image, its crop uint8 [S, S, C] or a line that says what is wrong with it), read ahead."""
     assert config.latents is not None
-    data = config.data
+    spec = loader_spec(config)
 
     def read(index: int) -> np.ndarray | str:
-        try:
-            return read_crop(io.BytesIO(source.read(index)), data.resolution, data.channels, data.enlarge)
-        except Exception as error:  # what Pillow raises for a damaged file depends on where the damage is
-            problem = pixel_problem(source, index, None if data.enlarge else data.resolution)
-            return problem or f"{source.name(index)}: cannot be read ({error})"
+        crop = read_crop_or_reason(source, index, spec)
+        return f"{source.name(index)}: {crop}" if isinstance(crop, str) else crop
 
     starts = iter(range(indices.start, indices.stop, config.latents.batch))
     under_way: deque[list[tuple[int, Future[np.ndarray | str]]]] = deque()
-    with ThreadPoolExecutor(data.threads, "crops") as pool:
+    with ThreadPoolExecutor(spec.threads, "crops") as pool:
         while True:
             while len(under_way) <= _BATCHES_AHEAD and (start := next(starts, None)) is not None:
                 batch = range(start, min(start + config.latents.batch, indices.stop))

@@ -187,6 +187,14 @@ def test_broken_images_are_left_out_and_counted(config: Path, capfd: pytest.Capt
     assert "square/0.png: the image is damaged" in skipped[1]
 
 
+def test_what_the_loaders_refuse_is_not_encoded(config: Path) -> None:
+    path = config.parent / "images/circle/2.png"
+    Image.fromarray(np.full((16, 16), 40000, np.uint16)).save(path)
+    manifest = json.loads(encoded(config, "data.broken=skip")["manifest.json"])
+    (problem,) = [problem for shard in manifest["shards"] for problem in shard["skipped"]]
+    assert problem.startswith(f"{path}: ") and "not 8 bits a channel" in problem
+
+
 def test_broken_images_are_refused_before_the_work(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     damage(config.parent / "images")
     message = refusal(config, capfd)

@@ -37,7 +37,7 @@ def read_or_replace(source: ImageSource, index: int, spec: LoaderSpec) -> Crop:
     broken: dict[int, str] = {}
     for neighbour in range(index, index + min(_NEIGHBOURS, len(source))):
         candidate = neighbour % len(source)
-        crop = _read(source, candidate, spec)
+        crop = read_crop_or_reason(source, candidate, spec)
         if not isinstance(crop, str):
             return Crop(crop, candidate, broken)
         broken[candidate] = crop
@@ -53,8 +53,8 @@ def read_all_or_replace(
     return list(pool.map(lambda index: read_or_replace(source, int(index), spec), indices))
 
 
-def _read(source: ImageSource, index: int, spec: LoaderSpec) -> np.ndarray | str:
-    """The crop, or why there is none."""
+def read_crop_or_reason(source: ImageSource, index: int, spec: LoaderSpec) -> np.ndarray | str:
+    """The ADM crop of image `index`, uint8 [S, S, C], or why the loaders take it for broken."""
     try:
         encoded = source.read(index)
     except OSError as error:
