@@ -38,10 +38,10 @@ def accept_any_text() -> None:
 
 
 class _Terminal(RichConsole):
-    """Its reader may go (a closed ssh, a pipe into `head`); a training of weeks goes on in silence."""
+    """A terminal whose reader may leave (a closed ssh, a pipe into `head`): the training continues in silence."""
 
     def on_broken_pipe(self) -> None:
-        with suppress(SystemExit):  # stdout is /dev/null by then
+        with suppress(SystemExit):  # rich has redirected stdout to /dev/null by then
             super().on_broken_pipe()
 
 
@@ -93,7 +93,7 @@ class Console:
 
 
 class Bar:
-    """Progress of one long piece of work."""
+    """The progress of one piece of work."""
 
     def __init__(self, console: RichConsole | None, description: str, total: int, start: int, brief: bool) -> None:
         self._console, self._description, self._total = console, description, total

@@ -1,7 +1,7 @@
-"""Random numbers as a function of (seed, purpose, sample): no state, so nothing to save and nothing to get wrong.
+"""Random numbers as a function of (seed, purpose, sample). There is no state, so no checkpoint has to save one.
 
-The noise of global sample n is the same on any rank, world size, micro-batch split or device. The generator is
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in torch integer
+The noise of global sample n is the same on any rank, number of ranks, division into micro-batches and device. The
+generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in torch's integer
 operations. Counter words: (block, purpose, low half of n, high half of n); key: the two halves of the seed.
 """
 
@@ -18,28 +18,28 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_CPU_CHUNK = 1 << 18  # numbers drawn at once on a CPU, so that the integers stay in its caches
+_CPU_CHUNK = 1 << 18  # numbers drawn at once on a CPU; their integers fit into its caches
 
 
 class Purpose(IntEnum):
-    """What the numbers are for; purposes of one seed have independent numbers."""
+    """What a random number is for. The numbers of two purposes are independent."""
 
     NOISE = 0  # eps of the diffusion process
     TIME = 1  # noise level t
-    LABEL_DROP = 2  # which labels become the null class
+    LABEL_DROP = 2  # whether a label becomes the null class
     FLIP = 3  # horizontal mirror
     ORDER = 4  # the permutation of an epoch
     LATENT = 5  # the draw from a cached posterior
     SAMPLE_NOISE = 6  # starting noise of generated samples
-    SPLIT = 7  # which images are held out
+    SPLIT = 7  # which of two sets an image belongs to
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit counter words (int64, shapes that broadcast) and a key to four 32-bit random words."""
+    """Map four 32-bit counter words (int64, shapes that broadcast) and a key to four random 32-bit words (int64)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # int64 products wrap, but their 64 bits are right; the masks drop the copies of the sign.
+        # int64 products wrap around, but their 64 bits are right; the masks remove the sign bits that >> copies in.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         high0, high1 = (p0 >> 32).bitwise_and_(_MASK), (p1 >> 32).bitwise_and_(_MASK)
         c0, c2 = (high1 ^ c1).bitwise_xor_(k0), (high0 ^ c3).bitwise_xor_(k1)
@@ -49,7 +49,7 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
 
 
 def _words(seed: int, purpose: int, sample_ids: Tensor, count: int) -> Tensor:
-    """`count` 32-bit words for each sample: int64 [B, count]."""
+    """Draw `count` 32-bit words for each sample: int64 [B, count]."""
     blocks = -(-count // 4)
     n = sample_ids.to(torch.int64).view(-1, 1)
     block = torch.arange(blocks, device=n.device)
@@ -59,12 +59,12 @@ def _words(seed: int, purpose: int, sample_ids: Tensor, count: int) -> Tensor:
 
 
 def uniform(seed: int, purpose: Purpose, sample_ids: Tensor, count: int = 1) -> Tensor:
-    """Uniform numbers in the open interval (0, 1): float64 [B, count] for int64 sample_ids [B]."""
+    """Draw uniform numbers in the open interval (0, 1): float64 [B, count] for int64 sample_ids [B]."""
     return (_words(seed, purpose, sample_ids, count).double() + 0.5) * 2.0**-32
 
 
 def normal(seed: int, purpose: Purpose, sample_ids: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal numbers (Box-Muller): float32 [B, *shape] for int64 sample_ids [B]."""
+    """Draw standard normal numbers (Box-Muller): float32 [B, *shape] for int64 sample_ids [B]."""
     count = math.prod(shape)
     at_once = max(1, _CPU_CHUNK // count) if sample_ids.device.type == "cpu" else len(sample_ids)
     parts = [_normal(seed, purpose, part, count) for part in sample_ids.split(max(1, at_once))]
@@ -73,25 +73,25 @@ def normal(seed: int, purpose: Purpose, sample_ids: Tensor, shape: Sequence[int]
 
 
 def _normal(seed: int, purpose: Purpose, sample_ids: Tensor, count: int) -> Tensor:
-    """float32 [B, count]."""
+    """Draw normal numbers float32 [B, count]."""
     half = -(-count // 2)
     u = _uniform32(seed, purpose, sample_ids, 2 * half)
-    # fp32 rounds the largest words up to 1.0 exactly: log gives 0, which is a finite (and fair) sample.
+    # fp32 rounds the largest words up to 1.0; the logarithm is then 0, which is finite and a fair sample.
     radius = u[:, :half].log().mul_(-2.0).sqrt_()
     angle = u[:, half:] * (2.0 * math.pi)
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
 
 
 def _uniform32(seed: int, purpose: Purpose, sample_ids: Tensor, count: int) -> Tensor:
-    """(word + 1/2) 2^-32 as float32 [B, count]: the same bits by the C++ kernel and by tensor operations."""
+    """Return (word + 1/2) 2^-32 as float32 [B, count]; C++ and tensor operations give the same bits."""
     if sample_ids.device.type == "cpu" and has_streams():
         return philox_uniform(seed, int(purpose), sample_ids, count)
     return _words(seed, purpose, sample_ids, count).float().add_(0.5).mul_(2.0**-32)
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """The order of the n images in an epoch: int64 [n], a permutation of 0..n-1."""
+    """Return the order of the n images in an epoch: int64 [n], a permutation of 0 .. n-1."""
     ids = torch.arange(n) + (epoch << 32)
     words = _words(seed, Purpose.ORDER, ids, 2)
-    # The second word only breaks ties of the first; both fit in 63 bits, so a plain stable sort orders them.
+    # The second word breaks ties of the first. Together they fit into 63 bits: one stable sort orders both.
     return torch.argsort((words[:, 0] << 31) | (words[:, 1] >> 1), stable=True)

@@ -1,4 +1,4 @@
-"""The players: the denoiser (DiT) and the structure encoder Psi."""
+"""The networks: denoisers, the structure encoder Psi, the autoencoder of latent diffusion."""
 
 from sadm_fast.models.denoiser import Denoiser
 from sadm_fast.models.dit import DiT

@@ -1,7 +1,9 @@
 """DiT: diffusion transformer (Peebles & Xie, "Scalable Diffusion Models with Transformers", 2022).
 
-Module names follow the official release, so that its state_dicts load with strict=True. Written from the paper and
-from facts about shapes and initialisation.
+Module names follow the official release, so that its state_dicts load with strict=True. Written from the paper and from
+facts about shapes and initialisation.
+
+Shapes in comments: B samples, C channels, T tokens (patches), D hidden size, p patch size.
 """
 
 import math
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sadm_fast.models.denoiser import Denoiser
 
-# depth, hidden size, heads
+# (depth, hidden size, heads) of the published sizes
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCHES = (2, 4, 8)
 _FREQUENCIES = 256
@@ -22,21 +24,21 @@ _MAX_PERIOD = 10000.0
 
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
-    """[sin | cos] of positions [N] at dim/2 frequencies: float64 [N, dim]."""
+    """Return [sin | cos] of positions [N] at dim/2 frequencies, float64 [N, dim]."""
     omega = _MAX_PERIOD ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angles = positions.double()[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def sincos_2d(dim: int, grid: int) -> Tensor:
-    """Position embedding of a grid x grid image, row-major: float32 [grid^2, dim]; the column comes first."""
+    """Return the position embedding of a grid x grid image, row-major, float32 [grid^2, dim]; column before row."""
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     halves = [sincos_1d(axis.flatten(), dim // 2) for axis in (columns, rows)]
     return torch.cat(halves, dim=1).float()
 
 
 def timestep_frequencies(t: Tensor) -> Tensor:
-    """[cos | sin] features of t [B]: float32 [B, 256]."""
+    """Return [cos | sin] of t [B] at 128 frequencies, float32 [B, 256]."""
     half = _FREQUENCIES // 2
     omega = torch.exp(-math.log(_MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * omega
@@ -44,7 +46,7 @@ def timestep_frequencies(t: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, T, D] scaled and shifted per sample by [B, D]."""
+    """Scale and shift x [B, T, D] sample by sample; shift, scale [B, D]."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -67,7 +69,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One row a class and a last one for "no class"; dropping labels is the caller's, so that it is reproducible."""
+    """One embedding for each class, and a last one for "no class". The caller drops labels, by counters."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
@@ -86,9 +88,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, T, head size]
-        return self.proj(x.transpose(1, 2).reshape(b, t, d))
+        qkv = self.qkv(x).view(b, t, 3, self.num_heads, d // self.num_heads)  # [B, T, 3, heads, D / heads]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D / heads] each
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, T, D / heads]
+        return self.proj(x.transpose(1, 2).reshape(b, t, d))  # [B, T, D]
 
 
 class Mlp(nn.Module):
@@ -98,11 +101,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # [B, T, D] -> [B, T, ratio D] -> [B, T, D]
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero conditioning."""
+    """Transformer block on tokens [B, T, D] with adaLN-Zero conditioning by c [B, D]."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -113,8 +116,8 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # [B, D] each
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))  # [B, T, D]
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
@@ -126,20 +129,22 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # [B, D] each
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # [B, T, p * p * C_out]
 
 
 class DiT(Denoiser):
-    """Class-conditional transformer on square images or latents; returns exactly 0 at initialisation.
+    """Class-conditional transformer on square images or latents. It returns exactly 0 at initialisation.
 
     Args:
         input_size: height and width; a multiple of `patch_size`.
-        in_channels, out_channels: of the images; out is 2 x in with a learned variance (the default, as released).
-        num_classes: labels 0 .. num_classes-1; `null_class` is the label for "no class".
-        activation_checkpointing: keep only each block's inputs for the backward pass, which computes the rest anew.
+        in_channels: C of the images.
+        out_channels: C of the output; None: 2 x in_channels, for a learned variance, as in the release.
+        num_classes: labels are 0 .. num_classes-1; `null_class` is the label for "no class".
+        activation_checkpointing: keep only each block's inputs for the backward pass, which recomputes the rest.
+
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: a size is not a multiple of what divides it.
     """
 
     def __init__(
@@ -184,7 +189,7 @@ class DiT(Denoiser):
         out_channels: int | None = None,
         activation_checkpointing: bool = False,
     ) -> "DiT":
-        """A published size: "DiT-{S,B,L,XL}/{2,4,8}"."""
+        """Build a published size: "DiT-{S,B,L,XL}/{2,4,8}"; ValueError for any other name."""
         depth, hidden_size, num_heads, patch_size = parse_name(name)
         return cls(
             input_size=input_size,
@@ -214,31 +219,31 @@ class DiT(Denoiser):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for name in ("0.weight", "2.weight"):
             nn.init.normal_(self.t_embedder.mlp.get_parameter(name), std=0.02)
-        # adaLN-Zero: every block starts as the identity, the network as 0.
+        # adaLN-Zero: each block starts as the identity, and the network returns 0.
         for name, parameter in self.named_parameters():
             if name.endswith(".bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight":
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Images [B, C, H, W], time [B], labels int64 [B] -> [B, out_channels, H, W]."""
+        """Map images x [B, C, H, W], time t [B] and labels y int64 [B] to [B, out_channels, H, W]."""
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # [B, T, D]
         c = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # a block draws no numbers
             else:
-                x = block(x, c)
-        return self.unpatchify(self.final_layer(x, c))
+                x = block(x, c)  # [B, T, D]
+        return self.unpatchify(self.final_layer(x, c))  # [B, T, p * p * C_out] -> [B, C_out, H, W]
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Tokens [B, T, p * p * C] -> [B, C, H, W]; within a token the channel runs fastest."""
+        """Turn tokens [B, T, p * p * C_out] into [B, C_out, H, W]; within a token the channel varies fastest."""
         p, grid = self.patch_size, self.input_size // self.patch_size
-        x = x.view(-1, grid, grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        x = x.view(-1, grid, grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)  # [B, C_out, H/p, p, W/p, p]
         return x.reshape(-1, self.out_channels, self.input_size, self.input_size)
 
 
 def parse_name(name: str) -> tuple[int, int, int, int]:
-    """(depth, hidden size, heads, patch size) of "DiT-XL/2" and its siblings; ValueError for any other name."""
+    """Return (depth, hidden size, heads, patch size) of a published name like "DiT-XL/2"; ValueError for others."""
     size, _, patch = name.removeprefix("DiT-").partition("/")
     if not name.startswith("DiT-") or size not in SIZES or patch not in map(str, PATCHES):
         allowed = ", ".join(f"DiT-{s}/{p}" for s in SIZES for p in PATCHES)

@@ -1,8 +1,8 @@
-"""Psi, the structure discriminator: an encoder from images (or latents) to one feature row a sample.
+"""Psi, the structure discriminator: an encoder from images or latents [B, C, H, W] to features [B, feature_dim].
 
-No layer mixes samples. Batch statistics would make a feature depend on the rest of the rank's batch, so ResNet-18 has
-either group norm or batch norm that always uses its stored statistics ("frozen"), and the relations of a pair are the
-same on every rank and in every batch.
+No layer mixes samples, so the relation of a pair is the same on every rank and in every batch. Batch statistics would
+make a feature depend on the rest of the rank's batch. So ResNet-18 has group norm, or batch norm that always uses its
+stored statistics ("frozen").
 """
 
 from collections.abc import Callable, Iterator
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _GROUPS = 8
-_CELLS = 2  # side of SmallCNN's last map
+_CELLS = 2  # SmallCNN pools its last map to so many cells a side
 
 Norm = Callable[[int], nn.Module]
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm by stored statistics, in train mode too; see `collect_statistics` for where they come from.
+    """Batch norm by stored statistics, in train mode too. `collect_statistics` is where they are learned.
 
     Keys and shapes are those of nn.BatchNorm2d, so that torchvision's weights load.
     """
@@ -43,7 +43,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
 @contextmanager
 def collect_statistics(module: nn.Module) -> Iterator[None]:
-    """Let frozen batch norms behave as ordinary ones inside the block: for training as a classifier."""
+    """Make frozen batch norms ordinary ones inside the block, for training as a classifier."""
     layers = [m for m in module.modules() if isinstance(m, FrozenBatchNorm2d)]
     for layer in layers:
         layer.collecting = True
@@ -55,6 +55,8 @@ def collect_statistics(module: nn.Module) -> Iterator[None]:
 
 
 class BasicBlock(nn.Module):
+    """ResNet's basic block: two 3x3 convolutions and a skip; [B, C_in, H, W] -> [B, C, H/stride, W/stride]."""
+
     def __init__(self, channels_in: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
@@ -75,9 +77,10 @@ class ResNet18(nn.Module):
     """ResNet-18 (He et al. 2015) without its classifier: [B, C, H, W] -> [B, 512]; keys of torchvision's resnet18.
 
     Args:
-        in_channels: 3-channel input is taken as pixels in [-1, 1] and brought to ImageNet's mean and deviation.
-        stem: "imagenet" (7x7 stride 2, then max-pool) or "small" (3x3 stride 1: images up to about 64 pixels, latents).
-        norm: "group", or "frozen" batch norm (needed to load torchvision's weights).
+        in_channels: with 3, input is taken as pixels in [-1, 1] and normalised by ImageNet's mean and deviation.
+        stem: "imagenet" (7x7, stride 2, max-pool), or "small" (3x3, stride 1) for latents and images of up to about 64
+            pixels.
+        norm: "group", or "frozen" batch norm, which torchvision's weights need.
     """
 
     feature_dim = 512
@@ -121,7 +124,7 @@ class ResNet18(nn.Module):
 class SmallCNN(nn.Module):
     """Three strided convolutions with group norm, for small images: [B, C, H, W] -> [B, feature_dim].
 
-    The last map is pooled to 2x2, not to one cell, so that relations know where things are; in the screening of
+    The last map is pooled to 2x2 cells, not to one, so that features keep rough positions. In the screening of
     docs/experiments.md (one seed) that gained more than global pooling.
     """
 
