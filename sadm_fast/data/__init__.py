@@ -4,6 +4,7 @@ A source says what there is (sadm_fast.data.source), a MicroBatchPlan in which o
 Nothing here knows of configurations: sadm_fast.feed makes these three from one.
 """
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,9 +65,9 @@ def open_images(path: str | Path, kind: str = "folder", progress: Progress | Non
 def open_any(path: str, progress: Progress | None = None) -> ImageSource | LatentSource:
     """List cached latents, WebDataset tar shards or an image folder, by what lies at `path`; UserError as theirs."""
     root = Path(expand_home(path))
-    if (root / MANIFEST).exists() or (root / ENCODING).exists():
+    if os.path.exists(root / MANIFEST) or os.path.exists(root / ENCODING):  # False where Path.exists would raise
         return LatentSource.open(root)
-    shards = root.suffix == ".tar" or (root.is_dir() and any(root.glob("*.tar")))
+    shards = root.suffix == ".tar" or (os.path.isdir(root) and any(root.glob("*.tar")))
     return open_images(path, "webdataset" if shards else "folder", progress)
 
 

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from sadm_fast.data.paths import broken_link
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
 from sadm_fast.files import default_cache, remember
@@ -94,6 +95,8 @@ def read_problem(error: OSError) -> str:
     """Why ImageSource.read failed, as a message says it."""
     if isinstance(error, PermissionError):
         return "no permission to read it; fix with chmod a+r"
+    if isinstance(error.filename, str) and (link := broken_link(error.filename, error)):
+        return f"cannot be read: it is a {link}; {_REMEDY}"
     return f"cannot be read ({type(error).__name__}: {error}); {_REMEDY}"
 
 

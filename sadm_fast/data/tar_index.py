@@ -21,6 +21,7 @@ import numpy as np
 
 from sadm_fast.data.checking import Progress
 from sadm_fast.data.image_folder import EXTENSIONS
+from sadm_fast.data.paths import open_plain_file
 from sadm_fast.data.source import PackedNames, printable
 from sadm_fast.data.workers import worker_context
 from sadm_fast.errors import UserError
@@ -134,7 +135,7 @@ def _index_shard(path: str) -> TarIndex:
     offsets, sizes, labels = array("q"), array("q"), array("q")
     names = []
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with open(path, "rb", opener=open_plain_file) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for key, members in groupby(_members(archive, file), key=lambda member: _key(member.name)):
                 sample = _sample(path, key, list(members), file.fileno())
                 if sample is not None:

@@ -7,6 +7,7 @@ folder; the folder of the shards is never written to.
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sadm_fast.data.checking import Progress
+from sadm_fast.data.paths import broken_link, open_plain_file
 from sadm_fast.data.source import ImageSource, PackedNames, hash_names, printable
 from sadm_fast.data.tar_index import TarIndex, build_index, dump_index, load_index
 from sadm_fast.errors import UserError
@@ -46,7 +48,7 @@ class TarShards(ImageSource):
 
     @property
     def where(self) -> str:
-        return str(self.root)
+        return printable(str(self.root))
 
     def name(self, index: int) -> str:
         return printable(f"{self.shards[self.index.shards[index]].path}: {self.index.members[index]}")
@@ -95,26 +97,30 @@ class TarShards(ImageSource):
 
 
 def _list_shards(root: Path) -> tuple[Shard, ...]:
+    where = printable(str(root))
     try:
-        if root.is_dir():
+        status = os.stat(root)
+        paths = [str(root)]
+        if stat.S_ISDIR(status.st_mode):
             paths = sorted(str(entry) for entry in root.iterdir() if _is_shard(entry))
-        elif root.exists():
-            paths = [str(root)]
-        else:
-            raise UserError(f"data.path={root}: no such file or folder; give a folder of .tar shards or one .tar file")
         if not paths:
             raise UserError(
-                f"data.path={root}: has no .tar files; give the folder that the shards lie in "
+                f"data.path={where}: has no .tar files; give the folder that the shards lie in "
                 "(for a folder of class folders: --set data.source=folder)"
             )
-        status = [os.stat(path) for path in paths]
-    except PermissionError as error:
-        raise UserError(
-            f"data.path={root}: no permission to list {error.filename}; fix with chmod a+rx {error.filename}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"data.path={root}: {error.filename} cannot be read ({error.strerror}); remove it") from None
-    return tuple(Shard(path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, status, strict=True))
+        return tuple(Shard(path, (found := os.stat(path)).st_size, found.st_mtime_ns) for path in paths)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        path = getattr(error, "filename", None) or str(root)
+        name = printable(str(path))
+        if isinstance(error, PermissionError):
+            what = f"no permission to list {name}; fix with chmod a+rx {name}"
+        elif isinstance(error, OSError) and (link := broken_link(str(path), error)):
+            what = f"{name} is a {link}; remove it, or bring back what it leads to"
+        elif isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
+            what = "no such file or folder; give a folder of .tar shards or one .tar file"
+        else:
+            what = f"{name} cannot be read ({error.strerror}); remove it"
+        raise UserError(f"data.path={where}: {what}") from None
 
 
 def _is_shard(entry: Path) -> bool:
@@ -132,7 +138,7 @@ class _Descriptor:
     number = -1
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = open_plain_file(path)
 
     def __del__(self) -> None:
         if self.number >= 0:

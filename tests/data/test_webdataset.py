@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sadm_fast.data import tar_index, webdataset
+from sadm_fast.data import open_any, tar_index, webdataset
 from sadm_fast.data.checking import check, pixel_problem
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.source import split
@@ -34,7 +34,7 @@ def _refusal(path: Path) -> str:
     with pytest.raises(UserError) as caught:
         TarShards.scan(path)
     message = str(caught.value)
-    assert "\n" not in message
+    assert message.isprintable()
     return message
 
 
@@ -188,9 +188,33 @@ def test_folder_without_permission(small_shards: Path, monkeypatch: pytest.Monke
     assert f"no permission to list {small_shards}" in _refusal(small_shards)
 
 
-def test_broken_link_among_the_shards(small_shards: Path) -> None:
-    (small_shards / "002.tar").symlink_to(small_shards / "gone")
-    assert "002.tar cannot be read (No such file or directory)" in _refusal(small_shards)
+@pytest.mark.parametrize(
+    "name, problem",
+    [
+        ("gone.tar", "gone.tar is a link to /unmounted/disk, where nothing is"),
+        ("loop.tar", "loop.tar is a link to loop.tar, in a circle"),
+        ("pipe.tar", "pipe.tar: cannot be read (it is a named pipe, not a plain file)"),
+        ("line\nend.tar", r"line\nend.tar: cannot be read (it is a folder, not a plain file)"),
+    ],
+)
+def test_what_is_called_like_a_shard_and_is_none(small_shards: Path, name: str, problem: str) -> None:
+    path = small_shards / name
+    if name == "pipe.tar":
+        os.mkfifo(path)
+    elif "\n" in name:
+        path.mkdir()
+    else:
+        path.symlink_to("/unmounted/disk" if name == "gone.tar" else name)
+    assert f"{small_shards}/{problem}; remove it" in _refusal(small_shards)
+
+
+@pytest.mark.parametrize(
+    "path, problem", [("n" * 300, "cannot be read (File name too long)"), ("a\0b.tar", "no such file or folder")]
+)
+def test_path_that_cannot_exist(tmp_path: Path, path: str, problem: str) -> None:
+    assert problem in _refusal(tmp_path / path)
+    with pytest.raises(UserError):
+        open_any(str(tmp_path / path))
 
 
 def _no_index(*_: object) -> None:
