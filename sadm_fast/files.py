@@ -4,7 +4,9 @@ import errno
 import json
 import math
 import os
-import tempfile
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,31 @@ def expand_home(path: str | Path) -> str:
     return expanded
 
 
+@contextmanager
+def replacing(path: Path, *, by_several: bool = False) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; at the end of the block what is there replaces `path`, synced to disk.
+
+    Readers see the old file or the new one. After an exception only the old one is there.
+
+    by_several: several processes may do so at once; otherwise what a killed one leaves behind is written over.
+    """
+    # A leading dot: what is left behind is never taken for the file, not even by its suffix.
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}" if by_several else f"{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: readers see the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Replace a text file as a whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,18 +100,8 @@ def remember(path: Path, content: bytes) -> bool:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A leading dot: what a killed run leaves behind is never taken for the file.
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(descriptor)
-            os.chmod(temporary, 0o644)  # mkstemp makes it private
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        with replacing(path, by_several=True) as temporary:
+            temporary.write_bytes(content)
     except OSError:
         return False
     return True

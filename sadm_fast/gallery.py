@@ -16,6 +16,7 @@ from sadm_fast.data.source import Source
 from sadm_fast.engine.masters import Fragment, gather, local_masters
 from sadm_fast.engine.players import Players
 from sadm_fast.feed import load_samples
+from sadm_fast.files import replacing
 from sadm_fast.game import Batch, predict
 from sadm_fast.generation import generate, to_images
 from sadm_fast.metrics.run_evaluation import RunEvaluation, one_line
@@ -86,13 +87,14 @@ class RelationView:
             relation = relation_matrix(psi(x), relation=game.relation, normalize=game.normalize, tau=game.tau)
             return relation.cpu().numpy()
 
-        np.savez_compressed(
-            path,
-            real=matrix(batch.x0),
-            fake=matrix(xhat0),
-            labels=batch.labels.cpu().numpy(),
-            log_snr=self._config.process.log_snr(batch.t).cpu().numpy(),
-        )
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(
+                file,
+                real=matrix(batch.x0),
+                fake=matrix(xhat0),
+                labels=batch.labels.cpu().numpy(),
+                log_snr=self._config.process.log_snr(batch.t).cpu().numpy(),
+            )
 
 
 class Gallery:

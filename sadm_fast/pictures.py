@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from sadm_fast.errors import UserError
-from sadm_fast.files import require_writable
+from sadm_fast.files import replacing, require_writable
 from sadm_fast.scales import float_to_pixels
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # by the ending of a file's name
@@ -62,10 +62,9 @@ def picture_grid(images: Tensor, columns: int) -> Tensor:
 def save_picture(picture: Tensor, path: Path) -> None:
     """Write uint8 [1 or 3, H, W] as PNG, or as JPEG if the name says so; replaces an existing file as a whole."""
     array = picture.permute(1, 2, 0).numpy()
-    temporary = path.with_name(path.name + ".tmp")
     image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    image.save(temporary, format=_FORMATS.get(path.suffix.lower(), "PNG"), quality=95)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        image.save(temporary, format=_FORMATS.get(path.suffix.lower(), "PNG"), quality=95)
 
 
 class GridFile:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from sadm_fast.data import MicroBatchPlan, make_loader
 from sadm_fast.data.source import Source, split
 from sadm_fast.errors import UserError
 from sadm_fast.feed import load_samples, loader_spec
+from sadm_fast.files import replacing
 from sadm_fast.metrics.judges import ClassifierJudge
 from sadm_fast.models import StructureEncoder
 from sadm_fast.models.structure_encoder import collect_statistics
@@ -188,11 +188,8 @@ def _write(path: Path, module: nn.Module, info: dict[str, Any], fingerprint: str
         "info": json.dumps(info),
         "sha256": _digest(state),
     }
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(state, temporary, metadata)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(state, temporary, metadata)
 
 
 def _prepare_folder(path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sadm_fast.errors import UserError
-from sadm_fast.files import default_cache, expand_home, remember
+from sadm_fast.files import default_cache, expand_home, remember, replacing
 
 
 def test_a_tilde_at_the_start_is_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +37,22 @@ def test_a_file_is_written_with_its_folders_and_replaced(tmp_path: Path) -> None
         assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_is_replaced_when_the_new_one_is_whole_and_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synced = tmp_path / "file", []
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(path.read_text()))
+    for several in (False, True):
+        with pytest.raises(ZeroDivisionError), replacing(path, by_several=several) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+        assert list(tmp_path.iterdir()) == [path] and path.read_text() == "old" and not synced
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "new" and synced == ["old"]
 
 
 def test_a_disk_that_is_full_leaves_the_old_file_and_nothing_else(

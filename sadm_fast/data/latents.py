@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
-from sadm_fast.files import default_cache, expand_home, remember, write_json
+from sadm_fast.files import default_cache, expand_home, remember, replacing, write_json
 from sadm_fast.scales import LatentScale
 from sadm_kernels.streams import copy_rows, has_streams
 
@@ -110,18 +110,14 @@ def write_shard(root: Path, shard: int, moments: np.ndarray, labels: np.ndarray,
     moments: float [n, 2, 2, c, h, w] as in the module's head. labels: int64 [n].
     """
     path = root / shard_name(shard)
-    temporary = path.with_suffix(".tmp")
     try:
-        save_file({"moments": moments, "labels": labels}, temporary)
-        with temporary.open("rb+") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.seek(0, os.SEEK_END)
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file({"moments": moments, "labels": labels}, temporary)
+            with temporary.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.seek(0, os.SEEK_END)
     except SafetensorError as error:  # how safetensors passes on what the operating system said
         raise OSError(str(error)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     record = {"file": shard_name(shard), "count": len(labels), "size": size, "sha256": digest, "skipped": skipped}
     write_json(path.with_suffix(".json"), record)
 

@@ -1,12 +1,12 @@
 """runs/NAME/report.html: one self-contained page that shows what a training run has done so far."""
 
 import math
-import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sadm_fast.errors import UserError
+from sadm_fast.files import replacing
 from sadm_fast.report import sections, texts
 from sadm_fast.report.markup import change, count, duration, escape, missing, show
 from sadm_fast.report.reading import JUDGE_OF, Run, number, read_run
@@ -26,15 +26,12 @@ def write_report(run_dir: Path) -> Path:
         raise UserError(f"run folder {run_dir}: there is no such folder; train first or name another one")
     page = render(read_run(run_dir))
     target = run_dir / "report.html"
-    unfinished = run_dir / f"report.html.{os.getpid()}.tmp"
     try:
-        # a lone surrogate, legal in JSON, is not legal in UTF-8
-        unfinished.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(unfinished, target)
+        with replacing(target, by_several=True) as temporary:
+            # a lone surrogate, legal in JSON, is not legal in UTF-8
+            temporary.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"report {target}: cannot be written ({error.strerror})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return target
 
 
