@@ -11,7 +11,7 @@ import os
 import tarfile
 import zipfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -23,13 +23,13 @@ from sadm_fast.data.checking import Progress
 from sadm_fast.data.image_folder import EXTENSIONS
 from sadm_fast.data.paths import open_plain_file
 from sadm_fast.data.source import PackedNames, printable
+from sadm_fast.data.tar_members import Member, read_members
 from sadm_fast.data.workers import worker_context
 from sadm_fast.errors import UserError
 
 _MAX_CLASSES = 1 << 20
 _MAX_LABEL_BYTES = 1 << 20
 _MAX_PROCESSES = 16
-_END_MARK = bytes(tarfile.BLOCKSIZE)
 
 PARALLEL_FROM_BYTES = 4 << 30
 """Shards of less together are indexed by this process: others need seconds to start.
@@ -135,12 +135,13 @@ def _index_shard(path: str) -> TarIndex:
     offsets, sizes, labels = array("q"), array("q"), array("q")
     names = []
     try:
-        with open(path, "rb", opener=open_plain_file) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for key, members in groupby(_members(archive, file), key=lambda member: _key(member.name)):
+        with open(path, "rb", opener=open_plain_file) as file:
+            keyed = (member for member in read_members(path, file) if _key(member.name))
+            for (_, key), members in groupby(keyed, key=lambda member: (member.archive, _key(member.name))):
                 sample = _sample(path, key, list(members), file.fileno())
                 if sample is not None:
                     image, label = sample
-                    offsets.append(image.offset_data)
+                    offsets.append(image.offset)
                     sizes.append(image.size)
                     labels.append(label)
                     names.append(image.name)
@@ -166,18 +167,6 @@ def _index_shard(path: str) -> TarIndex:
     )
 
 
-def _members(archive: tarfile.TarFile, file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
-    """The plain files of an archive that may belong to a sample. Raises tarfile.ReadError unless it is whole."""
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps them all, a kilobyte each
-        if member.isreg() and not member.issparse() and _key(member.name):
-            yield member
-    # tarfile takes a header that is cut off or damaged for the end of the archive.
-    file.seek(archive.offset)
-    if file.read(len(_END_MARK)) != _END_MARK:
-        raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
-
-
 def _key(name: str) -> str:
     """The sample that a member belongs to; empty for hidden files and names without an extension."""
     folder, slash, base = name.rpartition("/")
@@ -185,9 +174,7 @@ def _key(name: str) -> str:
     return f"{folder}{slash}{key}" if key and dot else ""
 
 
-def _sample(
-    path: str, key: str, members: Sequence[tarfile.TarInfo], descriptor: int
-) -> tuple[tarfile.TarInfo, int] | None:
+def _sample(path: str, key: str, members: Sequence[Member], descriptor: int) -> tuple[Member, int] | None:
     """(image member, label) of one sample; None if it has neither. Members of other kinds are ignored.
 
     Raises UserError: more than one image, an image without label or the reverse, a label that is no class number.
@@ -207,18 +194,22 @@ def _sample(
             f"{where} has {what}; the members of a sample must follow each other (tar --sort=name) "
             "and have the same name up to the first dot"
         )
+    if images[0].problem:
+        raise UserError(f"{where}: {images[0].problem}")
     return images[0], label
 
 
-def _label(where: str, members: Sequence[tarfile.TarInfo], descriptor: int) -> int | None:
+def _label(where: str, members: Sequence[Member], descriptor: int) -> int | None:
     """The label in a sample's .cls, or else its .json; None if it has neither, or the .json has no label."""
     for extension in (".cls", ".json"):
         for member in members:
             if not member.name.lower().endswith(extension):
                 continue
+            if member.problem:
+                raise UserError(f"{where}: {member.problem}")
             if member.size > _MAX_LABEL_BYTES:
                 raise UserError(f"{where}: {printable(member.name)} has {member.size} bytes, too many for a label")
-            content = os.pread(descriptor, member.size, member.offset_data)
+            content = os.pread(descriptor, member.size, member.offset)
             if extension == ".cls":
                 return _class_number(where, content.decode("ascii", "replace").strip())
             try:

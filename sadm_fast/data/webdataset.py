@@ -22,6 +22,7 @@ from sadm_fast.data.tar_index import TarIndex, build_index, dump_index, load_ind
 from sadm_fast.errors import UserError
 from sadm_fast.files import default_cache, remember
 
+_VERSION = 2  # of the remembered indices
 _OPEN_SHARDS = 64  # descriptors a process keeps; most systems allow it 1024
 
 
@@ -87,7 +88,8 @@ class TarShards(ImageSource):
         """
         root = Path(path)
         shards = _list_shards(root)
-        remembered = default_cache() / "index" / f"{hashlib.sha256(_stamp(shards).encode()).hexdigest()[:32]}.npz"
+        identity = hashlib.sha256(f"{_VERSION} {_stamp(shards)}".encode()).hexdigest()[:32]
+        remembered = default_cache() / "index" / f"{identity}.npz"
         index = load_index(remembered, len(shards))
         if index is None:
             index = build_index([shard.path for shard in shards], progress)

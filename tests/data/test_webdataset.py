@@ -94,6 +94,87 @@ def test_long_and_odd_names(make_shard: Any, format: int) -> None:
     assert list(shards.index.members) == [f"{key}.png"]
 
 
+def test_archives_joined_end_to_end_are_one_shard(make_shard: Any) -> None:
+    path = make_shard("a.tar", [("1.png", PNG), ("1.cls", b"3")])
+    other = make_shard("b.tar", [("1.png", _png(9)), ("1.cls", b"5")])  # the key with which the one before ends
+    empty = make_shard("c.tar", [])
+    path.write_bytes(empty.read_bytes() + path.read_bytes() + empty.read_bytes() + other.read_bytes())
+    shards = TarShards.scan(path)
+    assert shards.labels.tolist() == [3, 5] and [shards.read(i) for i in (0, 1)] == [PNG, _png(9)]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - len(other.read_bytes()) + 700)  # within the last one
+    assert "is not an uncompressed tar archive, or is cut off" in _refusal(path)
+
+
+def test_what_follows_the_end_mark_and_is_no_archive(small_shards: Path) -> None:
+    path = small_shards / "001.tar"
+    end = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b"downloaded twice" * 100)
+    message = f"{path}: what follows its end mark, from byte {end} on, is no tar archive; "
+    assert _refusal(small_shards).startswith(message)
+
+
+def _linked(path: Path, *members: tuple[str, Any]) -> Path:
+    """A shard of files (name, content) and links: (name, "=NAME") is a hard one, (name, "-> PATH") a symbolic one."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                header.type = tarfile.LNKTYPE if content.startswith("=") else tarfile.SYMTYPE
+                header.linkname = content.removeprefix("=").removeprefix("-> ")
+                archive.addfile(header)
+            else:
+                header.size = len(content)
+                archive.addfile(header, BytesIO(content))
+    return path
+
+
+def test_links_are_followed_inside_the_shard(tmp_path: Path) -> None:
+    path = _linked(
+        tmp_path / "x.tar",
+        *[("./a.png", PNG), ("./a.cls", b"3")],
+        *[("./b.png", "=./a.png"), ("./b.cls", "=a.cls")],  # as tar writes a file that it has met under another name
+        *[("./c.png", _png(1)), ("./c.cls", "=./a.cls")],
+        *[("./sub/d.png", "-> ../c.png"), ("./sub/d.cls", "-> e.cls")],
+        *[("./sub/e.png", "-> d.png"), ("./sub/e.cls", b"4")],
+        *[("./a.png", _png(2)), ("./a.json", b'{"label": 5}')],  # `b` was linked to the `a` before
+        ("./notes.txt", "-> /elsewhere"),
+    )
+    shards = TarShards.scan(path)
+    assert shards.labels.tolist() == [3, 3, 3, 4, 4, 5]
+    assert [shards.read(i) for i in range(6)] == [PNG, PNG, _png(1), _png(1), _png(1), _png(2)]
+    assert shards.name(1) == f"{path}: ./b.png"
+
+
+@pytest.mark.parametrize(
+    "link, message",
+    [
+        (("b.png", "=gone.png"), "b.png is a link to gone.png, which is not a file in the shard; write it again"),
+        (("b.png", "-> /data/b.png"), "b.png is a link to /data/b.png, which is not a file in the shard"),
+        (("b.png", "-> b.png"), "b.png is a link to b.png, which is not a file in the shard"),
+        (("b.png", "=line\nend.png"), r"b.png is a link to line\nend.png, which"),
+        (("b.cls", "-> ../labels/b.cls"), "b.cls is a link to ../labels/b.cls, which is not a file in the shard"),
+    ],
+)
+def test_links_that_lead_out_of_the_shard_are_named(tmp_path: Path, link: tuple[str, str], message: str) -> None:
+    rest = ("b.cls", b"1") if link[0] == "b.png" else ("b.png", PNG)
+    path = _linked(tmp_path / "x.tar", ("a.png", PNG), ("a.cls", b"0"), link, rest)
+    assert _refusal(path).startswith(f"{path}: sample b: {message}")
+
+
+def test_sparse_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in [("a.png", PNG), ("a.cls", b"0")]:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            if name == "a.png":
+                header.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,8"}
+            archive.addfile(header, BytesIO(content))
+    assert _refusal(path).startswith(f"{path}: sample a: a.png is a sparse file; write the shard again without")
+
+
 def test_missing_path(tmp_path: Path) -> None:
     assert "nowhere: no such file or folder" in _refusal(tmp_path / "nowhere")
 
