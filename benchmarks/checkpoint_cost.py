@@ -1,15 +1,15 @@
-"""What does a checkpoint cost, and how soon does a killed run go on? Prints a table, writes it as CSV.
+"""What does a checkpoint cost, and how soon does a killed run continue? Prints a table, writes CSV.
 
     python benchmarks/checkpoint_cost.py --stages 0 2 --out runs/checkpoint_cost
 
-A denoiser of 91 M parameters and ResNet-18 (11 M) as Psi, both in training on made-up latents on one rank: masters,
-both moments and the denoiser's average are 1.6 GB.
+A denoiser of 91 M parameters and ResNet-18 (11 M) as Psi, both training on made-up latents on one rank: masters, both
+moments and the denoiser's average are 1.6 GB.
 
-    blocked     the step waits so long for CheckpointWriter.save (target: 0.2 s)
-    writing     from then until the checkpoint is complete, with training going on
-    cost        blocked, and what the steps during the writing took longer than those before: all that a save costs
-    interval    the shortest time between two checkpoints of which that is 5%
-    resumed     a new `python sadm_fast/train.py` on such a run's folder, from the start of the process to its first
+    blocked     how long CheckpointWriter.save stops the training (target: 0.2 s)
+    writing     from then until the checkpoint is complete, while training continues
+    cost        blocked, plus the time by which steps during the writing are longer than those before
+    interval    the shortest time between two checkpoints at which the cost is 5% of it
+    resumed     a new `python sadm_fast/train.py` in such a run's folder, from the start of the process to its first
                 finished step (target: 10 s)
 """
 
@@ -38,7 +38,7 @@ from benchmarks.report import Row, aligned  # noqa: E402
 from sadm_fast.ranks.launch import distributed  # noqa: E402
 
 DENOISER: dict[str, Any] = {"patch_size": 4, "hidden_size": 640, "depth": 12, "num_heads": 10}
-MAY_COST = 0.05  # of a checkpoint interval
+MAY_COST = 0.05  # share of a checkpoint interval
 COLUMNS = (
     *("commit", "date", "machine", "threads", "torch", "deepspeed", "device", "zero_stage", "parameters", "bytes"),
     *("what", "median_s", "p20_s", "p80_s"),
@@ -46,7 +46,7 @@ COLUMNS = (
 
 
 def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) -> tuple[dict[str, list[float]], Row]:
-    """Seconds of each save, by what they were spent on, and how much was saved."""
+    """Time each save: seconds by purpose, and how much was saved."""
     from sadm_fast.ema import EMA
     from sadm_fast.engine.masters import local_masters, trainable_shapes
     from sadm_fast.run.checkpoint_writer import CheckpointWriter
@@ -95,7 +95,7 @@ def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) ->
 
 
 def measure_resume(stage: int, times: int, folder: Path) -> list[float]:
-    """Seconds from the start of the process to the first step that it finishes, of `times` resumed runs."""
+    """Time `times` resumed runs: seconds from the start of the process to its first finished step."""
     config = {
         "name": "resume",
         "data": {"path": "demo:mnist5k", "resolution": 28, "channels": 1, "threads": 1},
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
                     found["resumed"] = measure_resume(stage, arguments.resumes, Path(folder))
             measured = rows_of(found, common | size)
             writer.writerows(measured)
-            file.flush()  # a run that is stopped keeps what it has
+            file.flush()  # a benchmark that is stopped keeps its rows so far
             rows += measured
     print(f"{common['machine']}, {common['device']}, {common['threads']} threads")
     print(f"torch {common['torch']}, DeepSpeed {common['deepspeed']}, commit {common['commit']}, {common['date'][:10]}")

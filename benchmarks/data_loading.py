@@ -1,11 +1,11 @@
-"""How many images a second does each loader deliver? Prints a table, writes it as CSV and as a picture.
+"""How many images a second does each loader deliver? Prints a table, writes CSV and a picture.
 
     python benchmarks/data_loading.py --micro-batches 32 128 --out runs/data_loading
 
-The DALI loader and the torch loader of this project against the recipe of DiT's training script (dit_recipe.py), with
-as many threads or worker processes each, on photographs of ImageNet's usual size and on the small PNGs of the demo set;
-all deliver the same float images of three channels. They take turns within each round, and ratios are taken within a
-round. Files are in the page cache: what is measured is decoding, not the disk.
+This project's DALI and torch loaders beside the recipe of DiT's training script (dit_recipe.py), with equally many
+threads or worker processes, on photographs of ImageNet's usual size and on the small PNGs of the demo set. All deliver
+the same float images of three channels. They take turns within each round, and ratios are taken within a round. Files
+are in the page cache: decoding is measured, not the disk.
 """
 
 import argparse
@@ -37,11 +37,11 @@ COLUMNS = (
     *("commit", "date", "machine", "threads", "torch", "dali", "pillow", "device"),
     *("data", "resolution", "micro_batch", "loader", "images_per_s", "slowest", "fastest", "ratio_to_dit_recipe"),
 )
-OWN_SIZE = 28  # of the digits
+OWN_SIZE = 28  # pixels a side of a digit
 
 
 class Case(NamedTuple):
-    """What is read, and how it is cropped."""
+    """One problem: the images, and their crop."""
 
     data: str  # "photographs" or "digits"
     resolution: int
@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 
 def factories(root: Path, source: ImageSource, case: Case, threads: int) -> dict[str, Callable[[], Closable]]:
-    """The loaders, each made anew with every call."""
+    """Return a function for each loader that makes it."""
 
     def ours(loader: str) -> Callable[[], Closable]:
         plan = MicroBatchPlan(num_images=len(source), seed=0, flip=True, micro_batch=case.micro_batch)
@@ -66,7 +66,7 @@ def factories(root: Path, source: ImageSource, case: Case, threads: int) -> dict
 
 
 def environment_of_data(threads: int) -> Row:
-    """What a throughput means nothing without."""
+    """Describe machine and versions: a throughput means nothing without them."""
     common = environment("cpu", threads)
     del common["triton"]
     dali = next(
@@ -108,7 +108,7 @@ def table(rows: list[Row], markdown: bool) -> str:
 
 
 def picture(rows: list[Row], title: str, path: Path) -> None:
-    """A panel for each data set and resolution: bars of images a second, whiskers from the slowest to the fastest."""
+    """Draw images a second as bars, a panel for each data set and resolution; whiskers: slowest to fastest round."""
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((row["data"], row["resolution"]) for row in rows))
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             found: list[dict[str, Any]] = [common | row for row in rows_of(case, measured)]
             writer.writerows(found)
-            file.flush()  # a run that is stopped keeps what it has
+            file.flush()  # a benchmark that is stopped keeps its rows so far
             rows += found
     where = f"{common['machine']}, {common['threads']} threads"
     versions = f"torch {common['torch']}, {common['dali']}, Pillow {common['pillow']}"

@@ -2,7 +2,7 @@
 
 An image-folder dataset that lists as torchvision's does, Pillow, the ADM centre crop, a random horizontal flip, a
 float tensor normalised with mean and deviation 0.5, and PyTorch's DataLoader with its defaults. torchvision itself is
-not needed: its classes for this are thin.
+not needed: its classes add little to these.
 """
 
 import os
@@ -19,7 +19,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 
 
 class FolderOfImages(Dataset[tuple[Tensor, int]]):
-    """root/class/.../name.jpg to (float32 [3, size, size] in [-1, 1], class number)."""
+    """Maps root/class/.../name.jpg to (float32 [3, size, size] in [-1, 1], class number)."""
 
     def __init__(self, root: str | Path, size: int) -> None:
         self._size = size
@@ -47,7 +47,7 @@ class FolderOfImages(Dataset[tuple[Tensor, int]]):
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's: box halvings, a bicubic step to the shorter side, the centre."""
+    """Crop as ADM does: box halvings, a bicubic step to the shorter side, the centre; uint8 [size, size, 3]."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -58,7 +58,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def batches(root: str | Path, *, size: int, micro_batch: int, workers: int) -> Generator[list[Tensor], None, None]:
-    """(images, labels) without end, epoch after epoch; close() ends the workers."""
+    """Yield (images, labels) for ever, epoch after epoch; close() ends the workers."""
     loader = DataLoader(
         FolderOfImages(root, size), batch_size=micro_batch, shuffle=True, num_workers=workers, drop_last=True
     )

@@ -4,8 +4,8 @@
 
 DiT-S/4 on 32x32x4 latents with ResNet-18 as Psi through DeepSpeed on one rank: plain (no game), structure (Psi fixed),
 sadm (the fast path) and reference (sadm by implementation=reference: a second denoiser forward, the eager loss). They
-take turns within each repeat, ratios are taken within a repeat. Beside them the ratio of the FLOPs that such an
-iteration cannot avoid (cost.step_flops): products and convolutions, the optimizer's work and all else not counted.
+take turns within each repeat, and ratios are taken within a repeat. Beside them stands the ratio of the FLOPs
+(planning.cost.step_flops): products and convolutions, without the optimizer's work and all else.
 """
 
 import argparse
@@ -38,16 +38,16 @@ COLUMNS = (
     *("precision", "zero_stage", "stem", "compiled", "micro_batch", "iteration"),
     *("median_ms", "p20_ms", "p80_ms", "ratio_to_plain", "flops_ratio", "allowed"),
 )
-AT_MOST, OVER_IDEAL = 1.25, 1.15  # the target: the larger of the first, and the second times the FLOPs' ratio
-WARMUP = 2  # DeepSpeed's buffers and AdamW's moments come with the first
+AT_MOST, OVER_IDEAL = 1.25, 1.15  # target: the larger of AT_MOST and OVER_IDEAL times the ratio of FLOPs
+WARMUP = 2  # the first iteration allocates DeepSpeed's buffers and AdamW's moments
 
 
 class Case(NamedTuple):
-    """How the players are set up."""
+    """One setup of the players."""
 
     precision: str
     zero_stage: int
-    stem: str  # of Psi: "imagenet" looks at 8x8 cells of such a latent, "small" at 32x32
+    stem: str  # of Psi: of a 32x32 latent, "imagenet" leaves 8x8 cells and "small" 32x32
     compiled: bool
     micro_batch: int
 
@@ -62,13 +62,13 @@ class Case(NamedTuple):
         )
 
     def flops(self, way: str) -> int:
-        """Of one iteration, counted."""
+        """Count the FLOPs of one iteration."""
         config = self.config(way)
         return sum(step_flops(config, *meta_models(config, CLASSES)).values())
 
 
 def measure_case(case: Case, repeats: int, device: torch.device) -> list[Row]:
-    """A row for each way."""
+    """Time one setup: a row for each way."""
     calls = {way: iteration(case.config(way), device) for way in WAYS}
     for call in calls.values():
         for _ in range(WARMUP):
@@ -114,7 +114,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 
 def environment_of_training(threads: int, device: torch.device) -> dict[str, Any]:
-    """What a time of a training step means nothing without."""
+    """Describe machine and versions: a time of a training step means nothing without them."""
     common = environment(device.type, threads)
     del common["triton"]
     return common | {"deepspeed": metadata.version("deepspeed")}
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in track(list(cases(arguments)), "cost of the game", console=Console(stderr=True)):
             measured = [row | common for row in measure_case(case, arguments.repeats, place.device)]
             writer.writerows(measured)
-            file.flush()  # a run that is stopped keeps what it has
+            file.flush()  # a benchmark that is stopped keeps its rows so far
             rows += measured
     print(f"{common['machine']}, {common['device']}, {common['threads']} threads")
     print(f"torch {common['torch']}, DeepSpeed {common['deepspeed']}, commit {common['commit']}, {common['date'][:10]}")

@@ -1,4 +1,4 @@
-"""The images that loaders are measured on, made on the spot: photographs as ImageNet has them, and small PNGs."""
+"""The images on which loaders are measured: photographs of ImageNet's usual size, made here, and small PNGs."""
 
 import os
 import shutil
@@ -12,14 +12,14 @@ from tests.data.photographs import COLOUR, photograph
 
 CLASSES = 16
 QUALITY = 92
-LONG, SHORT = 500, 375  # what most of ImageNet's images measure
+LONG, SHORT = 500, 375  # pixels a side of most of ImageNet's images
 
 
 def photographs(folder: Path, distinct: int = 256, count: int = 8192) -> Path:
-    """root/class/name.jpg: `count` names of `distinct` JPEGs of 500x375 or 375x500 pixels, cut from real photographs.
+    """Make root/class/name.jpg: `count` names for `distinct` JPEGs of 500x375 or 375x500 pixels, cut from photographs.
 
-    So many names that no loader begins a second epoch while it is timed, so few files that they stay in the page
-    cache. A folder that is there already is taken as it is.
+    There are enough names that no loader begins a second epoch while it is timed, and few enough files that they stay
+    in the page cache. An existing folder is used as it is.
     """
     if folder.is_dir():
         return folder
@@ -45,7 +45,7 @@ def digits() -> Path:
 
 
 def _cut(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A piece of a photograph, resampled to between 1 and 1.3 times what is cut out."""
+    """Cut a piece out of a photograph that is first resampled to 1 to 1.3 times the piece's size."""
     width, height = (LONG, SHORT) if rng.random() < 0.75 else (SHORT, LONG)
     scale = max(width / image.width, height / image.height) * rng.uniform(1, 1.3)
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))

@@ -1,4 +1,4 @@
-"""The game that the speed targets are about: DiT-S/4 on 32x32x4 latents, ResNet-18 as Psi, made-up batches."""
+"""The game whose speed is measured: DiT-S/4 on made-up 32x32x4 latents, ResNet-18 as Psi."""
 
 from functools import partial
 from typing import Any
@@ -13,9 +13,7 @@ CLASSES = 1000
 
 
 def game_config(mode: str = "sadm", *, micro_batch: int = 32, implementation: str = "fast", **blocks: Any) -> Config:
-    """The configuration; `blocks`: denoiser in place of DiT-S/4, and additions to train, structure_encoder and
-    zero_optimization.
-    """
+    """Make the configuration; `blocks` replaces denoiser, extends train, structure_encoder and zero_optimization."""
     return check_config(
         {
             "name": "benchmark",
@@ -33,7 +31,7 @@ def game_config(mode: str = "sadm", *, micro_batch: int = 32, implementation: st
 
 
 def made_up(config: Config, first: int) -> Batch:
-    """One micro-batch of normal latents, from sample number `first` on."""
+    """Draw one micro-batch of normal latents, for the sample numbers from `first` on."""
     ids = torch.arange(first, first + config.train.micro_batch)
     x0 = torch.randn(len(ids), *config.sample_shape, generator=torch.Generator().manual_seed(first))
     return draw(
@@ -42,7 +40,7 @@ def made_up(config: Config, first: int) -> Batch:
 
 
 def made_up_players(config: Config, device: torch.device) -> Any:
-    """engine.Players; the denoiser moved off its start, where most of its gradients are exactly 0."""
+    """Make engine.players.Players, with noise added to the denoiser: at its start most gradients are exactly 0."""
     from sadm_fast.build import build_denoiser, build_psi
     from sadm_fast.engine.players import Players  # imports DeepSpeed, which must be told about the accelerator before
 
@@ -56,6 +54,6 @@ def made_up_players(config: Config, device: torch.device) -> Any:
 
 
 def iteration(config: Config, device: torch.device, rank: int = 0) -> Call:
-    """One iteration of the game on a fixed batch: what is timed."""
+    """Return the call that is timed: one iteration of the game on a fixed batch."""
     batch = made_up(config, rank * config.train.micro_batch)
     return partial(made_up_players(config, device).iteration, [batch], 0)

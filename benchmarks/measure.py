@@ -1,4 +1,4 @@
-"""Times of several calls that share a noisy machine, and the memory that one call takes on top of what was there."""
+"""Time calls that take turns on a noisy machine, and measure the memory that one call adds."""
 
 import ctypes
 import gc
@@ -18,23 +18,23 @@ import torch
 from benchmarks.peers import Case, Loss, loss_of, value_and_gradients
 
 Call = Callable[[], object]
-SHORTEST = 5e-3  # seconds a sample lasts at least, far above the timer's and the scheduler's grain
+SHORTEST = 5e-3  # least seconds of a sample, far above the resolution of timer and scheduler
 WARM_ROWS = 128
 
 
 def use_threads(threads: int) -> None:
-    """For torch, and for libraries that are loaded later with an OpenMP of their own."""
+    """Set the number of threads, also for libraries with an OpenMP of their own that are loaded later."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
 
 
 def forward_backward(loss: Loss, case: Case) -> Call:
-    """What is timed: loss and gradients on the features of a case, which are made here."""
+    """Return the call that is timed: loss and gradients on features of a case, drawn here."""
     return partial(value_and_gradients, loss, *case.features())
 
 
 def seconds(call: Call, times: int, device: str) -> float:
-    """Mean duration of one of `times` calls in a row; on a GPU by its own clock."""
+    """Return the mean seconds of a call, of `times` in a row; on a GPU by its own clock."""
     if device == "cpu":
         start = time.perf_counter()
         for _ in range(times):
@@ -51,15 +51,15 @@ def seconds(call: Call, times: int, device: str) -> float:
 
 
 def iterations(duration: float) -> int:
-    """How many calls of this duration make a sample."""
+    """Return how many calls of this duration make a sample."""
     return max(1, math.ceil(SHORTEST / duration))
 
 
 def interleaved(calls: dict[str, Call], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds a call for each name and repeat; a repeat runs every call once, each repeat beginning with another.
+    """Time all calls in turns: seconds by name and repeat. Each repeat runs every call, and begins with another one.
 
-    What disturbs the machine for a while then falls on all alike, and ratios within a repeat hold. The calls are
-    expected to be warm.
+    A disturbance of the machine then hits all calls alike, and ratios within a repeat stay true. Run each call once
+    before.
     """
     names = list(calls)
     times = {name: iterations(seconds(call, 1, device)) for name, call in calls.items()}
@@ -72,18 +72,18 @@ def interleaved(calls: dict[str, Call], repeats: int, device: str) -> dict[str, 
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float, float]:
-    """The 20th percentile, the median and the 80th percentile."""
+    """Return the 20th percentile, the median and the 80th percentile."""
     low, middle, high = np.quantile(samples, (0.2, 0.5, 0.8))
     return float(low), float(middle), float(high)
 
 
 def ratio(samples: Sequence[float], others: Sequence[float]) -> float:
-    """How many times as long as the others: the median of the ratios within a repeat."""
+    """Return the median over repeats of samples / others, the ratio within a repeat."""
     return float(np.median(np.divide(samples, others)))
 
 
 def available_bytes(device: str) -> float:
-    """Free memory of the device; infinite where the system does not tell."""
+    """Return the free memory of the device in bytes; infinite if the system does not tell."""
     if device != "cpu":
         torch.cuda.empty_cache()
         return float(torch.cuda.mem_get_info()[0])
@@ -100,10 +100,10 @@ def _status_mb(field: str) -> float:
 
 
 def peak_of_call_mb(call: Call) -> float | None:
-    """Resident memory (MB of 2^20 bytes) of this process at its highest during a call, less that before; Linux only.
+    """Return by how many MB (2^20 bytes) a call raises this process's peak of resident memory; None but on Linux.
 
-    The kernel keeps the peak (VmHWM) and resets it on request. Free memory that the allocator still holds would be
-    used again without showing, so it is given back first.
+    Linux keeps the peak (VmHWM) and resets it on request. Free memory that the allocator still holds is returned to the
+    system first; otherwise its reuse would not show.
     """
     gc.collect()
     try:
@@ -117,9 +117,9 @@ def peak_of_call_mb(call: Call) -> float | None:
 
 
 def _peak_in_this_process(name: str, case: Case, threads: int) -> float | None:
-    """Libraries, thread pools and code come with a small call first; buffers that a provider keeps still count.
+    """Measure after a small call, which loads libraries, thread pools and code; a provider's own buffers still count.
 
-    A compiled provider has to see the very shape first.
+    A compiled provider needs the exact shape in that first call.
     """
     use_threads(threads)
     small = case if name == "compile" else replace(case, batch=min(case.batch, WARM_ROWS))
@@ -129,10 +129,10 @@ def _peak_in_this_process(name: str, case: Case, threads: int) -> float | None:
 
 
 def peak_extra_mb(name: str, case: Case, threads: int) -> float | None:
-    """Memory that forward and backward take on top of the inputs (gradients included), in MB; None if unknown.
+    """Return the MB that forward and backward take besides the inputs, gradients included; None if unknown.
 
-    On the CPU each measurement has a process of its own, forked from one that has imported torch and done nothing
-    else. On a GPU the allocator counts.
+    On the CPU each measurement has its own process, forked from one that has only imported torch. On a GPU the
+    allocator counts.
     """
     if case.device != "cpu":
         call = forward_backward(loss_of(name, case), case)

@@ -1,7 +1,7 @@
-"""What the fused loss is compared with: the same loss as others would write it, and the products nobody can avoid.
+"""The peers of the fused loss: the same loss as others would write it, and its matrix products alone.
 
-Peers compute in float32 whatever the inputs are, as the fused loss does: relations in bfloat16 have lost the
-differences that the loss is made of.
+Peers compute in float32 for any input dtype, as the fused loss does: in bfloat16 the small differences between two
+relations, of which the loss is the mean, are lost to rounding.
 """
 
 import importlib
@@ -28,12 +28,12 @@ DENSE = ("reference", "gram", "cdist", "compile")  # hold B x B matrices
 
 
 class Unavailable(Exception):
-    """Why a provider cannot run a case here."""
+    """A provider cannot run a case here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A line of the table but for the provider. `grads`: "fake" (the denoiser's turn) or "both" (the encoder's)."""
+    """One problem of the table. `grads`: "fake" as in the denoiser's turn, or "both" as in the discriminator's."""
 
     batch: int
     dim: int
@@ -57,11 +57,11 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """The least matrix-product work: half a Gram matrix twice (B^2 d each), and 2 B^2 d for each gradient."""
+        """The least FLOPs of matrix products: half a Gram matrix twice (B^2 d each), and 2 B^2 d for each gradient."""
         return (2 + 2 * (1 + (self.grads == "both"))) * self.batch**2 * self.dim
 
     def features(self, mean: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Real features of this mean and standard deviation 1, and fakes half a standard deviation beside them."""
+        """Draw real features [B, d] of this mean and deviation 1, and fakes: the same plus noise of deviation 0.5."""
         noise = torch.randn(2, self.batch, self.dim, generator=torch.Generator().manual_seed(0))
         real, fake = ((mean + x).to(self.device, self.dtype) for x in (noise[0], noise[0] + 0.5 * noise[1]))
         return real.requires_grad_(self.grads == "both"), fake.requires_grad_()
@@ -100,7 +100,7 @@ def _cdist_relation(x: Tensor, case: Case) -> Tensor:
 
 
 def _eager(relation: Callable[[Tensor, Case], Tensor], case: Case) -> Loss:
-    """The mean penalty of two B x B relations, for a threshold and bandwidth of 1, the defaults."""
+    """Make the loss as the mean penalty of two B x B relations; threshold and bandwidth are 1, the defaults."""
 
     def loss(real: Tensor, fake: Tensor) -> Tensor:
         difference = relation(fake.float(), case) - relation(real.float(), case)
@@ -123,7 +123,7 @@ def _need_compiler(case: Case) -> None:
 
 
 def _keops(case: Case) -> Loss:
-    os.environ.setdefault("PYKEOPS_VERBOSE", "0")  # it would write into our table
+    os.environ.setdefault("PYKEOPS_VERBOSE", "0")  # its messages would stand in our table
     try:
         lazy: Any = importlib.import_module("pykeops.torch").LazyTensor
     except ImportError as error:
@@ -159,7 +159,7 @@ def _keops(case: Case) -> Loss:
 
 def _compiled(case: Case) -> Loss:
     _need_compiler(case)
-    torch.compiler.reset()  # the cache holds a few shapes only; fullgraph would then raise
+    torch.compiler.reset()  # the cache holds few shapes, and fullgraph raises when it is full
     compiled: Loss = torch.compile(
         partial(structure_loss, **case.options, impl="reference"), fullgraph=True, dynamic=False
     )
@@ -176,7 +176,7 @@ def _ours(case: Case, impl: str) -> Loss:
 
 
 def loss_of(name: str, case: Case) -> Loss:
-    """The loss of features [B, d] and [B, d] as this provider computes it; raises Unavailable."""
+    """Return this provider's loss, a function of features [B, d] and [B, d]; raises Unavailable."""
     if name in (*OURS, "reference"):
         return _ours(case, name)
     if name == "gram":
@@ -189,12 +189,12 @@ def loss_of(name: str, case: Case) -> Loss:
 
 
 class GemmFloor:
-    """The unavoidable matrix products alone, in the inputs' dtype, by torch.mm into memory that is there already.
+    """The matrix products alone, which no implementation can avoid: in the inputs' dtype, into preallocated memory.
 
     - The Gram matrices of real and of fake, upper triangle: rows i to i + n against all columns from i on. Blocks of
       `gram_rows` rows cost B^2 d (1 + n/B) FLOP instead of B^2 d; one buffer takes every block.
-    - For each gradient, B x B by B x d. The left factor is one strip of at most `strip_rows` rows, used again and
-      again: its values do not change the time, and a B x B matrix would not fit everywhere.
+    - For each gradient, B x B by B x d. The left factor is one strip of at most `strip_rows` rows, reused: its values
+      do not change the time, and a B x B matrix does not fit into every memory.
     """
 
     strip_rows = 512
@@ -219,6 +219,6 @@ class GemmFloor:
 
 
 def value_and_gradients(loss: Loss, real: Tensor, fake: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss, and its gradient for each of the two that asks for one."""
+    """Return the loss, and its gradient with respect to each input that requires one."""
     value = loss(real, fake)
     return value, torch.autograd.grad(value, [x for x in (real, fake) if x.requires_grad])

@@ -1,4 +1,4 @@
-"""The rows of the structure loss benchmark for people: a table, a picture."""
+"""The rows of a benchmark as a table, and those of the structure loss as a picture."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.peers import FLOOR, OURS, PROVIDERS
 
 Row = dict[str, Any]
-MEANS = (0, 3, 10)  # of the features whose errors are measured; the farther from 0, the more digits cancel
+MEANS = (0, 3, 10)  # means of the features whose errors are measured; the larger, the more digits cancel
 
 
 def _cells(row: Row) -> list[str]:
@@ -29,7 +29,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def table(rows: list[Row], markdown: bool = False) -> str:
-    """The rows as aligned text, without the columns that nobody filled; as Markdown it can go into a README."""
+    """Print the rows as aligned text or Markdown, without empty columns."""
     means = "/".join(map(str, MEANS))
     head = ["B", "d", "dtype", "grads", "provider", "ms (p20-p80)", "/ best peer", "/ floor", "extra MB"]
     head += [f"{what} error, mean {means}" for what in ("loss", "gradient")]
@@ -38,7 +38,7 @@ def table(rows: list[Row], markdown: bool = False) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """Lines of cells, the first one the head, as text in columns or as a Markdown table."""
+    """Print lines of cells, the first of which is the head, in columns or as a Markdown table."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     if not markdown:
@@ -59,7 +59,7 @@ def _draw(panel: Any, name: str, rows: list[Row], color: Any) -> None:
 
 
 def picture(rows: list[Row], title: str, path: Path) -> None:
-    """Time against B, a panel for each dtype, gradients and d; the band goes from the 20th to the 80th percentile."""
+    """Draw time against B, a panel for each dtype, gradients and d; bands are the 20th to the 80th percentile."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
-"""How much faster is the CPU kernel on bfloat16? Passes of both dtypes in turns; prints a table.
+"""How much faster is the CPU kernel in bfloat16? Passes in both dtypes take turns; prints a table.
 
     python benchmarks/structure_dtypes.py --sizes 1024 4096 --dims 128 512
 
-A pass is the kernel's: loss and gradients, without autograd around it, which takes the same time in both dtypes.
-`structure_loss.py` has the whole call, against its peers.
+A pass is one call of the kernel, loss and gradients, without autograd: that takes the same time in both dtypes.
+`structure_loss.py` times the whole call, beside its peers.
 """
 
 import argparse
@@ -30,13 +30,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def one_pass(rows: int, width: int, dtype: torch.dtype, both: bool) -> measure.Call:
-    """The kernel on rows of its own, with the options that the loss has by default."""
+    """Return a call of the kernel on features of its own, with the loss's default options."""
     real, fake = torch.randn(2, rows, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     return partial(native.loss_and_gradients, Pairs(Samples(real, fake), range(rows)), None, both, True)
 
 
 def measure_case(rows: int, width: int, both: bool, repeats: int) -> list[str]:
-    """A line of the table."""
+    """Time one problem: a line of the table."""
     calls = {name: one_pass(rows, width, dtype, both) for name, dtype in DTYPES.items()}
     samples = measure.interleaved(calls, repeats, "cpu")
     times = ["{1:.3g} ({0:.3g}-{2:.3g})".format(*(1e3 * s for s in measure.spread(samples[name]))) for name in calls]

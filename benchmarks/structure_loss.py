@@ -1,11 +1,11 @@
-"""How fast, how small and how exact is the fused structure loss? Prints a table, writes it as CSV and as a picture.
+"""How fast, how exact and how small in memory is the fused structure loss? Prints a table, writes CSV and a picture.
 
     python benchmarks/structure_loss.py --sizes 64 256 1024 4096 8192 --dims 128 512 --out runs/structure_loss
 
-One line a provider, forward and backward on the same features: the fused loss (native on the CPU, triton on a GPU);
-the loss as others would write it (gram and cdist: eager PyTorch; compile: torch.compile of the reference; keops:
-pykeops); and the matrix products alone that no implementation can avoid (gemm_floor). They take turns within each
-repeat, and ratios are taken within a repeat: below 1 is faster. What cannot run is named with its reason.
+Each provider has a line, forward and backward on the same features: the fused loss (native on the CPU, triton on a
+GPU); the loss as others would write it (gram and cdist: eager PyTorch; compile: torch.compile of the reference; keops:
+pykeops); and gemm_floor, the matrix products alone, which no implementation can avoid. They take turns within each
+repeat, and ratios are taken within a repeat: below 1 is faster. A provider that cannot run is named with the reason.
 """
 
 import argparse
@@ -50,7 +50,7 @@ PEAK_TFLOPS = {
 
 
 def machine(device: str) -> str:
-    """The GPU's name, or the CPU's model and the instructions torch uses of it."""
+    """Name the GPU, or the CPU's model and the instruction set that torch uses."""
     if device != "cpu":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -60,7 +60,7 @@ def machine(device: str) -> str:
 
 
 def environment(device: str, threads: int) -> Row:
-    """What a time means nothing without."""
+    """Describe machine and versions: a time means nothing without them."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     try:
@@ -79,13 +79,18 @@ def environment(device: str, threads: int) -> Row:
 
 
 def admit(name: str, case: Case, repeats: int, limit: float) -> peers.Loss:
-    """The provider's loss, warm; raises Unavailable, also where it would take too much memory or time."""
+    """Return the provider's loss after a first call; Unavailable if it cannot run, or needs too much memory or time."""
     needed, free = DENSE_MATRICES * 4 * case.batch**2, measure.available_bytes(case.device)
     if name in peers.DENSE and needed > free:
         raise Unavailable(f"may take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
     loss = peers.loss_of(name, case)
     call = measure.forward_backward(loss, case)
-    first = measure.seconds(call, 1, case.device)  # includes compilation
+    try:
+        first = measure.seconds(call, 1, case.device)  # includes compilation
+    except Exception as error:
+        if name in peers.OURS:
+            raise
+        raise Unavailable(f"fails here: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if first > limit:
         raise Unavailable(f"the first call took {first:.1f} s, over --time-limit {limit:g}")
     total = repeats * measure.seconds(call, 1, case.device)
@@ -95,7 +100,7 @@ def admit(name: str, case: Case, repeats: int, limit: float) -> peers.Loss:
 
 
 def errors(loss: peers.Loss, case: Case) -> Row:
-    """Relative errors against the reference in float64: of the loss, and of the gradients together in the 2-norm."""
+    """Measure relative errors against the reference in float64: of the loss, and of all gradients in the 2-norm."""
     found = {}
     for mean in MEANS:
         real, fake = case.features(mean)
@@ -111,7 +116,7 @@ def errors(loss: peers.Loss, case: Case) -> Row:
 
 
 def roofline_share(case: Case, seconds: float) -> float | str:
-    """Share of the GPU's peak that the unavoidable products reach in this time; empty where the peak is not known."""
+    """Return the share of the GPU's peak that the least products reach in this time; "" if the peak is not known."""
     if case.device == "cpu":
         return ""
     name = torch.cuda.get_device_name()
@@ -120,7 +125,7 @@ def roofline_share(case: Case, seconds: float) -> float | str:
 
 
 def measure_case(case: Case, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
-    """A row for each provider that can run the case, and why the others cannot."""
+    """Time one problem: a row for each provider that can run it, and the reasons of the others."""
     losses: dict[str, peers.Loss] = {}
     left_out: dict[str, str] = {}
     for name in arguments.providers:
@@ -160,7 +165,7 @@ def measure_case(case: Case, arguments: argparse.Namespace) -> tuple[list[Row], 
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
-    """All combinations asked for, the small ones first."""
+    """Yield all combinations that were asked for, small ones first."""
     for size, dim, dtype, grads in itertools.product(
         sorted(arguments.sizes), arguments.dims, arguments.dtypes, ("fake", "both")
     ):
@@ -210,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
             measured, left_out = measure_case(case, arguments)
             measured = [row | common for row in measured]
             writer.writerows(measured)
-            file.flush()  # a run that is stopped keeps what it has
+            file.flush()  # a benchmark that is stopped keeps its rows so far
             rows += measured
             for why in left_out.items():
                 missing.setdefault(why, []).append(case)

@@ -1,4 +1,4 @@
-"""How much does a second rank cost the first? Two ranks of one core each against one; prints a table, writes a CSV.
+"""How much does a second rank slow down the first? Two ranks of one core each beside one; prints a table, writes CSV.
 
     python benchmarks/weak_scaling.py --precisions fp32 bf16 --stages 2 --out runs/weak_scaling
 
@@ -6,11 +6,11 @@ One iteration of the game (DiT-S/4 on 32x32x4 latents, ResNet-18 as Psi, the sam
 process pinned to a core of its own. All processes live through the measurement and wait, blocked, for their turn:
 
     alone       one rank, while the others wait
-    unconnected two such ranks at once that know nothing of each other: what sharing memory and caches costs
-    together    two ranks of one job: the same, and the communication
+    unconnected two such ranks at once, which do not talk: the cost of shared memory and caches
+    together    two ranks of one job: that cost, and communication
 
-Efficiency is the time alone over the time together, within a round; unconnected over together is what is left when the
-machine's own share is taken out.
+Efficiency is the time alone over the time together, within a round; unconnected over together is the part that
+communication costs.
 """
 
 import argparse
@@ -47,7 +47,7 @@ TARGET = 0.85
 
 
 class Job:
-    """Ranks that play an iteration when told to, each on a core of its own."""
+    """The ranks of one job, each on a core of its own; they play an iteration when told to."""
 
     def __init__(self, cores: list[int], arguments: list[str]) -> None:
         base = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -84,7 +84,7 @@ class Job:
             rank.stdin.flush()
 
     def seconds(self) -> float:
-        """How long the slowest rank took for it."""
+        """Return the seconds of the slowest rank for it."""
         answers = []
         for rank in self._ranks:
             assert rank.stdout is not None
@@ -102,7 +102,7 @@ class Job:
 
 @contextmanager
 def jobs(arguments: list[str]) -> Iterator[dict[str, list[Job]]]:
-    """What plays in each way; warm."""
+    """Start the jobs of each way, and let them play two iterations to warm up."""
     first, second = sorted(os.sched_getaffinity(0))[:2]
     solos, pair = [Job([first], arguments), Job([second], arguments)], Job([first, second], arguments)
     ways = {"alone": solos[:1], "unconnected": solos, "together": [pair]}
@@ -123,7 +123,7 @@ def _turn(playing: list[Job]) -> float:
 
 
 def measure_case(arguments: argparse.Namespace, precision: str, stage: int) -> list[Row]:
-    """A row for each way."""
+    """Time one setup: a row for each way."""
     settings = ["--precisions", precision, "--stages", str(stage), "--stem", arguments.stem]
     settings += ["--micro-batch", str(arguments.micro_batch), "--bucket", str(arguments.bucket)]
     settings += ["--overlap-comm"] if arguments.overlap_comm else []
@@ -154,7 +154,7 @@ def measure_case(arguments: argparse.Namespace, precision: str, stage: int) -> l
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """A rank: for each line on stdin one iteration, and its seconds on stdout."""
+    """Be one rank: play an iteration for each line on stdin, and print its seconds."""
     os.sched_setaffinity(0, {arguments.worker})
     measure.use_threads(1)
     config = game_config(
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         for precision, stage in track(cases, "weak scaling", console=Console(stderr=True)):
             measured = [row | common for row in measure_case(arguments, precision, stage)]
             writer.writerows(measured)
-            file.flush()  # a run that is stopped keeps what it has
+            file.flush()  # a benchmark that is stopped keeps its rows so far
             rows += measured
     print(f"{common['machine']}, a core and a thread a rank, torch {common['torch']}, commit {common['commit']}")
     print(f"median of {arguments.repeats} interleaved rounds, {common['date'][:10]}\n")

@@ -192,6 +192,16 @@ def report_of(run_dir: Path) -> Page:
     return page
 
 
+@pytest.fixture
+def outlined_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts without drawing, for tests that ask only which ones are there."""
+
+    def outline(key: str, curves: object, *, y_label: str, **_: object) -> str:
+        return f'<svg id="{key}" aria-label="{y_label}"></svg>'
+
+    monkeypatch.setattr(sections, "line_chart", outline)
+
+
 @pytest.fixture(scope="module")
 def sadm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs"))
@@ -348,8 +358,8 @@ def test_a_half_written_last_line_is_ignored(tmp_path: Path) -> None:
     assert _progress(run) == "step 500 of 2,000, unfinished when this page was written"
 
 
-def test_broken_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path, steps=500)
+def test_broken_files_are_named_and_the_rest_is_shown(tmp_path: Path, outlined_charts: None) -> None:
+    run_dir = make_run(tmp_path, steps=500, relation_batch=12)
     metrics = (run_dir / "metrics.jsonl").read_text()
     (run_dir / "metrics.jsonl").write_bytes(b'{"step": 1, "lo{"step": 2}\n[3]\n\xff\n' + metrics.encode())
     (run_dir / "config.json").write_text("{")
@@ -398,7 +408,7 @@ def test_a_loss_that_is_not_finite_is_told_and_plotted_as_a_gap(tmp_path: Path) 
     assert "nan" not in page.source.split("</style>")[1]
 
 
-def test_plain_mode_says_that_there_is_no_discriminator(tmp_path: Path) -> None:
+def test_plain_mode_says_that_there_is_no_discriminator(tmp_path: Path, outlined_charts: None) -> None:
     page = report_of(make_run(tmp_path, mode="plain", steps=500))
     assert "plain diffusion" in page.text
     assert "there is no structure distance and no discriminator loss to show" in page.text
@@ -409,12 +419,12 @@ def test_plain_mode_says_that_there_is_no_discriminator(tmp_path: Path) -> None:
     assert page.figures_about("gradient norm") == 1
 
 
-def test_structure_mode_says_that_the_encoder_is_fixed(tmp_path: Path) -> None:
+def test_structure_mode_says_that_the_encoder_is_fixed(tmp_path: Path, outlined_charts: None) -> None:
     run = read_run(make_run(tmp_path, mode="structure", steps=250))
     losses = sections.losses(run)
     assert "The structure encoder is fixed in this mode" in losses
-    assert "structure distance S over" in losses
-    assert "discriminator loss over" not in losses
+    assert "structure distance S" in losses
+    assert 'discriminator loss"' not in losses
 
 
 def test_scores_that_got_worse_are_called_higher(tmp_path: Path) -> None:
