@@ -38,20 +38,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from sadm_fast.metrics.run_evaluation import RunEvaluation
     from sadm_fast.pretrain import prepare_judge
     from sadm_fast.ranks.collectives import first_on_rank_zero
-    from sadm_fast.ranks.launch import distributed
+    from sadm_fast.ranks.launch import distributed, own_device
     from sadm_fast.run.folder import RunFolder
 
     changes = {"samples": arguments.samples, "steps": arguments.steps}
+    # Checked before the ranks meet.
+    trained = load_trained(arguments.run, own_device())
+    evaluate = trained.config.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    config = trained.config.model_copy(update={"evaluate": evaluate})
+    if config.latents is not None:
+        raise UserError(
+            f"{arguments.run}: is trained on latents, which the judges do not know; write images with"
+            " sample.py --folder and score those"
+        )
     with distributed() as place:
         console = Console(place.rank)
-        trained = load_trained(arguments.run, place.device)
-        evaluate = trained.config.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
-        config = trained.config.model_copy(update={"evaluate": evaluate})
-        if config.latents is not None:
-            raise UserError(
-                f"{arguments.run}: is trained on latents, which the judges do not know; write images with"
-                " sample.py --folder and score those"
-            )
         images = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0, path=arguments.data))
         there = [images.classes[label] for label in images.filled]
         drawn = [trained.classes[label] for label in trained.filled]

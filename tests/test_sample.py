@@ -10,40 +10,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sadm_fast import generation, sample
-from sadm_fast.build import build_denoiser
-from sadm_fast.config import check_config
-from sadm_fast.engine.masters import Fragment, trainable_shapes
-from sadm_fast.run.checkpoint_writer import CheckpointWriter
-from sadm_fast.run.folder import RunFolder
+from tests.support.finished_run import finished_run
 from tests.support.programs import tree
-from tests.test_train import CLASSES, write_images
+from tests.test_train import CLASSES
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with one whole checkpoint of an untrained denoiser."""
-    training = {"steps": 3, "batch": 8}
-    config = check_config(
-        {
-            "name": "tiny",
-            "data": {"path": str(write_images(tmp_path / "images")), "resolution": 8, "threads": 1},
-            "denoiser": {"hidden_size": 16, "depth": 1, "num_heads": 2},
-            "sampling": {"steps": 2},
-            "evaluate": {"every": 10, "samples": 12, "batch": 8, "steps": 2, "judge": training},
-        }
-    )
-    folder = RunFolder(tmp_path / "run")
-    folder.claim(config)
-    folder.facts.write_text(json.dumps({"classes": list(CLASSES)}))
-    model = build_denoiser(config, len(CLASSES))
-    average = [Fragment(n, 0, p.detach().flatten()) for n, p in model.named_parameters() if p.requires_grad]
-    writer = CheckpointWriter(
-        folder.checkpoints, {}, lambda: average, trainable_shapes(model), identity={}, keep_last=1, say=print
-    )  # fmt: skip
-    writer.save(10, {})
-    writer.finish()
-    writer.close()
-    return folder.path
+    return finished_run(tmp_path)
 
 
 def test_a_grid_has_a_column_a_class(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

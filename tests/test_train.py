@@ -117,9 +117,10 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(con
     for line in scores:
         assert set(line) == {"step", "samples", "floor", "sampler"} | SCORES
         assert line["samples"] == 12 and set(line["floor"]) == SCORES
-    said, _ = Program(start_line(ROOT / "sadm_fast" / "evaluate.py", str(run)), tmp_path).finish()
-    result = json.loads(said[said.index("{") :])
-    assert {name: result[name] for name in SCORES} == {name: scores[-1][name] for name in SCORES}
+    said, _ = Program(start_line(ROOT / "sadm_fast" / "evaluate.py", str(run), ranks=2), tmp_path).finish()
+    result = json.loads(said[said.index("{\n") : said.index("\n}\n") + 2])
+    assert said.count('"samples"') == 1, "both ranks have printed"
+    assert {name: result[name] for name in SCORES} == pytest.approx({name: scores[-1][name] for name in SCORES})
     facts = json.loads((run / "run.json").read_text())
     assert facts["classes"] == list(CLASSES) and facts["parameters"].keys() == {"denoiser", "discriminator"}
     assert facts["structure_encoder"]["accuracy"] is not None and facts["judge"]["accuracy"] is not None

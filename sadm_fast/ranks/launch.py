@@ -4,6 +4,7 @@ import datetime
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,8 @@ from sadm_fast.ranks.rendezvous import all_ranks_are_here, meet, stay_on_loopbac
 _PATIENCE = datetime.timedelta(hours=2)
 # All ranks must be there by then; other machines may have a slow disk to import from.
 _MEETING = datetime.timedelta(minutes=15)
+# Rank 0 keeps the store, so it waits for those who have met the same error and ask there whether to print it.
+_GOODBYE_S = 2.0
 
 
 class Place(NamedTuple):
@@ -111,8 +114,11 @@ def distributed() -> Iterator[Place]:
         yield Place(rank, world_size, device)
     except UserError as error:
         error.said = False
-        with suppress(RuntimeError):  # rank 0, which holds the store, may be gone
+        with suppress(RuntimeError):  # rank 0, which keeps the store, may be gone, or another rank have no error
             error.said = store.add(f"error/{sha256(repr(error).encode()).hexdigest()}", 1) > 1
+            store.set(f"ended/{rank}", "")
+            if rank == 0:
+                _wait_for([f"ended/{other}" for other in range(world_size)], store)
         raise
     except RuntimeError as error:
         sign = sign_of_a_lost_rank(error)
@@ -123,6 +129,13 @@ def distributed() -> Iterator[Place]:
     finally:
         if not lost:  # saying goodbye would wait for it
             dist.destroy_process_group()
+
+
+def _wait_for(keys: list[str], store: dist.Store) -> None:
+    """Wait at most `_GOODBYE_S` seconds for keys; the store's own wait prints warnings when its time is over."""
+    until = time.monotonic() + _GOODBYE_S
+    while not store.check(keys) and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -1,0 +1,43 @@
+"""How ranks start and end together: errors that all of them meet, or one."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.programs import free_port
+from tests.support.ranks import clean_environment
+
+WORKER = """
+import sys
+from sadm_fast import cli
+from sadm_fast.errors import UserError
+from sadm_fast.ranks import launch
+launch._start_deepspeed = lambda backend: None  # it takes seconds to import
+
+def work(request):
+    with launch.distributed() as place:
+        if place.rank < {failing}:
+            raise UserError("caf\\udce9 has to change")
+    return 0
+
+sys.exit(cli.run(work, again="starts again"))
+"""
+
+
+@pytest.mark.parametrize(("failing", "codes"), [(2, [2, 2]), (1, [2, 0])])
+def test_an_error_is_one_line_of_all_ranks_together(failing: int, codes: list[int]):
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER.format(failing=failing)], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment() | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            },
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == codes, said
+    assert sorted(out + err for out, err in said) == ["", "error: caf\\udce9 has to change\n"]
