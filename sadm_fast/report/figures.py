@@ -1,4 +1,4 @@
-"""The report's charts as inline SVG that follows the page's colours, and its pictures as data URIs."""
+"""The report's charts as inline SVG in the page's colours, and its pictures as data URIs."""
 
 import base64
 import io
@@ -18,11 +18,11 @@ from PIL import Image
 from sadm_fast.report.reading import Relations
 from sadm_fast.report.style import LIGHT
 
-HALF_WIDTH = (5.3, 3.1)  # inches; the page scales every chart to its column
+HALF_WIDTH = (5.3, 3.1)  # inches; the page scales a chart to the width of its column
 THIRD_WIDTH = (3.6, 2.7)
 MAP_SIDE = 2.75  # inches of a relation matrix; three of them and two scales span the page
-MOST_NAMED, MOST_BOUNDED = 16, 32  # classes with their names on the axes, with lines between them
-LARGEST_MATRIX = 128  # samples drawn; larger matrices are thinned so that the page stays small
+MOST_NAMED, MOST_BOUNDED = 16, 32  # so many classes have their names on the axes; so many, lines between them
+LARGEST_MATRIX = 128  # samples a side; of larger matrices evenly chosen samples are drawn: the page stays small
 
 _STYLE: Any = {  # matplotlib's own type lists every key it knows
     "svg.fonttype": "none",  # text stays text, in the page's own font
@@ -51,7 +51,7 @@ _STYLE: Any = {  # matplotlib's own type lists every key it knows
 
 
 class Curve(NamedTuple):
-    """A line of a chart: steps and values (float64 [N], NaN where there is none), its legend and its role."""
+    """A line of a chart: steps and values float64 [N] (NaN: a gap), its legend, and the role that gives its colour."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -61,7 +61,7 @@ class Curve(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture ready for the page: its data URI and its size in CSS pixels."""
+    """A picture for the page: its data URI and its size in CSS pixels."""
 
     uri: str
     width: int
@@ -79,7 +79,7 @@ def line_chart(
     floor: float | None = None,
     from_zero: bool = False,
 ) -> str:
-    """Curves over training steps; long ones as a running mean over the faint logged values.
+    """Draw curves over training steps; of a long one the running mean, with the logged values faint behind it.
 
     `key` is unique on the page. `log` is dropped where a curve is not positive. `floor` is a dashed line.
     """
@@ -114,7 +114,7 @@ def line_chart(
 
 
 def relation_scales(matrices: Sequence[Relations]) -> tuple[float, float, float]:
-    """Lowest and highest relation, and the largest difference that is not an outlier, over all matrices."""
+    """Return the lowest and highest relation, and the largest difference that is no outlier, over all matrices."""
     relations = np.concatenate([np.ravel(matrix) for item in matrices for matrix in (item.real, item.fake)])
     gaps = np.concatenate([np.ravel(np.abs(item.fake - item.real)) for item in matrices])
     relations, gaps = relations[np.isfinite(relations)], gaps[np.isfinite(gaps)]
@@ -126,7 +126,7 @@ def relation_scales(matrices: Sequence[Relations]) -> tuple[float, float, float]
 
 
 def relation_maps(key: str, item: Relations, class_names: Sequence[str], scales: tuple[float, float, float]) -> str:
-    """R(F), R(G) and R(G) - R(F) side by side with class boundaries; `class_names` is indexed by label."""
+    """Draw R(F), R(G) and R(G) - R(F) side by side, with class boundaries; `class_names` is indexed by label."""
     low, high, largest = scales
     keep = np.unique(np.linspace(0, item.labels.size - 1, LARGEST_MATRIX).round().astype(int))
     grid, labels = np.ix_(keep, keep), item.labels[keep]
@@ -150,7 +150,7 @@ def relation_maps(key: str, item: Relations, class_names: Sequence[str], scales:
             axes.spines[:].set_visible(False)
             _mark_classes(axes, labels, names, "white" if colors == "viridis" else "#555555")
             if left == lefts[0]:
-                continue  # R(F) and R(G) share the scale that is drawn beside R(G)
+                continue  # R(F) and R(G) share one scale, which stands beside R(G)
             axes.set_yticks([])
             beside = ((left + side + 0.1) / width, margin / height, 0.11 / width, side / height)
             bar = figure.colorbar(image, cax=figure.add_axes(beside))
@@ -164,7 +164,7 @@ def relation_maps(key: str, item: Relations, class_names: Sequence[str], scales:
 
 
 def picture(path: Path, *, target_width: int, most_bytes: int) -> Picture | None:
-    """An image file, enlarged by whole factors or reduced towards `target_width`; None if unreadable."""
+    """Read an image file, enlarged by a whole factor or reduced towards `target_width`; None if unreadable."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
@@ -191,12 +191,12 @@ def _encode(image: Image.Image, kind: str) -> bytes:
 
 
 def _running_mean(steps: np.ndarray, values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Centred mean of `window` values, of those that are finite; at most 300 points."""
+    """Compute the centred mean of `window` values, over the finite ones; at most 300 points."""
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     index = np.unique(np.linspace(0, values.size - 1, 300).round().astype(int))
-    # at the start as far to the right as to the left, so that the first steep fall is not flattened
+    # at the start the window shrinks and stays symmetric, so that the first steep fall is not flattened
     reach = np.minimum(window // 2, index)
     first, last = index - reach, np.minimum(index + reach + 1, values.size)
     number_finite = counts[last] - counts[first]
@@ -205,7 +205,7 @@ def _running_mean(steps: np.ndarray, values: np.ndarray, window: int) -> tuple[n
 
 
 def _envelope(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The values, or of a long curve the lowest and highest of each of 250 stretches, so that spikes stay."""
+    """Return the values; of a long curve the lowest and highest of each of 250 stretches, so that spikes remain."""
     if values.size <= 500:
         return steps, values
     chosen: list[int] = []
@@ -226,7 +226,7 @@ def _log_axis(axes: Axes) -> None:
         marks = (1.0, 2.0, 5.0)
     else:
         marks = (1.0, 3.0) if decades < 4 else (1.0,)
-    if decades < 0.4:  # so narrow that evenly spaced places are the round ones
+    if decades < 0.4:  # so narrow that evenly spaced ticks are round numbers
         axes.yaxis.set_major_locator(MaxNLocator(5))
     else:
         axes.yaxis.set_major_locator(LogLocator(subs=marks, numticks=12))
@@ -236,7 +236,7 @@ def _log_axis(axes: Axes) -> None:
 
 
 def _mark_classes(axes: Axes, labels: np.ndarray, names: Sequence[str], color: str) -> None:
-    """Lines between the classes and their names along two sides, unless there are too many of them."""
+    """Draw lines between the classes, and their names along two sides, unless there are too many."""
     starts = np.concatenate([[0], np.flatnonzero(np.diff(labels)) + 1, [labels.size]])
     axes.set_xticks([])
     axes.set_yticks([])
@@ -265,10 +265,10 @@ def _short(class_names: Sequence[str], label: int) -> str:
 
 
 def _to_svg(figure: Figure, key: str, description: str) -> str:
-    """The figure as an <svg> element of an HTML page: without header or namespace, with unique ids."""
+    """Turn the figure into an <svg> element for an HTML page: no header, no namespace, ids that start with `key`."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        # text is drawn by the reader's browser, so glyphs that matplotlib's font lacks do not matter here
+        # the browser draws the text, so glyphs that matplotlib's font lacks do not matter
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Small pieces of HTML and numbers for people; everything that is not ours is escaped here."""
+"""Pieces of HTML, and numbers as text. Whatever comes from a run is escaped here."""
 
 import html
 import json
@@ -9,22 +9,22 @@ from sadm_fast.config import flatten
 
 
 def escape(value: object) -> str:
-    """Any value as text that is safe between tags and in quoted attributes."""
+    """Turn any value into text that is safe between tags and in quoted attributes."""
     return html.escape(str(value), quote=True)
 
 
 def missing(sentence: str) -> str:
-    """The sentence that stands where something is not there."""
+    """Mark a sentence as standing for something that is not there."""
     return f'<p class="missing">{escape(sentence)}</p>'
 
 
 def figure(content: str, caption: str) -> str:
-    """Both arguments are HTML."""
+    """Make a figure; content and caption are HTML."""
     return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
 
 
 def table(values: dict[str, Any]) -> str:
-    """One row a value; values are shown as JSON, strings without quotes."""
+    """Make a table, a row for each value; values are JSON, strings without quotes."""
     rows = []
     for key, value in values.items():
         text = plain(value)
@@ -34,17 +34,17 @@ def table(values: dict[str, Any]) -> str:
 
 
 def inline(values: dict[str, Any]) -> str:
-    """Nested values in one line of running text."""
+    """Write nested values as one line of text."""
     return ", ".join(f"{escape(key)} {escape(plain(value))}" for key, value in flatten(values).items())
 
 
 def plain(value: object) -> str:
-    """A JSON value as text, not escaped."""
+    """Turn a JSON value into text; not escaped."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def show(value: float | None, digits: int = 3) -> str:
-    """A number rounded for the eye, with every digit of the file in its `value`."""
+    """Round a number for reading; the tag's `value` keeps every digit."""
     if value is None or not math.isfinite(value):
         return "–"
     shown = f"{value:,.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"
@@ -52,7 +52,7 @@ def show(value: float | None, digits: int = 3) -> str:
 
 
 def change(first: float, last: float) -> str:
-    """How the last score compares with the first, in words: "3.2 times lower", "12% higher", "unchanged"."""
+    """Compare the last score with the first in words: "3.2 times lower", "12% higher", "unchanged"."""
     if first <= 0 or last <= 0:
         return f"{abs(last - first):.3g} {'lower' if last < first else 'higher'}"
     ratio = max(first, last) / min(first, last)
@@ -63,7 +63,7 @@ def change(first: float, last: float) -> str:
 
 
 def count(amount: float) -> str:
-    """A large number in words: "1.25 million"."""
+    """Write a large number in words: "1.25 million"."""
     for size, unit in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
         if amount >= size:
             return f"{amount / size:.3g}{unit}"
@@ -71,7 +71,7 @@ def count(amount: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as hours and minutes, minutes and seconds, or seconds."""
+    """Write seconds as "3 h 5 min", "6 min 40 s" or "12 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -14,9 +14,9 @@ METHOD = (
     "network, the structure encoder Ψ, turns every image into a vector of features. R(F) holds the "
     "relation, such as the distance, between any two real images of a batch; R(G) holds the same for what "
     "the denoiser made of their noised copies. The structure distance S is the mean difference of the two "
-    "matrices. The denoiser learns to restore images and to keep S small; the discriminator, which is Ψ "
-    "itself while it goes on learning, looks for features in which S is large. It never says “real” or "
-    "“fake”: it only compares relations."
+    "matrices. The denoiser learns to remove noise and to keep S small. The discriminator is Ψ itself, "
+    "which goes on learning: it looks for features in which S is large. It never says “real” or “fake”: it "
+    "only compares relations."
 )
 MODE: dict[str | None, str] = {
     "sadm": "This run played the whole game: Ψ learned against the denoiser.",
@@ -53,7 +53,8 @@ NO_GAME = {
     "structure": "The structure encoder is fixed in this mode: there is no discriminator loss to show.",
 }
 LOSS_DENOISE = (
-    "The denoiser's loss of restoring images, weighted by noise level. Faint: as logged; strong: running mean."
+    "The denoiser's error in estimating the clean image, weighted by noise level. Faint: as logged; strong: running "
+    "mean."
 )
 LOSS_QUARTILES = (
     "The denoising loss by the noise of the image, in four equal parts of the noise levels drawn. A part "
