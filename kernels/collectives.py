@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from sadm_kernels.gathering import Gathering, agreed_weight
-from sadm_kernels.samples import Samples, compute_dtype
+from sadm_kernels.samples import Samples, options_of
 
 
 def group_of(name: str) -> dist.ProcessGroup:
@@ -85,21 +85,20 @@ def agree(
     relation: str,
     penalty: str,
     normalize: str,
-    tau: float,
-    delta: float,
+    tau: Tensor | None,
+    delta: Tensor | None,
     group: str,
 ) -> Tensor:
-    """`agreed_weight` of the reference: [b] in the dtype of the sums, ones where no rank passed weights."""
-    options = {"relation": relation, "penalty": penalty, "normalize": normalize, "tau": tau, "delta": delta}
+    """`agreed_weight` of the reference: float64 [b], ones where no rank passed weights."""
+    options = options_of(relation, penalty, normalize, tau, delta)._asdict()
     batch = Samples(real, fake, weight, labels)
     found = agreed_weight(batch, queued, group_of(group), {**options, "impl": "reference"})
-    dtype = compute_dtype(real, fake)
-    return real.new_ones(len(real), dtype=dtype) if found is None else found.to(dtype, copy=True)
+    return real.new_ones(len(real), dtype=torch.float64) if found is None else found.to(torch.float64, copy=True)
 
 
 @agree.register_fake
 def _(real: Tensor, fake: Tensor, *_: Any) -> Tensor:
-    return real.new_empty(real.shape[:1], dtype=compute_dtype(real, fake))
+    return real.new_empty(real.shape[:1], dtype=torch.float64)
 
 
 def _save_dtype(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

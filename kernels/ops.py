@@ -21,7 +21,7 @@ from torch import Tensor
 from sadm_kernels import native, triton
 from sadm_kernels.collectives import group_of
 from sadm_kernels.gathering import Gathering, Shared, agreed_weight, send
-from sadm_kernels.samples import Options, Pairs, Samples, compute_dtype
+from sadm_kernels.samples import Options, Pairs, Samples, compute_dtype, options_of
 
 _BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton}
 _TINY = torch.finfo(torch.float64).tiny
@@ -129,14 +129,14 @@ def _structure_loss(
     relation: str,
     penalty: str,
     normalize: str,
-    tau: float,
-    delta: float,
+    tau: Tensor | None,
+    delta: Tensor | None,
     backend: str,
     need_real: bool,
     need_fake: bool,
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, options = Samples(real, fake, weight, labels), Options(relation, penalty, normalize, tau, delta)
+    batch, options = Samples(real, fake, weight, labels), options_of(relation, penalty, normalize, tau, delta)
     queue = None
     if queue_real is not None and queue_fake is not None:
         queue = Samples(queue_real, queue_fake, queue_weight, queue_labels)
@@ -159,8 +159,8 @@ def _(
     relation: str,
     penalty: str,
     normalize: str,
-    tau: float,
-    delta: float,
+    tau: Tensor | None,
+    delta: Tensor | None,
     backend: str,
     need_real: bool,
     need_fake: bool,
@@ -229,7 +229,7 @@ def structure_loss(
     if shared is None and (torch.compiler.is_compiling() or _traced(batch.real) or _traced(batch.fake)):
         past = (None,) * 4 if queue is None else queue
         name = "" if group is None else group.group_name
-        return _structure_loss(*batch, *past, *options, backend, *need, name)[0]
+        return _structure_loss(*batch, *past, *options.operands(), backend, *need, name)[0]
     if shared is None and group is not None:
         shared = _send(batch, options, queue, backend, group)
     loss: Tensor = _Eager.apply(*batch, options, queue, backend, need, shared)

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from sadm_kernels.collectives import agree, gather, sum_ranks
@@ -79,12 +78,17 @@ def _penalty(x: Tensor, penalty: str, delta: float) -> Tensor:
         return x.square()
     if penalty == "absolute":
         return x.abs()
-    return F.huber_loss(x, torch.zeros_like(x), reduction="none", delta=delta)
+    limit = x.new_ones(()) * delta  # a tensor, or torch.compile would compile again for each value
+    return torch.where(x.abs() <= limit, 0.5 * x.square(), limit * (x.abs() - 0.5 * limit))
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:
     """Relations in bf16 would lose their small differences; devices without autocast (meta) need nothing."""
-    if torch.amp.is_autocast_available(device_type):
+    if torch.compiler.is_compiling():  # torch 2.11 cannot trace is_autocast_available
+        available = device_type != "meta"
+    else:
+        available = torch.amp.is_autocast_available(device_type)
+    if available:
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -117,10 +121,10 @@ def structure_loss(
     dtype = compute_dtype(real, fake)
     if group is not None and shared is None:
         queued = 0 if queue is None else len(queue.real)
-        weight = agree(real, fake, weight, labels, queued, *options, group.group_name)
+        weight = agree(real, fake, weight, labels, queued, *options.operands(), group.group_name)
     with _no_autocast(real.device.type):
         f, g = real.to(dtype), fake.to(dtype)
-        w = torch.ones(len(f), dtype=dtype, device=f.device) if weight is None else weight.to(dtype)
+        w = torch.ones(len(f), dtype=dtype, device=f.device) if weight is None else weight
         labels = None if labels is None else labels.long()
         columns, first = Samples(f, g, w, labels), 0
         if group is not None:
@@ -129,11 +133,12 @@ def structure_loss(
         if queue is not None:
             columns = columns.followed_by(queue)
         assert columns.weight is not None
+        w = columns.weight.to(dtype)
         # A queue's pairs count both ways, (i, k) and (k, i), and only one of them is here.
-        ways = torch.ones_like(columns.weight)
+        ways = torch.ones_like(w)
         ways[now:] = 2.0
 
-        pair_weight = w[:, None] * (ways * columns.weight)[None, :]
+        pair_weight = w[first : first + len(f), None] * (ways * w)[None, :]
         if labels is not None and columns.labels is not None:
             pair_weight = pair_weight * (labels[:, None] == columns.labels[None, :])
         own = torch.arange(len(f), device=f.device)
@@ -159,5 +164,5 @@ def _of_all_ranks(own: Samples, group: dist.ProcessGroup, shared: Shared | None)
     else:
         real, weight, labels = shared.wait()
         real = gather(own.real, name) if own.real.requires_grad else real.to(own.real.dtype)
-        weight = torch.ones_like(real[:, 0]) if weight is None else weight.to(real.dtype)
+        weight = real.new_ones(len(real)) if weight is None else weight
     return Samples(real, gather(own.fake, name), weight, labels)

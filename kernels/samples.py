@@ -49,10 +49,11 @@ class Samples(NamedTuple):
         """These samples and behind them a queue's, converted to their dtypes."""
         weight, labels = self.weight, self.labels
         if weight is not None or queue.weight is not None:
-            now = self.real.new_ones(len(self.real)) if weight is None else weight
-            past = self.real.new_ones(len(queue.real)) if queue.weight is None else queue.weight
-            dtype = compute_dtype(self.real, self.fake)
-            weight = torch.cat([now.to(dtype), past.to(dtype)])
+            now, past = (
+                x.real.new_ones(len(x.real), dtype=torch.float32) if x.weight is None else x.weight
+                for x in (self, queue)
+            )
+            weight = torch.cat([now, past])  # in the wider of both dtypes
         if labels is not None and queue.labels is not None:
             labels = torch.cat([labels.long(), queue.labels.long()])
         real = torch.cat([self.real, queue.real.to(self.real.dtype)])
@@ -76,6 +77,21 @@ class Options(NamedTuple):
     def unit(self) -> bool:
         """Whether rows are scaled to length 1 first."""
         return self.normalize == "unit" or self.relation == "cosine"
+
+    def operands(self) -> tuple[str, str, str, Tensor | None, Tensor | None]:
+        """The options as an operator takes them: tau and delta as 0-d float64 tensors, None where they are not used.
+
+        torch.compile compiles again for each value of an operator's float, and gives up after a few.
+        """
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        tau = one * self.tau if self.relation == "gaussian" else None
+        delta = one * self.delta if self.penalty == "huber" else None
+        return self.relation, self.penalty, self.normalize, tau, delta
+
+
+def options_of(relation: str, penalty: str, normalize: str, tau: Tensor | None, delta: Tensor | None) -> Options:
+    """The options from `Options.operands`."""
+    return Options(relation, penalty, normalize, *(1.0 if x is None else float(x) for x in (tau, delta)))
 
 
 class Pairs(NamedTuple):

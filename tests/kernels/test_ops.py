@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sadm_kernels import StructureLoss, backends, native, structure_loss
+from sadm_kernels import Queue, StructureLoss, backends, native, relation_matrix, structure_loss
 from sadm_kernels.ops import _structure_loss
 
 pytestmark = pytest.mark.skipif(backends()["native"] != "ok", reason=backends()["native"])
@@ -27,9 +28,9 @@ WEIGHT, LABELS = torch.linspace(0, 1, 20), torch.arange(20) % 3
 @pytest.mark.parametrize(("need_real", "need_fake"), list(itertools.product([False, True], repeat=2)))
 def test_the_operator_passes_opcheck(dtype: torch.dtype, need_real: bool, need_fake: bool) -> None:
     real, fake = features(dtype=dtype)
-    options: list[Any] = [None, None, "euclidean", "squared", "unit", 1.0, 1.0]
+    options: list[Any] = [None, None, "euclidean", "squared", "unit", None, None]
     if need_real:
-        options = [WEIGHT, LABELS, "gaussian", "huber", "mean", 0.8, 0.2]
+        options = [WEIGHT, LABELS, "gaussian", "huber", "mean", torch.tensor(0.8), torch.tensor(0.2)]
     options[2:2] = NO_QUEUE
     arguments = (real.requires_grad_(need_real), fake.requires_grad_(need_fake), *options)
     result = torch.library.opcheck(_structure_loss, (*arguments, "native", need_real, need_fake))
@@ -46,17 +47,53 @@ class Player(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"relation": "gaussian", "penalty": "huber", "normalize": "mean"}])
-def test_a_module_with_it_compiles_without_a_graph_break(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "backend"),
+    [({}, "inductor"), ({"relation": "gaussian", "penalty": "huber", "normalize": "mean"}, "aot_eager")],
+)
+def test_a_module_with_it_compiles_without_a_graph_break(options: dict[str, Any], backend: str) -> None:
     torch.manual_seed(0)
     module = Player(**options)
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     for size, extra in ((20, {}), (20, {"weight": WEIGHT, "labels": LABELS}), (12, {})):
         real, fake = features(size)
         expected, found = module(real, fake, **extra), compiled(real, fake, **extra)
         torch.testing.assert_close(found, expected)
         gradients = [torch.autograd.grad(loss, list(module.parameters())) for loss in (expected, found)]
         torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_tau_and_delta_change_without_a_graph_break_or_another_compilation(impl: str, dynamic: bool | None) -> None:
+    """torch.compile makes a symbol of a number that changes, and with dynamic=True of every number."""
+    real, fake = features()
+    fake.requires_grad_(True)
+    module = StructureLoss(relation="gaussian", penalty="huber", impl=impl)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counter)
+    for step in range(4):
+        module.tau, module.delta = 1.0 - step / 10, 0.1 + step / 100
+        losses = module(real, fake), compiled(real, fake)
+        torch.testing.assert_close(losses[1], losses[0])
+        torch.testing.assert_close(*(torch.autograd.grad(loss, fake) for loss in losses))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_the_default_device_of_torch_changes_nothing(impl: str) -> None:
+    """The C++ library once wrote through pointers of that device."""
+    real, fake = features()
+    queue = Queue(*features(30), None, torch.arange(30) % 3)
+    given: dict[str, Any] = {"weight": WEIGHT, "labels": LABELS, "queue": queue, "normalize": "mean", "impl": impl}
+    results = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            f, g = real.clone().requires_grad_(True), fake.bfloat16().requires_grad_(True)
+            loss = structure_loss(f, g, **given)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (f, g)), relation_matrix(real)))
+    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
 
 
 def test_fake_tensors_go_through_without_memory_behind_them() -> None:
@@ -98,7 +135,7 @@ def test_a_second_derivative_is_refused_and_never_left_out(compiled: bool) -> No
     real, fake = features()
     fake.requires_grad_(True)
     if compiled:  # the operator, which compiled code calls
-        options = ("euclidean", "squared", "unit", 1.0, 1.0, "native", False, True)
+        options = ("euclidean", "squared", "unit", None, None, "native", False, True)
         loss = _structure_loss(real, fake, None, None, *NO_QUEUE, *options)[0]
     else:
         loss = structure_loss(real, fake, impl="native")

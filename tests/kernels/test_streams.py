@@ -44,6 +44,13 @@ def test_the_number_of_threads_changes_nothing() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_the_default_device_of_torch_changes_nothing() -> None:
+    ids = torch.arange(5)
+    with torch.device("meta"):
+        found = philox_uniform(3, 1, ids, 7)
+    assert torch.equal(found, philox_uniform(3, 1, ids, 7))
+
+
 def test_normal_numbers_are_the_same_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.arange(5) * 10**12
     with_library = counters.normal(11, Purpose.NOISE, ids, (3, 5, 7))

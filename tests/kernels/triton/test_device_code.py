@@ -186,7 +186,16 @@ def test_through_the_operator(place, relation, compiled) -> None:
     rest: dict[str, Any] = {"weight": some_weight(place.size, place.device), "labels": None}
     if compiled:
         no_queue = (None,) * 4
-        arguments = (*rest.values(), *no_queue, *options.values(), TAU, DELTA, "triton", True, True)
+        arguments = (
+            *rest.values(),
+            *no_queue,
+            *options.values(),
+            torch.tensor(TAU),
+            torch.tensor(DELTA),
+            "triton",
+            True,
+            True,
+        )
         loss = torch.ops.sadm_kernels.structure_loss(real, fake, *arguments)[0]
     else:
         loss = through_ops(real, fake, **rest, **options)
