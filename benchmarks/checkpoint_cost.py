@@ -50,6 +50,7 @@ def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) ->
     from sadm_fast.ema import EMA
     from sadm_fast.engine.masters import local_masters, trainable_shapes
     from sadm_fast.run.checkpoint_writer import CheckpointWriter
+    from sadm_fast.run.state import TrainState
 
     config = game_config(
         micro_batch=2, denoiser={**DENOISER, "num_classes": CLASSES}, zero_optimization={"stage": stage}
@@ -72,14 +73,15 @@ def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) ->
 
     step()
     found: dict[str, list[float]] = {"step": [], "blocked": [], "writing": [], "cost": [], "interval": []}
-    for number in range(1, saves + 1):
+    for _ in range(saves):
         before = [step() for _ in range(8)]
         usual = measure.spread(before)[1]
         start = time.perf_counter()
-        writer.save(number, {})
+        state = TrainState(step=ema.updates, ema_updates=ema.updates)
+        writer.save(state)
         blocked = time.perf_counter() - start
         during = []
-        while not (folder / f"step-{number:06d}" / "COMPLETE").exists():
+        while not (folder / f"step-{state.step:06d}" / "COMPLETE").exists():
             during.append(step())
         cost = blocked + sum(during) - len(during) * usual
         found["step"] += before

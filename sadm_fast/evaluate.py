@@ -37,13 +37,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from sadm_fast.generation import load_trained
     from sadm_fast.metrics.run_evaluation import RunEvaluation
     from sadm_fast.pretrain import prepare_judge
+    from sadm_fast.ranks import environment
     from sadm_fast.ranks.collectives import first_on_rank_zero
     from sadm_fast.ranks.launch import distributed, own_device
     from sadm_fast.run.folder import RunFolder
 
     changes = {"samples": arguments.samples, "steps": arguments.steps}
     # Checked before the ranks meet.
-    trained = load_trained(arguments.run, own_device())
+    trained = load_trained(arguments.run, own_device(), Console(environment.rank()).say)
     evaluate = trained.config.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
     config = trained.config.model_copy(update={"evaluate": evaluate})
     if config.latents is not None:

@@ -1,6 +1,7 @@
 """A finished (or stopped) run, for use: its configuration, classes and averaged denoiser."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.run import checkpoint
 from sadm_fast.run.folder import RunFolder
+from sadm_fast.run.manifest import EMA_FILE
 
 
 class Trained(NamedTuple):
@@ -46,8 +48,8 @@ class Trained(NamedTuple):
         return loaded
 
 
-def load_trained(run: Path, device: torch.device) -> Trained:
-    """The averaged weights of a run's newest whole checkpoint.
+def load_trained(run: Path, device: torch.device, say: Callable[[str], None]) -> Trained:
+    """The averaged weights of a run's newest whole checkpoint; damaged ones are named by `say`.
 
     Raises:
         UserError: the folder holds no run, or no checkpoint that is whole.
@@ -60,23 +62,21 @@ def load_trained(run: Path, device: torch.device) -> Trained:
         empty = set(facts.get("empty_classes", ()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run}: holds no run that can be read ({error})") from None
-    for found in reversed(checkpoint.completed(folder.checkpoints)):
-        if checkpoint.damage(found) is None:
-            break
-    else:
+    found = next(checkpoint.whole(folder.checkpoints, say), None)
+    if found is None:
         raise UserError(f"{run}: has no whole checkpoint yet; train first")
     with Undrawn():
         model = build_denoiser(config, config.denoiser.num_classes or len(classes))
     model = model.to(device).eval().requires_grad_(False)
-    space = json.loads((found / checkpoint.MANIFEST).read_text()).get("latent_space")
+    space = found.manifest.latent_space
     try:
-        load_weights(model, load_file(found / "ema.safetensors"))
-        if config.latents is not None and not isinstance(space, dict):
+        load_weights(model, load_file(found.folder / EMA_FILE))
+        if config.latents is not None and space is None:
             raise RuntimeError("it does not say which autoencoder it was trained with")
     except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{found}: does not fit the run's config.json ({error})") from None
+        raise UserError(f"{found.folder}: does not fit the run's config.json ({error})") from None
     filled = [label for label in range(len(classes)) if label not in empty]
-    return Trained(config, classes, filled, model, checkpoint.step_of(found), space, found)
+    return Trained(config, classes, filled, model, found.manifest.step, space, found.folder)
 
 
 _DECODED_AT_ONCE = 8  # latents: a decoder takes some hundred times the memory of its image

@@ -59,7 +59,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     from sadm_fast.ranks.launch import own_device
 
     device = own_device()
-    trained = load_trained(arguments.run, device)
+    console = Console()
+    trained = load_trained(arguments.run, device, console.complain)
     there = [trained.classes[label] for label in trained.filled]
     names = list(arguments.classes or there)
     unknown = [name for name in names if name not in there]
@@ -80,7 +81,6 @@ def _sample(arguments: argparse.Namespace) -> int:
 
     autoencoder = trained.autoencoder(device, arguments.autoencoder)
     labels = torch.tensor([trained.classes.index(name) for name in names], device=device)
-    console = Console()
     with console.bar("sampling", count) as bar:
         for first in range(0, count, arguments.batch):
             ids = torch.arange(first, min(first + arguments.batch, count), device=device)

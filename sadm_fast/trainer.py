@@ -5,7 +5,6 @@ What an iteration computes is in game.py; how the two engines step is in engine/
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from sadm_fast.run import checkpoint
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.log import Interval, TrainingLog, peak_memory
+from sadm_fast.run.state import TrainState
 
 # So many skipped iterations in a row are not bad luck.
 _SKIPS_IN_A_ROW = 10
@@ -62,30 +62,29 @@ class Trainer:
         self.null_class, self.device, self.console = null_class, device, console
         self.rank, self.world_size = rank_and_world_size()
         self.samples_per_step = samples_per_step(config, self.world_size)
-        self.step = 0
-        self.samples_seen = 0  # global: the position in the data, whatever the number of ranks
-        self.skipped_steps = 0
+        self.state = TrainState()
         self._saved_step = 0  # nothing is worth saving before the first step
         self._skipped_in_a_row = 0
         self._noted = 0  # of the loader's broken images
-        self._seconds_before = 0.0
         self._started = time.perf_counter()
 
-    def resume(self, found: Path) -> None:
+    def resume(self, found: checkpoint.Found) -> None:
         """Continue from a whole checkpoint. Collective."""
-        with self._watched(f"loading {found}"):
-            averages, state = checkpoint.load(found, self.players.engines, self.players.queue)
-        self.ema.load(averages, state["ema_updates"])
-        self.step, self.samples_seen = state["step"], state["samples_seen"]
-        self.skipped_steps = state["skipped_steps"]
-        self._seconds_before = state["seconds"]
+        with self._watched(f"loading {found.folder}"):
+            averages, self.state = checkpoint.load(found, self.players.engines, self.players.queue)
+        self.ema.load(averages, self.state.ema_updates)
         self._saved_step = self.step
         self.console.say(f"Continuing {self.folder.path} at step {self.step}")
 
     @property
+    def step(self) -> int:
+        """Iterations so far, taken or skipped."""
+        return self.state.step
+
+    @property
     def seconds(self) -> float:
         """Time in the loop, over all the stops of this run."""
-        return self._seconds_before + time.perf_counter() - self._started
+        return self.state.seconds + time.perf_counter() - self._started
 
     def run(self, request: StopRequest) -> bool:
         """Train to the last step; True when it is reached, False when asked to stop before."""
@@ -94,7 +93,7 @@ class Trainer:
         log = TrainingLog(self.folder, self.rank, self.step)
         loader = self._loader()
         self._started = time.perf_counter()
-        first, skipped_before = self.step, self.skipped_steps
+        first, taken_before = self.step, self.state.ema_updates
         interval, stop = Interval(self.device), False
         try:
             with (
@@ -133,8 +132,8 @@ class Trainer:
                 write_report(self.folder.path)
             barrier()  # the launcher ends the others as soon as one has ended with 75
         finished = self.step >= train.steps
-        taken = self.step - first - (self.skipped_steps - skipped_before)
-        if finished and (self.step == self.skipped_steps or (self.step > first and not taken)):
+        taken = self.state.ema_updates
+        if finished and (not taken or (self.step > first and taken == taken_before)):
             raise UserError(
                 f"{self.folder.path}: every step was skipped, because its loss or gradient was not finite: nothing was"
                 " trained; look at the data (encode.py --check) or lower the learning rate, and start with another"
@@ -152,7 +151,7 @@ class Trainer:
             grad_accumulation=self.config.train.grad_accumulation,
             rank=self.rank,
             world_size=self.world_size,
-            first_sample=self.samples_seen,
+            first_sample=self.state.samples_seen,
         )
         return make_loader(self.source, plan, loader_spec(self.config), self.device)
 
@@ -182,26 +181,24 @@ class Trainer:
         try:
             outcome = self.players.iteration(batches, self.step)
         except NotFinite:
-            self._skip()
+            self.state.advance(self.samples_per_step, taken=False)
+            self._skipped()
         else:
             self.ema.update()
+            self.state.advance(self.samples_per_step, taken=True)
             self._skipped_in_a_row = 0
             interval.add(outcome)
-        self.step += 1
-        self.samples_seen += self.samples_per_step
         interval.step_done()
 
-    def _skip(self) -> None:
-        step = self.step + 1
-        self.skipped_steps += 1
+    def _skipped(self) -> None:
         self._skipped_in_a_row += 1
-        self.console.say(f"step {step}: a loss or gradient is not finite; both players skip it")
+        self.console.say(f"step {self.step}: a loss or gradient is not finite; both players skip it")
         if self._skipped_in_a_row >= _SKIPS_IN_A_ROW:
             self.writer.finish()
             whole = checkpoint.completed(self.folder.checkpoints)
             last = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
             raise UserError(
-                f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not"
+                f"{self._skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or gradient that is not"
                 f" finite; {last}; lower the learning rate"
             )
 
@@ -217,7 +214,7 @@ class Trainer:
         discriminator = self.players.discriminator if self.players.playing(self.step - 1) else None
         return {
             "step": self.step,
-            "samples_seen": self.samples_seen,
+            "samples_seen": self.state.samples_seen,
             **means,
             "grad_norm_denoiser": gradient_norm(self.players.denoiser),
             "grad_norm_discriminator": None if discriminator is None else gradient_norm(discriminator),
@@ -226,21 +223,15 @@ class Trainer:
             if discriminator is None
             else learning_rate(self.config.discriminator_optimizer, self.step - 1, self.config.train.steps),
             "memory_bytes": peak_memory(self.device),
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": self.state.skipped_steps,
             "wall_s": self.seconds,
         }
 
     def _save(self) -> None:
         if self.step == self._saved_step:
             return
-        state = {
-            "step": self.step,
-            "samples_seen": self.samples_seen,
-            "skipped_steps": self.skipped_steps,
-            "ema_updates": self.ema.updates,
-            "seconds": self.seconds,
-        }
-        self.writer.save(self.step, state)
+        self.state.seconds, self._started = self.seconds, time.perf_counter()
+        self.writer.save(self.state)
         self._saved_step = self.step
 
 

@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 
 from sadm_fast import cli, train
 from sadm_fast.config import load_config
-from sadm_fast.run.checkpoint import FORMAT
+from sadm_fast.run.checkpoint import sha256
 from sadm_fast.run.folder import RunFolder
+from sadm_fast.run.manifest import FORMAT
+from sadm_fast.run.state import TrainState
 from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, tree
 from tests.support.ranks import ROOT, clean_environment
 
@@ -357,7 +359,13 @@ def checkpoint_of(manifest: dict[str, Any]) -> Spoil:
         RunFolder(run).claim(load_config(config))
         folder = run / "checkpoints" / "step-000003"
         folder.mkdir()
-        (folder / "COMPLETE").write_text(json.dumps({"format": FORMAT, "step": 3, "files": {}, **manifest}))
+        save_file({}, folder / "ema.safetensors")
+        whole = {
+            "format": FORMAT, "step": 3, "world_size": 1, "optimizer_steps": {},
+            "state": TrainState(step=3, ema_updates=3).to_json(),
+            "files": {"ema.safetensors": sha256(folder / "ema.safetensors")},
+        }  # fmt: skip
+        (folder / "COMPLETE").write_text(json.dumps(whole | manifest))
         return []
 
     return spoil

@@ -16,6 +16,7 @@ from sadm_fast.engine.players import NotFinite
 from sadm_fast.errors import UserError
 from sadm_fast.ranks.stopping import StopRequest
 from sadm_fast.run.folder import RunFolder
+from sadm_fast.run.state import TrainState
 from sadm_fast.trainer import Trainer
 
 
@@ -59,7 +60,7 @@ def test_a_run_in_which_every_step_was_skipped_is_an_error(trainer: Trainer) -> 
 
 
 def test_a_continued_run_that_only_skipped_is_an_error(trainer: Trainer) -> None:
-    trainer.step = 1
+    trainer.state = TrainState(step=1, ema_updates=1)
     iterations(trainer, *[NotFinite()] * 2)
     with pytest.raises(UserError, match="nothing was trained"):
         trainer.run(StopRequest())
@@ -69,4 +70,4 @@ def test_a_run_with_one_step_that_counted_is_none(trainer: Trainer, monkeypatch:
     monkeypatch.setattr("sadm_fast.trainer.Interval", MagicMock())
     iterations(trainer, NotFinite(), MagicMock(), NotFinite())
     assert trainer.run(StopRequest())
-    assert (trainer.step, trainer.skipped_steps) == (3, 2)
+    assert (trainer.step, trainer.state.skipped_steps) == (3, 2)

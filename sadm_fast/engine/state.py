@@ -1,17 +1,14 @@
-"""What an engine has learned, in pieces of named parameters that any number of ranks at any ZeRO stage can take up.
+"""The learned state of an engine in pieces, which any number of ranks at any ZeRO stage can write and take up.
 
-Each rank owns some pieces of the fp32 masters (sadm_fast.masters) and of AdamW's two moments; where a piece belongs is
-said by its parameter's name and its offset in it. Nothing else of DeepSpeed's state matters between two steps: the
-low-precision weights are the masters rounded, and counters and learning rates come from the step number.
+A rank owns pieces of the fp32 masters (engine/masters.py) and of AdamW's two moments; a piece is named by its parameter
+and its offset in the flattened parameter. Nothing else in DeepSpeed's state matters between two steps: the
+low-precision weights are the masters, rounded, and learning rates follow from the step number.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sadm_fast.engine.masters import local_masters, refresh_weights, refresh_whole_copies
@@ -20,32 +17,46 @@ MASTER, BUFFER = "master", "buffer"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def pieces(engine: Any) -> dict[str, Tensor]:
-    """This rank's pieces, by key: views of the optimizer's memory, float32 [n]; buffers as they are, on rank 0 only.
+class Piece(NamedTuple):
+    """A range of a parameter's master or moment, or a whole buffer."""
 
-    Call between steps. Before the first step there are no moments yet. Without ZeRO every rank owns everything, and
-    rank 0 speaks for all.
+    kind: str  # MASTER, one of MOMENTS, or BUFFER
+    name: str  # of the parameter or buffer
+    start: int  # offset in the flattened parameter
+    value: Tensor  # float32 [n], a view of the optimizer's memory; a buffer as it is
+
+
+class Reader(Protocol):
+    """Reads elements start .. start + count of what was saved of a piece, [count]; KeyError if some are absent."""
+
+    def __call__(self, kind: str, name: str, start: int, count: int) -> Tensor: ...
+
+
+def pieces(engine: Any) -> Iterator[Piece]:
+    """The pieces this rank owns; rank 0 has the buffers too. Call between steps.
+
+    There are no moments before the first step. Without ZeRO every rank owns everything, and only rank 0 yields it.
     """
-    found: dict[str, Tensor] = {}
     if engine.zero_optimization_stage() == 0 and engine.global_rank != 0:
-        return found
+        return
     owners = _Owners(engine)
     for name, start, value in local_masters(engine):
-        found[key(MASTER, start, name)] = value
-        for moment, piece in owners.moments(value).items():
-            found[key(moment, start, name)] = piece
+        yield Piece(MASTER, name, start, value)
+        for moment, part in owners.moments(value).items():
+            yield Piece(moment, name, start, part)
     if engine.global_rank == 0:
-        found |= {key(BUFFER, 0, name): buffer for name, buffer in engine.module.named_buffers() if buffer.numel()}
-    return found
+        for name, buffer in engine.module.named_buffers():
+            if buffer.numel():
+                yield Piece(BUFFER, name, 0, buffer)
 
 
 def steps_taken(engine: Any) -> int:
-    """Optimizer steps that were applied: AdamW's bias correction counts them."""
+    """The number of optimizer steps applied, which AdamW's bias correction uses."""
     return _Owners(engine).steps_taken()
 
 
 @torch.no_grad()
-def restore(engine: Any, saved: "SavedPieces", steps: int) -> None:
+def restore(engine: Any, read: Reader, steps: int) -> None:
     """Bring an engine, fresh or used, to the saved state after `steps` applied steps. Collective.
 
     Raises:
@@ -54,22 +65,17 @@ def restore(engine: Any, saved: "SavedPieces", steps: int) -> None:
     owners = _Owners(engine)
     owners.allocate_moments(steps)
     for name, start, value in local_masters(engine):
-        value.copy_(saved.read(MASTER, name, start, value.numel()))
-        for moment, piece in owners.moments(value).items():
-            piece.copy_(saved.read(moment, name, start, value.numel()))
-    refresh_weights(engine, lambda name, size: saved.read(MASTER, name, 0, size))
+        value.copy_(read(MASTER, name, start, value.numel()))
+        for moment, part in owners.moments(value).items():
+            part.copy_(read(moment, name, start, value.numel()))
+    refresh_weights(engine, lambda name, size: read(MASTER, name, 0, size))
     for name, buffer in engine.module.named_buffers():
         if buffer.numel():
-            buffer.copy_(saved.read(BUFFER, name, 0, buffer.numel()).view(buffer.shape))
-
-
-def key(kind: str, start: int, name: str) -> str:
-    """A piece's name in a file: what it is, where it begins in the flattened parameter, and the parameter."""
-    return f"{kind}/{start}/{name}"
+            buffer.copy_(read(BUFFER, name, 0, buffer.numel()).view(buffer.shape))
 
 
 class _Owners:
-    """The tensors that the optimizer itself works on, of which fragments are parts, and their state."""
+    """The tensors that the optimizer steps, with their state; fragments of the masters are parts of them."""
 
     def __init__(self, engine: Any) -> None:
         optimizer = engine.optimizer
@@ -81,7 +87,7 @@ class _Owners:
         self._by_storage = {tensor.untyped_storage().data_ptr(): tensor for tensor in self._tensors}
 
     def moments(self, fragment: Tensor) -> dict[str, Tensor]:
-        """The moments beside a fragment of the masters: views, none before the first step."""
+        """Views of the moments [n] that belong to a fragment [n] of the masters; none before the first step."""
         owner = self._by_storage[fragment.untyped_storage().data_ptr()]
         state = self._inner.state.get(owner, {})
         first = fragment.storage_offset() - owner.storage_offset()
@@ -98,7 +104,7 @@ class _Owners:
         return self._inner.state.get(owner, {})
 
     def all_tensors(self, engine: Any) -> list[Tensor]:
-        """Everything a step writes to, but for counters and stage 3's whole copies."""
+        """All tensors that a step changes, except counters and stage 3's whole copies of weights."""
         states = [self._state(owner) for owner in self._tensors]
         moments = [state[name] for state in states for name in MOMENTS if name in state]
         weights = [getattr(p, "ds_tensor", p) for p in engine.module.parameters() if p.requires_grad]
@@ -106,7 +112,7 @@ class _Owners:
         return [*weights, *masters, *moments, *(b for b in engine.module.buffers() if b.numel())]
 
     def set_steps_taken(self, steps: int) -> None:
-        """Put the optimizer's counters back; before the first step it has none, nor moments."""
+        """Set the optimizer's step counters; 0 removes its state, as before the first step."""
         if steps == 0:
             self._inner.state.clear()
         for owner in self._tensors:
@@ -117,7 +123,7 @@ class _Owners:
                 group["step"] = steps
 
     def allocate_moments(self, steps: int) -> None:
-        """As after `steps` steps, with moments of zero; for 0 as never used."""
+        """Give the optimizer the state of `steps` applied steps, with zero moments; 0 removes its state."""
         self._inner.state.clear()
         if steps == 0:
             return
@@ -132,9 +138,9 @@ class _Owners:
 
 
 class Snapshot:
-    """One engine as it was at `take`, in memory, so that steps after it can be taken back to the last bit.
+    """A copy in memory of an engine's state, to undo later steps bit for bit.
 
-    Costs this rank's share of masters and moments and one set of weights.
+    It takes as much memory as this rank's masters and moments and one set of weights.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -145,7 +151,7 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Remember the engine's state; call between steps."""
+        """Copy the engine's state; call between steps."""
         tensors = self._owners.all_tensors(self._engine)
         self._steps = self._owners.steps_taken()
         if len(tensors) != len(self._kept) or any(a is not b for a, (b, _) in zip(tensors, self._kept, strict=True)):
@@ -155,56 +161,8 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring the engine back to what was taken. Collective."""
+        """Bring the engine back to the copy. Collective."""
         for tensor, copy in self._kept:
             tensor.copy_(copy, non_blocking=True)
         self._owners.set_steps_taken(self._steps)
         refresh_whole_copies(self._engine)
-
-
-class SavedPieces:
-    """Pieces in safetensors files, whoever wrote them, read as ranges of parameters; use as a context manager."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._files = list(files)
-        self._open = ExitStack()
-        self._places: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-
-    def __enter__(self) -> Self:
-        for path in self._files:
-            file = self._open.enter_context(safe_open(path, framework="pt"))
-            names: list[str] = list(file.keys())  # the file itself is no mapping
-            for name in names:
-                kind, start, parameter = name.split("/", 2)
-                size = 1
-                for dimension in file.get_slice(name).get_shape():
-                    size *= dimension
-                self._places.setdefault((kind, parameter), []).append((int(start), size, file, name))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
-        """Elements start .. start + count of a flattened parameter: a tensor [count] of its own.
-
-        Raises:
-            KeyError: some of them were not saved.
-        """
-        result: Tensor | None = None
-        covered = 0
-        for first, size, file, stored in self._places.get((kind, name), ()):
-            low, high = max(first, start), min(first + size, start + count)
-            if low >= high:
-                continue
-            piece = file.get_slice(stored)
-            piece = piece[low - first : high - first] if len(piece.get_shape()) == 1 else piece[:].flatten()
-            if len(piece) == count:
-                return piece
-            if result is None:
-                result = torch.empty(count, dtype=piece.dtype)
-            result[low - start : high - start] = piece
-            covered += high - low
-        if result is None or covered != count:
-            raise KeyError(f"{kind} of {name}: {covered} of {count} values from {start} on are there")
-        return result

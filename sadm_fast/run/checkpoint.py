@@ -1,106 +1,140 @@
-"""Checkpoints that are whole or do not exist.
+"""Checkpoints: whole, or not there.
 
-    checkpoints/step-000500/denoiser/rank-0.safetensors ...        what each player has learned (engine/state.py)
+    checkpoints/step-000500/denoiser/rank-0.safetensors ...        what each player has learned (run/pieces.py)
     checkpoints/step-000500/discriminator/rank-0.safetensors ...
     checkpoints/step-000500/ema.safetensors                        the averaged denoiser, whole
     checkpoints/step-000500/queue.safetensors                      the feature queue, whole, where there is one
-    checkpoints/step-000500/COMPLETE                               JSON: counters, identity, the hash of every file
+    checkpoints/step-000500/COMPLETE                               counters, identity, hashes (run/manifest.py)
 
-A folder without COMPLETE does not exist for the loader; one whose hashes do not match is named and passed over for the
-one before. Everything is safetensors and JSON: loading runs no code. How many ranks wrote it, and at which ZeRO stage,
-does not matter to those that read it. checkpoint_writer.py writes them.
+A folder without COMPLETE does not exist for the loader. One that does not fit its COMPLETE is named, and the one before
+is used. Everything is safetensors and JSON: loading runs no code. Any number of ranks at any ZeRO stage can load what
+any other wrote. checkpoint_writer.py writes them.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sadm_fast.engine.feature_queue import FeatureQueue
-from sadm_fast.engine.state import SavedPieces, restore
+from sadm_fast.engine.state import restore
 from sadm_fast.errors import UserError, sign_of_a_lost_rank
 from sadm_fast.ranks.collectives import max_over_ranks, rank_and_world_size
+from sadm_fast.run.manifest import EMA_FILE, FORMAT, MANIFEST, QUEUE_FILE, Damaged, Manifest, OtherFormat, folder_name
+from sadm_fast.run.pieces import SavedPieces
+from sadm_fast.run.state import TrainState
 
-MANIFEST = "COMPLETE"
-QUEUE = "queue"
-FORMAT = 2
+_READERS = 4  # threads that hash a checkpoint: one reads less than disks deliver
+_STRANGERS_NAMED = 3
 
-_READERS = 4  # a checkpoint is hashed by so many threads: one reads less than disks deliver
+
+class Found(NamedTuple):
+    """A checkpoint whose files are those of its manifest."""
+
+    folder: Path
+    manifest: Manifest
 
 
 def sha256(path: Path) -> str:
-    """Of a file's contents, hex."""
+    """The hash of a file's contents, hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
-    return checkpoints / f"step-{step:06d}"
+    return checkpoints / folder_name(step)
 
 
-def step_of(folder: Path) -> int:
-    """The step in the name of a checkpoint folder."""
-    return int(folder.name.removeprefix("step-"))
+def step_of(folder: Path) -> int | None:
+    """The step in the name of a checkpoint folder; None if it is not such a name."""
+    match = re.fullmatch(r"step-([0-9]{6,18})", folder.name)
+    return int(match[1]) if match and folder_name(int(match[1])) == folder.name else None
 
 
 def completed(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders that were written to the end, oldest first."""
-    folders = [path.parent for path in checkpoints.glob(f"step-*/{MANIFEST}") if path.parent.suffix != ".tmp"]
-    return sorted(folders, key=step_of)
+    """Checkpoint folders that were written to the end, oldest first; other names are somebody else's."""
+    steps = {
+        step: path.parent for path in checkpoints.glob(f"*/{MANIFEST}") if (step := step_of(path.parent)) is not None
+    }
+    return [steps[step] for step in sorted(steps)]
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name in files:
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-        with ThreadPoolExecutor(_READERS) as pool:
-            for name, found in zip(files, pool.map(lambda name: sha256(folder / name), files), strict=True):
-                if found != files[name]:
-                    return f"{name} does not match its hash"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    return None
-
-
-def find(checkpoints: Path, identity: Mapping[str, Any], say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole, or None; damaged ones are named through `say`.
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, all of whose files are there and as they were written.
 
     Raises:
-        UserError: it was written by another format, or by a run that is not the one of `identity`.
+        Damaged, OtherFormat: they are not.
+    """
+    manifest = Manifest.read(folder)
+    try:
+        for name in manifest.files:
+            if not (folder / name).is_file():
+                raise Damaged(f"{name} is missing")
+        with ThreadPoolExecutor(_READERS) as pool:
+            hashes = pool.map(lambda name: sha256(folder / name), manifest.files)
+            for (name, expected), found in zip(manifest.files.items(), hashes, strict=True):
+                if found != expected:
+                    raise Damaged(f"{name} does not match its hash")
+    except OSError as error:
+        raise Damaged(f"cannot be read ({error})") from None
+    return manifest
+
+
+def whole(checkpoints: Path, say: Callable[[str], None]) -> Iterator[Found]:
+    """Whole checkpoints, newest first; damaged ones, and files in a folder that are not its own, are named by `say`.
+
+    Raises:
+        UserError: one is of another format.
     """
     for folder in reversed(completed(checkpoints)):
-        problem = damage(folder)
-        if problem is not None:
-            say(f"checkpoint {folder}: damaged ({problem}); trying the one before")
+        try:
+            manifest = read(folder)
+        except Damaged as damage:
+            say(f"checkpoint {folder}: damaged ({damage}); trying the one before")
             continue
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest.get("format") != FORMAT:
+        except OtherFormat as format:
             raise UserError(
-                f"checkpoint {folder}: format {manifest.get('format')}, this code reads {FORMAT};"
+                f"checkpoint {folder}: format {format}, this code reads {FORMAT};"
                 " use the code it was written with, or another --run-dir"
-            )
+            ) from None
+        if strangers := _strangers(folder, manifest):
+            more = f" and {len(strangers) - _STRANGERS_NAMED} more" if len(strangers) > _STRANGERS_NAMED else ""
+            say(f"checkpoint {folder}: {', '.join(strangers[:_STRANGERS_NAMED])}{more} left unread: not in {MANIFEST}")
+        yield Found(folder, manifest)
+
+
+def _strangers(folder: Path, manifest: Manifest) -> list[str]:
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    return sorted(there - manifest.files.keys() - {MANIFEST})
+
+
+def find(checkpoints: Path, identity: Mapping[str, Any], say: Callable[[str], None]) -> Found | None:
+    """The newest whole checkpoint, or None; `say` as in `whole`.
+
+    Raises:
+        UserError: it was written in another format, or by a run that is not the one of `identity`.
+    """
+    found = next(whole(checkpoints, say), None)
+    if found is not None:
         for key, value in identity.items():
-            if manifest.get(key) != value:
+            if (there := getattr(found.manifest, key)) != value:
                 raise UserError(
-                    f"checkpoint {folder}: {key} is {manifest.get(key)!r} there and {value!r} here;"
+                    f"checkpoint {found.folder}: {key} is {there!r} there and {value!r} here;"
                     " resume with the same, or choose another --run-dir"
                 )
-        return folder
-    return None
+    return found
 
 
-def agreed(found: Path | None, identity: Mapping[str, Any]) -> Path | None:
-    """What this rank has found, if every rank has found the same, for the same run. Collective.
+def agreed(found: Found | None, identity: Mapping[str, Any]) -> Found | None:
+    """Return `found` once all ranks have confirmed the same checkpoint of the same run. Collective.
 
     Raises:
         UserError: on every rank, if they have not: machines may have other files, or see shared ones too late.
@@ -108,7 +142,7 @@ def agreed(found: Path | None, identity: Mapping[str, Any]) -> Path | None:
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return found
-    mine = [-1 if found is None else step_of(found), *map(_number, identity.values())]
+    mine = [-1 if found is None else found.manifest.step, *map(_number, identity.values())]
     ends = max_over_ranks(torch.tensor([mine, [-value for value in mine]]))
     differ = (ends[0] != -ends[1]).tolist()
     for key, differs in zip(identity, differ[1:], strict=True):
@@ -132,21 +166,21 @@ def _number(value: Any) -> int:
 
 
 def load(
-    folder: Path, engines: Mapping[str, Any], queue: FeatureQueue | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    found: Found, engines: Mapping[str, Any], queue: FeatureQueue | None = None
+) -> tuple[dict[str, Tensor], TrainState]:
     """Put a checkpoint's state into engines and queue; returns the whole EMA by name, and the counters. Collective.
 
     Raises:
         UserError: a file does not hold what this code writes for such a model.
     """
+    folder, manifest = found
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, engine in engines.items():
-            with SavedPieces(sorted((folder / name).glob("rank-*.safetensors"))) as saved:
-                restore(engine, saved, int(manifest["optimizer_steps"][name]))
+        for player, engine in engines.items():
+            with SavedPieces(folder / name for name in manifest.parts_of(player)) as saved:
+                restore(engine, saved.read, manifest.optimizer_steps[player])
         if queue is not None:
-            queue.load(load_file(folder / f"{QUEUE}.safetensors"))
-        return load_file(folder / "ema.safetensors"), dict(manifest["state"])
+            queue.load(load_file(folder / QUEUE_FILE))
+        return load_file(folder / EMA_FILE), manifest.state.model_copy()
     except Exception as error:  # whichever library notices first that a file is not what it should be
         if sign_of_a_lost_rank(error) is not None:
             raise

@@ -25,12 +25,15 @@ from torch import Tensor
 
 from sadm_fast.engine.feature_queue import FeatureQueue
 from sadm_fast.engine.masters import Fragment
-from sadm_fast.engine.state import MASTER, MOMENTS, SavedPieces, key, pieces, steps_taken
+from sadm_fast.engine.state import MASTER, MOMENTS, pieces, steps_taken
 from sadm_fast.files import write_json
 from sadm_fast.ranks.collectives import barrier, max_over_ranks, rank_and_world_size
-from sadm_fast.run.checkpoint import FORMAT, MANIFEST, QUEUE, completed, folder_of, sha256, step_of
+from sadm_fast.run.checkpoint import completed, folder_of, sha256, step_of
+from sadm_fast.run.manifest import EMA_FILE, MANIFEST, QUEUE_FILE, Manifest, part_name
+from sadm_fast.run.pieces import SavedPieces, key
+from sadm_fast.run.state import TrainState
 
-_EMA = "ema"
+_EMA, _QUEUE = "ema", "queue"
 
 
 class CheckpointWriter:
@@ -66,32 +69,34 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._part: Future[str | None] | None = None  # this rank's part of the save under way: what went wrong
         self._commit: Future[str | None] | None = None  # rank 0's last act
-        self._manifest: dict[str, Any] = {}
+        self._step = 0  # of the save under way or the one before
+        self._facts: dict[str, Any] = {}  # its manifest but for the files
         self._copies: Future[dict[str, dict[str, Tensor]]] | None = None
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Begin the checkpoint of `step` with its counters (JSON values). Collective; waits for the save before it."""
+    def save(self, state: TrainState) -> None:
+        """Begin the checkpoint of a state. Collective; waits for the save before it."""
         self.finish()
-        temporary = folder_of(self._checkpoints, step).with_suffix(".tmp")
+        self._step = state.step
+        temporary = folder_of(self._checkpoints, state.step).with_suffix(".tmp")
         if self._rank == 0:
             # A folder of this name without COMPLETE, or a .tmp, is what a killed run left behind.
-            for leftover in (temporary, folder_of(self._checkpoints, step)):
+            for leftover in (temporary, folder_of(self._checkpoints, state.step)):
                 shutil.rmtree(leftover, ignore_errors=True)
         barrier()
         parts = {}
-        for name, engine in self._engines.items():
-            parts[f"{name}/rank-{self._rank}.safetensors"] = self._copy(name, pieces(engine))
+        for player, engine in self._engines.items():
+            tensors = {key(kind, name, start): value for kind, name, start, value in pieces(engine)}
+            parts[part_name(player, self._rank)] = self._copy(player, tensors)
         if self._queue is not None and self._rank == 0:  # the same on every rank
-            parts[f"{QUEUE}.safetensors"] = self._copy(QUEUE, self._queue.state())
+            parts[QUEUE_FILE] = self._copy(_QUEUE, self._queue.state())
         if average := self._own_average():
             parts[f"{_EMA}-{self._rank}.safetensors"] = self._copy(_EMA, average)
-        self._manifest = {
-            "format": FORMAT,
-            "step": step,
+        self._facts = {
+            "step": state.step,
             **self._identity,
             "world_size": self._world_size,
-            "state": dict(state),
-            "optimizer_steps": {name: steps_taken(engine) for name, engine in self._engines.items()},
+            "state": state.to_json(),
+            "optimizer_steps": {player: steps_taken(engine) for player, engine in self._engines.items()},
         }
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -112,7 +117,7 @@ class CheckpointWriter:
         if self._part is None or writing:
             return
         problem, self._part = self._part.result(), None
-        step = self._manifest["step"]
+        step = self._step
         if problem is not None:
             self._say(f"checkpoint of step {step}: not saved ({problem}); the one before is kept, training goes on")
         if self._rank == 0:
@@ -126,7 +131,7 @@ class CheckpointWriter:
         if self._commit is not None:
             problem, self._commit = self._commit.result(), None
             if problem is not None:
-                step = self._manifest["step"]
+                step = self._step
                 self._say(f"checkpoint of step {step}: not saved ({problem}); the one before is kept")
         barrier()
 
@@ -138,20 +143,20 @@ class CheckpointWriter:
         """This rank's pieces of the average, by key; without ZeRO every rank owns everything, and rank 0 saves it."""
         if self._rank != 0 and all(engine.zero_optimization_stage() == 0 for engine in self._engines.values()):
             return {}
-        return {key(_EMA, f.start, f.name): f.value for f in self._average()}
+        return {key(_EMA, name, start): value for name, start, value in self._average()}
 
     def _make_room(self) -> "Future[dict[str, dict[str, Tensor]]]":
         """Memory for all copies: cleared once, page by page, by the thread, beside the first steps."""
         if self._copies is None:
             like: dict[str, dict[str, Tensor]] = {_EMA: self._own_average()}
-            for name, engine in self._engines.items():
-                like[name] = {}
-                for there, value in pieces(engine).items():
-                    kind, place = there.split("/", 1)
-                    for each in (kind, *(MOMENTS if kind == MASTER else ())):  # which are not there before a step
-                        like[name][f"{each}/{place}"] = value
+            for player, engine in self._engines.items():
+                like[player] = {
+                    key(each, name, start): value
+                    for kind, name, start, value in pieces(engine)
+                    for each in (kind, *(MOMENTS if kind == MASTER else ()))  # moments are not there before a step
+                }
             if self._queue is not None:
-                like[QUEUE] = self._queue.state()
+                like[_QUEUE] = self._queue.state()
             self._copies = self._pool.submit(_empty_copies, like)
         return self._copies
 
@@ -192,17 +197,17 @@ class CheckpointWriter:
                     name: saved.read(_EMA, name, 0, torch.Size(shape).numel()).view(shape)
                     for name, shape in self._shapes.items()
                 }
-            save_file(whole, temporary / f"{_EMA}.safetensors")
+            save_file(whole, temporary / EMA_FILE)
             for path in averages:
                 del hashes[path.name]
                 path.unlink()
-            _sync(temporary / f"{_EMA}.safetensors")
-            hashes[f"{_EMA}.safetensors"] = sha256(temporary / f"{_EMA}.safetensors")
+            _sync(temporary / EMA_FILE)
+            hashes[EMA_FILE] = sha256(temporary / EMA_FILE)
             for folder in (temporary, *(path for path in temporary.iterdir() if path.is_dir())):
                 _sync(folder)
             temporary.rename(final)
             _sync(self._checkpoints)
-            write_json(final / MANIFEST, {**self._manifest, "files": hashes})
+            write_json(final / MANIFEST, Manifest.model_validate({**self._facts, "files": hashes}).to_json())
             _sync(final)
             self._retire()
         except (OSError, SafetensorError, KeyError) as error:
@@ -215,7 +220,7 @@ class CheckpointWriter:
 
     def _retire(self) -> None:
         for old in completed(self._checkpoints)[: -self._keep_last]:
-            if self._keep_every is None or step_of(old) % self._keep_every:
+            if self._keep_every is None or (step_of(old) or 0) % self._keep_every:
                 (old / MANIFEST).unlink()  # first, so that a half-deleted folder is none
                 shutil.rmtree(old)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,16 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sadm_fast.engine.masters import Fragment
 from sadm_fast.errors import UserError
 from sadm_fast.run import checkpoint, checkpoint_writer
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
+from sadm_fast.run.manifest import MANIFEST
+from sadm_fast.run.pieces import key
+from sadm_fast.run.state import TrainState
 from tests.engine.test_players import FP32_WEIGHTS
 from tests.support.checkpoint_worker import CASES
 from tests.support.ranks import folder_of_run, run_once, run_ranks
@@ -54,10 +59,15 @@ def writing(checkpoints: Path, value: float = 0.0, keep_last: int = 5, **options
         writer.close()
 
 
+def at(step: int) -> TrainState:
+    """A run of IDENTITY after so many steps, none of them skipped."""
+    return TrainState(step=step, samples_seen=8 * step, ema_updates=step)
+
+
 def save(checkpoints: Path, step: int, keep_last: int = 5, value: float = 0.0, **options: Any) -> Path:
     """A whole checkpoint."""
     with writing(checkpoints, value, keep_last, **options) as writer:
-        writer.save(step, {"step": step})
+        writer.save(at(step))
         writer.finish()
     return checkpoint.folder_of(checkpoints, step)
 
@@ -65,7 +75,13 @@ def save(checkpoints: Path, step: int, keep_last: int = 5, value: float = 0.0, *
 def find(checkpoints: Path, identity: dict[str, Any] | None = None) -> tuple[Path | None, list[str]]:
     """The chosen checkpoint and what was said about others."""
     said: list[str] = []
-    return checkpoint.find(checkpoints, IDENTITY if identity is None else identity, said.append), said
+    found = checkpoint.find(checkpoints, IDENTITY if identity is None else identity, said.append)
+    return None if found is None else found.folder, said
+
+
+def load(folder: Path, engines: dict[str, Any] | None = None) -> tuple[dict[str, Tensor], TrainState]:
+    """The average and the counters of a checkpoint, its engines restored."""
+    return checkpoint.load(checkpoint.Found(folder, checkpoint.read(folder)), engines or {})
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -78,9 +94,9 @@ def test_a_saved_checkpoint_is_found_and_loaded(tmp_path: Path):
     save(tmp_path, 5, value=1.0)
     newest = save(tmp_path, 10, value=2.0)
     assert find(tmp_path) == (newest, [])
-    ema, state = checkpoint.load(newest, {})
+    ema, state = load(newest)
     assert torch.equal(ema["weight"], torch.full((3, 2), 2.0))
-    assert state == {"step": 10}
+    assert state == at(10)
     manifest = json.loads((newest / "COMPLETE").read_text())
     assert manifest["step"] == 10 and manifest["configuration"] == "abc"
     assert sorted(manifest["files"]) == ["ema.safetensors", PART]
@@ -164,14 +180,14 @@ def test_a_full_disk_costs_only_the_save_it_meets(tmp_path: Path, monkeypatch: p
         with monkeypatch.context() as patched:
             target: Any = Path if where == "Path.rename" else checkpoint_writer
             patched.setattr(target, where.removeprefix("Path."), full)
-            writer.save(10, {"step": 10})
+            writer.save(at(10))
             writer.finish()
         assert len(said) == 1 and said[0].startswith("checkpoint of step 10: not saved (")
         assert "No space left on device" in said[0] and "the one before is kept" in said[0]
         assert find(tmp_path) == (whole, []) and not (tmp_path / "step-000010.tmp").exists()
-        writer.save(15, {"step": 15})
+        writer.save(at(15))
         writer.finish()
-    assert checkpoint.load(checkpoint.folder_of(tmp_path, 15), {})[1] == {"step": 15} and len(said) == 1
+    assert load(checkpoint.folder_of(tmp_path, 15))[1] == at(15) and len(said) == 1
 
 
 def test_the_training_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -184,7 +200,7 @@ def test_the_training_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(checkpoint_writer, "save_file", slow)
     with writing(tmp_path) as writer:
-        writer.save(5, {"step": 5})
+        writer.save(at(5))
         assert writer.status() == (True, False)  # and we are here: save has returned
         writer.decide(*writer.status())
         assert find(tmp_path) == (None, [])
@@ -200,10 +216,10 @@ def test_what_changes_after_a_save_is_not_in_it(tmp_path: Path):
         tmp_path, {}, lambda: [Fragment("weight", 0, value)], {"weight": (3, 2)},
         identity=IDENTITY, keep_last=1, say=print,
     )  # fmt: skip
-    writer.save(5, {})
+    writer.save(at(5))
     value.fill_(2.0)
     writer.finish()
-    assert checkpoint.load(checkpoint.folder_of(tmp_path, 5), {})[0]["weight"].unique().tolist() == [1.0]
+    assert load(checkpoint.folder_of(tmp_path, 5))[0]["weight"].unique().tolist() == [1.0]
     writer.close()
 
 
@@ -225,7 +241,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], Any]
 
 
 @pytest.mark.parametrize(
@@ -236,6 +252,11 @@ Damage = Callable[[Path], None]
         (lambda folder: (folder / PART).write_bytes(b""), f"{PART} does not match its hash"),
         (lambda folder: (folder / "COMPLETE").write_text("{"), "COMPLETE cannot be read"),
         (lambda folder: (folder / "COMPLETE").write_text("[]"), "COMPLETE cannot be read"),
+        (lambda folder: (folder / "COMPLETE").write_text(100_000 * "["), "COMPLETE cannot be read"),
+        (lambda folder: (folder / "COMPLETE").write_bytes(b"\xff{"), "COMPLETE cannot be read"),
+        (lambda folder: (folder / "COMPLETE").write_text('{"step": 1' + 5000 * "0" + "}"), "COMPLETE cannot be read"),
+        (lambda folder: [(folder / "COMPLETE").unlink(), (folder / "COMPLETE").mkdir()], "COMPLETE cannot be read"),
+        (lambda folder: [(folder / PART).unlink(), (folder / PART).mkdir()], f"{PART} is missing"),
     ],
 )
 def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, damage: Damage, named: str):
@@ -244,6 +265,92 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, damag
     found, said = find(tmp_path)
     assert found == whole
     assert len(said) == 1 and named in said[0] and str(newest) in said[0]
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change COMPLETE as the first versions could have written it: without a hash of itself."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"]
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_of_the_first_versions_is_loaded(tmp_path: Path):
+    folder = save(tmp_path, 5)
+    rewrite(folder, lambda _: None)
+    assert find(tmp_path) == (folder, []) and load(folder)[1] == at(5)
+
+
+@pytest.mark.parametrize("field", ["step", "samples_per_step", "world_size", "format"])
+def test_a_value_in_complete_that_has_changed_is_damage(tmp_path: Path, field: str):
+    whole, newest = save(tmp_path, 5), save(tmp_path, 10)
+    manifest = json.loads((newest / MANIFEST).read_text())
+    (newest / MANIFEST).write_text(json.dumps({**manifest, field: manifest[field] + 1}))
+    found, said = find(tmp_path)
+    assert found == whole and len(said) == 1 and "COMPLETE cannot be read (it does not match its own hash)" in said[0]
+
+
+Change = Callable[[dict[str, Any]], Any]
+IMPOSSIBLE: dict[str, Change] = {
+    "step=-5": lambda m: m.update(step=-5),
+    'step="30"': lambda m: m.update(step="30"),
+    "step=null": lambda m: m.update(step=None),
+    "step=true": lambda m: m.update(step=True),
+    "step=1000": lambda m: m.update(step=1000),
+    "state.step=1000": lambda m: m["state"].update(step=1000),
+    "samples_seen=0": lambda m: m["state"].update(samples_seen=0),
+    'samples_seen="x"': lambda m: m["state"].update(samples_seen="x"),
+    'seconds="x"': lambda m: m["state"].update(seconds="x"),
+    "seconds=-1": lambda m: m["state"].update(seconds=-1.0),
+    "seconds=Infinity": lambda m: m["state"].update(seconds=float("inf")),
+    "seconds is missing": lambda m: m["state"].pop("seconds"),
+    "ema_updates=-1": lambda m: m["state"].update(ema_updates=-1),
+    "skipped_steps=1": lambda m: m["state"].update(skipped_steps=1),
+    "optimizer_steps=10^21": lambda m: m["optimizer_steps"].update(psi=10**21),
+    "optimizer_steps={}": lambda m: m.update(optimizer_steps={}),
+    "world_size=10^9": lambda m: m.update(world_size=10**9),
+    "state=[]": lambda m: m.update(state=[]),
+    "files={}": lambda m: m.update(files={}),
+    "files=[]": lambda m: m.update(files=[]),
+    "no files": lambda m: m.pop("files"),
+    "a file left out": lambda m: m["files"].pop(PART),
+    "a file outside": lambda m: m["files"].update({"../step-000005/ema.safetensors": 64 * "0"}),
+    "an unknown key": lambda m: m.update(extra=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE)
+def test_a_complete_that_cannot_be_right_is_damage_even_without_its_hash(tmp_path: Path, change: str):
+    whole, newest = save(tmp_path, 5), save(tmp_path, 10)
+    rewrite(newest, IMPOSSIBLE[change])
+    found, said = find(tmp_path)
+    assert found == whole
+    assert len(said) == 1 and "\n" not in said[0] and f"checkpoint {newest}: damaged (COMPLETE " in said[0]
+
+
+def test_only_the_files_that_complete_lists_are_read(tmp_path: Path):
+    newest, engine = save(tmp_path, 10), Untrained()
+    engine.module.get_buffer("running_mean").fill_(7.0)
+    for name in ("rank-0 (copy).safetensors", "rank-0-old.safetensors", "rank-0.bak.safetensors", "rank-1.safetensors"):
+        save_file({key("buffer", "running_mean", 0): torch.full((3,), 9.0)}, newest / "psi" / name)
+    found, said = find(tmp_path)
+    assert found == newest
+    assert len(said) == 1 and "psi/rank-0 (copy).safetensors" in said[0] and "and 1 more left unread" in said[0]
+    load(newest, {"psi": engine})
+    assert engine.module.get_buffer("running_mean").tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("name", ["step-000030.bak", "step-000010 (copy)", "step-best", "step-30", "step-0000010"])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_names_that_are_no_steps_are_left_alone(tmp_path: Path, name: str, kind: str):
+    whole = save(tmp_path, 5)
+    if kind == "file":
+        (tmp_path / name).write_text("mine")
+    else:
+        shutil.copytree(whole, tmp_path / name)
+    assert find(tmp_path) == (whole, [])
+    newest = save(tmp_path, 10, keep_last=1)
+    assert {path.name for path in tmp_path.iterdir()} == {name, newest.name}
 
 
 def test_a_checkpoint_of_something_else_is_an_error_of_one_line(tmp_path: Path):
@@ -256,8 +363,7 @@ def test_a_checkpoint_of_something_else_is_an_error_of_one_line(tmp_path: Path):
 
 def test_a_checkpoint_of_another_format_is_an_error_of_one_line(tmp_path: Path):
     folder = save(tmp_path, 5)
-    manifest = json.loads((folder / "COMPLETE").read_text())
-    (folder / "COMPLETE").write_text(json.dumps({**manifest, "format": 99}))
+    rewrite(folder, lambda manifest: manifest.update(format=99))
     with pytest.raises(UserError) as error:
         find(tmp_path)
     assert "format 99" in one_line(error)
@@ -268,10 +374,10 @@ def test_a_checkpoint_of_another_network_is_an_error_of_one_line(tmp_path: Path)
     other = Untrained()
     other.module = nn.BatchNorm1d(4, affine=False)
     with pytest.raises(UserError) as error:
-        checkpoint.load(folder, {"psi": other})
+        load(folder, {"psi": other})
     assert "buffer of running_mean: 3 of 4 values" in one_line(error) and str(folder) in one_line(error)
-    with pytest.raises(UserError, match="optimizer_steps|KeyError"):
-        checkpoint.load(folder, {"denoiser": Untrained()})
+    with pytest.raises(UserError, match="denoiser"):
+        load(folder, {"denoiser": Untrained()})
 
 
 def test_a_rank_that_goes_during_loading_is_no_fault_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -280,7 +386,7 @@ def test_a_rank_that_goes_during_loading_is_no_fault_of_the_checkpoint(tmp_path:
 
     monkeypatch.setattr(checkpoint, "restore", gone)
     with pytest.raises(RuntimeError, match="reset by peer"):
-        checkpoint.load(save(tmp_path, 5), {"psi": Untrained()})
+        load(save(tmp_path, 5), {"psi": Untrained()})
 
 
 @pytest.fixture(scope="session", params=[1, 2], ids=["one rank", "two ranks"])

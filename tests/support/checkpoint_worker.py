@@ -19,6 +19,8 @@ from sadm_fast.errors import UserError
 from sadm_fast.ranks.launch import Place, distributed
 from sadm_fast.run import checkpoint
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
+from sadm_fast.run.manifest import MANIFEST, Manifest
+from sadm_fast.run.state import TrainState
 from tests.support.engine_cases import STAGES, Case
 from tests.support.engine_worker import Game
 
@@ -60,12 +62,11 @@ def trained(case: Case, folder: Path, place: Place) -> dict[str, Any]:
     run = Run(case, place, (1, 2))
     run.train(0, BEFORE)
     at_save = run.state()
-    state = {"ema_updates": run.ema.updates}
     writer = CheckpointWriter(
         folder / case.name, run.game.players.engines, lambda: run.ema.average, run.game.shapes["denoiser"],
         identity={}, queue=run.game.players.queue, keep_last=1, say=print,
     )  # fmt: skip
-    writer.save(BEFORE, state)
+    writer.save(TrainState(step=BEFORE, ema_updates=run.ema.updates))
     run.train(BEFORE, AFTER)  # the copy must not follow
     writer.finish()
     writer.close()
@@ -79,17 +80,26 @@ def resumed(case: Case, folder: Path, place: Place) -> dict[str, Any]:
     found = checkpoint.find(folder / case.name, {}, print)
     assert found is not None
     averages, state = checkpoint.load(found, run.game.players.engines, run.game.players.queue)
-    run.ema.load(averages, state["ema_updates"])
+    run.ema.load(averages, state.ema_updates)
     loaded = run.state()
     run.train(BEFORE, AFTER)
     return {"loaded": loaded, "at_end": run.state()}
 
 
+def at_step(step: int) -> checkpoint.Found:
+    """A checkpoint of a step, as much of it as ranks tell each other."""
+    state = TrainState(step=step, ema_updates=step)
+    files = {"ema.safetensors": 64 * "0"}
+    return checkpoint.Found(
+        Path("anywhere"), Manifest(step=step, world_size=1, state=state, optimizer_steps={}, files=files)
+    )
+
+
 def disagreed(place: Place) -> list[str]:
     """What is said where a rank finds no checkpoint, an older one or other data; nothing where all find the same."""
-    same = Path("step-000007"), {"data": "these", "samples_per_step": 4}
+    same = at_step(7), {"data": "these", "samples_per_step": 4}
     said = []
-    for other in (same, (None, same[1]), (Path("step-000005"), same[1]), (same[0], {**same[1], "data": "those"})):
+    for other in (same, (None, same[1]), (at_step(5), same[1]), (same[0], {**same[1], "data": "those"})):
         found, identity = same if place.rank == 0 else other
         try:
             assert checkpoint.agreed(found, identity) == found
@@ -118,15 +128,17 @@ def trapped(case: Case, folder: Path, place: Place) -> dict[str, str]:
     run = Run(case, place, (3, 4))
     found = checkpoint.find(folder / case.name, {}, print)
     assert found is not None
-    manifest = json.loads((found / checkpoint.MANIFEST).read_text())
+    manifest = found.folder / MANIFEST
+    whole = manifest.read_text()
     outcomes = {}
-    for name in manifest["files"]:
-        path, sprung = found / name, folder / "sprung"
+    for name, digest in found.manifest.files.items():
+        path, sprung = found.folder / name, folder / "sprung"
         good = path.read_bytes()
         torch.save({"module": Trap(sprung)}, path)
-        forged = {**manifest["files"], name: hashlib.sha256(path.read_bytes()).hexdigest()}
-        (found / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "files": forged}))
-        assert checkpoint.damage(found) is None
+        forged = json.loads(whole.replace(digest, hashlib.sha256(path.read_bytes()).hexdigest()))
+        del forged["sha256"]  # as the first versions wrote it
+        manifest.write_text(json.dumps(forged))
+        checkpoint.read(found.folder)
         try:
             checkpoint.load(found, run.game.players.engines, run.game.players.queue)
             outcomes[name] = "loaded"
@@ -136,7 +148,7 @@ def trapped(case: Case, folder: Path, place: Place) -> dict[str, str]:
             outcomes[name] = "ran code"
             sprung.rmdir()
         path.write_bytes(good)
-    (found / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    manifest.write_text(whole)
     return outcomes
 
 
