@@ -1,20 +1,28 @@
-"""A run's configuration: one strict JSON file. Every field is here, with its meaning, default and range."""
+"""A run's configuration: one strict JSON file. Every field is here, with its meaning, default and range.
+
+Upper limits lie beyond what any machine holds: a larger number is a typing mistake. `_size_problem` limits products.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from sadm_fast.config_errors import explain, override, refuse_deepspeed_format
+from sadm_fast.config_errors import explain, refuse_deepspeed_format
+from sadm_fast.config_tree import CHANGEABLE, override, read_object, without, without_retired
 from sadm_fast.diffusion import EDM, VP, Flow, Process
 from sadm_fast.diffusion.samplers import find_sampler
 from sadm_fast.errors import UserError
 from sadm_fast.files import expand_home
 from sadm_fast.models.dit import parse_name
+
+_MOST_STEPS = 10**9
+_MOST_TOKENS = 2**20  # of one image
+_MOST_BYTES = 2**40  # of one layer's output, in fp32
 
 
 class Block(BaseModel):
@@ -34,23 +42,29 @@ FilePath = Annotated[str, AfterValidator(_expanded)]  # or a name that is no pat
 
 
 class DataConfig(Block):
-    path: FilePath = Field("demo:mnist5k", description="where the samples are; demo:mnist5k is the embedded demo set")
+    path: FilePath = Field("demo:mnist5k", description="folder of the samples; demo:mnist5k is the embedded demo set")
     source: Literal["folder", "webdataset", "latents"] = Field(
         "folder", description="folder: class/name.png; webdataset: tar shards; latents: what encode.py wrote"
     )
-    resolution: int = Field(16, ge=8, description="side of the square crop, pixels (also of the images behind latents)")
+    resolution: int = Field(
+        16, ge=8, le=2**14, description="side of the square crop in pixels, also of the images behind latents"
+    )
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour")
     flip: bool = Field(False, description="mirror half of the images; wrong for digits and text")
     enlarge: bool = Field(
-        False, description="enlarge images smaller than the crop, as DiT does; false: they are broken"
+        False, description="true: enlarge images smaller than the crop, as DiT does; false: count them as broken"
     )
     broken: Literal["refuse", "skip"] = Field(
-        "refuse", description="refuse: decode all images once before training; skip: replace and count when met"
+        "refuse",
+        description="refuse: decode every image once before training, and stop if one is broken;"
+        " skip: replace a broken image when it is met, and count it",
     )
-    loader: Literal["dali", "torch"] = Field("dali", description="DALI, or PIL in torch workers")
-    decode: Literal["auto", "mixed", "cpu"] = Field("auto", description="DALI: mixed decodes JPEG on the GPU")
-    threads: int = Field(2, ge=1, description="reading and decoding threads of each rank")
-    prefetch: int = Field(2, ge=1, description="batches prepared ahead")
+    loader: Literal["dali", "torch"] = Field("dali", description="dali: NVIDIA DALI; torch: PIL in torch workers")
+    decode: Literal["auto", "mixed", "cpu"] = Field(
+        "auto", description="where DALI decodes: mixed is JPEG on the GPU; auto is mixed if there is a GPU"
+    )
+    threads: int = Field(2, ge=1, le=1024, description="reading and decoding threads of each rank")
+    prefetch: int = Field(2, ge=1, le=1024, description="batches prepared ahead")
 
 
 class LatentsConfig(Block):
@@ -59,15 +73,21 @@ class LatentsConfig(Block):
     autoencoder: FilePath = Field(
         "stabilityai/sd-vae-ft-ema", description="diffusers AutoencoderKL: a local folder or a hub id"
     )
-    channels: int = Field(4, ge=1, description="channels of a latent")
-    downsample: int = Field(8, ge=1, description="pixels of the image a side of a latent's pixel")
-    scale: float | None = Field(None, gt=0, description="scaled = scale * raw; null: the autoencoder's scaling_factor")
-    images: FilePath | None = Field(None, description="encode.py: the images that data.path is made from")
-    images_source: Literal["folder", "webdataset"] = "folder"
-    dtype: Literal["float16", "float32"] = Field("float16", description="encode.py: of the cached mean and deviation")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="encode.py: of the autoencoder's arithmetic")
-    shard_size: int = Field(8192, ge=1, description="encode.py: images a shard; a killed run redoes at most one")
-    batch: int = Field(32, ge=1, description="encode.py: images of one forward")
+    channels: int = Field(4, ge=1, le=1024, description="channels of a latent")
+    downsample: int = Field(8, ge=1, le=1024, description="side of an image over the side of its latent")
+    scale: float | None = Field(
+        None, gt=0, le=1e6, description="scaled latent = scale * raw latent; null: the autoencoder's scaling_factor"
+    )
+    images: FilePath | None = Field(None, description="encode.py: folder of the images to encode")
+    images_source: Literal["folder", "webdataset"] = Field("folder", description="encode.py: as data.source")
+    dtype: Literal["float16", "float32"] = Field(
+        "float16", description="encode.py: of the cached mean and standard deviation"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="encode.py: arithmetic of the autoencoder")
+    shard_size: int = Field(
+        8192, ge=1, le=2**24, description="encode.py: images in a shard; a killed run loses at most one shard a rank"
+    )
+    batch: int = Field(32, ge=1, le=2**16, description="encode.py: images in one forward")
 
 
 class VPConfig(Block):
@@ -80,9 +100,9 @@ class VPConfig(Block):
 
 class EDMConfig(Block):
     process: Literal["edm"]
-    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the data")
-    p_mean: float = Field(-1.2, description="mean of ln sigma in training")
-    p_std: float = Field(1.2, gt=0, description="standard deviation of ln sigma in training")
+    sigma_data: float = Field(0.5, ge=1e-6, le=1e6, description="standard deviation of the data")
+    p_mean: float = Field(-1.2, ge=-50, le=50, description="mean of ln sigma in training")
+    p_std: float = Field(1.2, gt=0, le=50, description="standard deviation of ln sigma in training")
 
     def build(self) -> Process:
         return EDM(sigma_data=self.sigma_data, p_mean=self.p_mean, p_std=self.p_std)
@@ -90,8 +110,8 @@ class EDMConfig(Block):
 
 class FlowConfig(Block):
     process: Literal["flow"]
-    t_mean: float = Field(0.0, description="mean of logit t in training")
-    t_std: float = Field(0.0, ge=0, description="deviation of logit t; 0 means uniform t")
+    t_mean: float = Field(0.0, ge=-50, le=50, description="mean of logit t in training")
+    t_std: float = Field(0.0, ge=0, le=50, description="standard deviation of logit t in training; 0: uniform t")
 
     def build(self) -> Process:
         return Flow(t_mean=self.t_mean, t_std=self.t_std)
@@ -101,15 +121,17 @@ DENOISER_SIZES = ("patch_size", "hidden_size", "depth", "num_heads")  # given in
 
 
 class DenoiserConfig(Block):
-    name: str | None = Field(None, description='a published size, "DiT-S/4" .. "DiT-XL/2"; or give the sizes below')
-    patch_size: int = Field(4, ge=1)
-    hidden_size: int = Field(128, ge=8)
-    depth: int = Field(4, ge=1)
-    num_heads: int = Field(4, ge=1)
-    num_classes: int | None = Field(None, ge=1, description="null: the number of class folders")
+    name: str | None = Field(None, description='a published size, "DiT-S/4" .. "DiT-XL/2"; null: the four sizes below')
+    patch_size: int = Field(4, ge=1, le=1024, description="side of the square that becomes one token")
+    hidden_size: int = Field(128, ge=8, le=2**16, description="width of a token")
+    depth: int = Field(4, ge=1, le=1024, description="transformer blocks")
+    num_heads: int = Field(4, ge=1, le=2**14, description="attention heads of a block")
+    num_classes: int | None = Field(None, ge=1, le=2**24, description="null: the number of classes in the data")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by the null class")
     weights: FilePath | None = Field(
-        None, description="safetensors file to start from (fine-tuning); labels of another number of classes start anew"
+        None,
+        description="safetensors file to start from, for fine-tuning: a DiT, or a run's ema.safetensors;"
+        " the label table starts anew if it is for another number of classes",
     )
 
     @model_validator(mode="after")
@@ -130,47 +152,63 @@ class DenoiserConfig(Block):
 
     @property
     def patch(self) -> int:
+        """Side of a token's square, of the named or the given size."""
         return self.patch_size if self.name is None else parse_name(self.name)[3]
+
+    @property
+    def token_width(self) -> int:
+        """Width of a token, of the named or the given size."""
+        return self.hidden_size if self.name is None else parse_name(self.name)[1]
 
 
 class ClassifierTraining(Block):
-    steps: int = Field(400, ge=1, description="optimizer steps")
-    batch: int = Field(128, ge=1, description="images a step, over all ranks")
-    lr: float = Field(1e-2, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    steps: int = Field(400, ge=1, le=_MOST_STEPS, description="optimizer steps")
+    batch: int = Field(128, ge=1, le=2**20, description="images in a step, over all ranks")
+    lr: float = Field(1e-2, gt=0, le=1e6, description="highest learning rate of a warm-up and a cosine")
+    weight_decay: float = Field(0.05, ge=0, le=1e6, description="AdamW's, on matrices and filters only")
 
 
 class StructureEncoderConfig(Block):
+    """Psi, which maps an image (or latent) to one feature row."""
+
     architecture: Literal["cnn", "resnet18"] = Field("cnn", description="cnn: three layers for small images")
-    width: int = Field(32, ge=8, multiple_of=8, description="cnn: channels of the first layer")
-    feature_dim: int = Field(64, ge=1, description="cnn: length of a feature row (resnet18 has 512)")
+    width: int = Field(32, ge=8, le=2**13, multiple_of=8, description="cnn: channels of the first layer")
+    feature_dim: int = Field(64, ge=1, le=2**16, description="cnn: length of a feature row (resnet18: always 512)")
     stem: Literal["imagenet", "small"] = Field("imagenet", description="resnet18: small for images up to 64 pixels")
     norm: Literal["group", "frozen"] = Field(
-        "group", description="resnet18: frozen is needed for torchvision's weights"
+        "group", description="resnet18: group norm, or batch norm with frozen statistics (for torchvision's weights)"
     )
     weights: FilePath | None = Field(None, description="safetensors file to start from; null: train on the data first")
-    pretrain: ClassifierTraining = Field(default_factory=lambda: ClassifierTraining())
+    pretrain: ClassifierTraining = Field(
+        default_factory=lambda: ClassifierTraining(), description="Psi's training as a classifier, before the game"
+    )
 
 
 class GameConfig(Block):
     mode: Literal["plain", "structure", "sadm"] = Field(
-        "sadm", description="plain: no game; structure: Psi fixed; sadm: the minimax game"
+        "sadm", description="plain: no game; structure: Psi stays as it is; sadm: the minimax game"
     )
-    lambda_s: float = Field(0.3, ge=0, description="weight of S in the denoiser's loss")
-    start_step: int = Field(0, ge=0, description="plain training before the game starts")
-    ramp_steps: int = Field(0, ge=0, description="lambda_s grows linearly over so many steps")
-    discriminator_steps: int = Field(1, ge=1, description="discriminator steps a denoiser step")
-    scope: Literal["rank", "global"] = Field("rank", description="pairs inside a rank's micro-batch, or over all ranks")
-    queue: int = Field(0, ge=0, description="past samples of all ranks that S compares a batch with as well; 0: none")
-    relation: Literal["euclidean", "cosine", "gaussian"] = "euclidean"
-    penalty: Literal["squared", "absolute", "huber"] = "squared"
-    normalize: Literal["unit", "mean", "none"] = "unit"
-    tau: float = Field(1.0, gt=0, description="bandwidth of the gaussian relation")
-    delta: float = Field(1.0, gt=0, description="threshold of the huber penalty")
+    lambda_s: float = Field(0.3, ge=0, le=1e6, description="weight of S in the denoiser's loss")
+    start_step: int = Field(0, ge=0, le=_MOST_STEPS, description="steps of plain training before the game starts")
+    ramp_steps: int = Field(0, ge=0, le=_MOST_STEPS, description="steps over which lambda_s grows linearly from 0")
+    discriminator_steps: int = Field(1, ge=1, le=64, description="discriminator steps before each denoiser step")
+    scope: Literal["rank", "global"] = Field(
+        "rank", description="rank: pairs inside one rank's micro-batch; global: pairs over all ranks"
+    )
+    queue: int = Field(
+        0, ge=0, le=2**24, description="past samples of all ranks with which S compares the batch, too; 0: none"
+    )
+    relation: Literal["euclidean", "cosine", "gaussian"] = Field("euclidean", description="between two feature rows")
+    penalty: Literal["squared", "absolute", "huber"] = Field("squared", description="of a difference of relations")
+    normalize: Literal["unit", "mean", "none"] = Field(
+        "unit", description="unit: L2-normalise features; mean: divide relations by their mean"
+    )
+    tau: float = Field(1.0, ge=1e-6, le=1e6, description="bandwidth of the gaussian relation")
+    delta: float = Field(1.0, ge=1e-6, le=1e6, description="threshold of the huber penalty")
     gate_log_snr: float | None = Field(
-        None, description="pairs noisier than this log-SNR hardly count; null: all pairs count alike"
+        None, ge=-1e3, le=1e3, description="samples noisier than this log-SNR hardly count; null: all count alike"
     )
-    gate_slope: float = Field(4.0, gt=0, description="steepness of the gate; large: a hard gate")
+    gate_slope: float = Field(4.0, gt=0, le=1e6, description="steepness of the gate; large: a hard gate")
     same_class: bool = Field(False, description="compare only pairs of one class")
 
 
@@ -178,47 +216,55 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Block):
-    type: Literal["adamw", "apex_fused_adam"] = Field("adamw", description="apex's FusedAdam needs apex and a GPU")
-    lr: float = Field(1e-4, gt=0)
-    betas: tuple[Beta, Beta] = Field((0.9, 0.99), strict=False)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(0, ge=0, description="the learning rate grows linearly over so many steps")
-    decay_steps: int = Field(0, ge=0, description="and falls linearly to 0 over the last so many steps of the run")
-    gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+    type: Literal["adamw", "apex_fused_adam"] = Field(
+        "adamw", description="adamw: torch's; apex_fused_adam: NVIDIA apex's FusedAdam, needs apex and a GPU"
+    )
+    lr: float = Field(1e-4, gt=0, le=1e6, description="learning rate")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.99), strict=False, description="decay of the two moments")
+    eps: float = Field(1e-8, gt=0, le=1e6, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, le=1e6, description="AdamW's")
+    warmup_steps: int = Field(0, ge=0, le=_MOST_STEPS, description="first steps, in which the rate grows linearly")
+    decay_steps: int = Field(0, ge=0, le=_MOST_STEPS, description="last steps, in which the rate falls linearly to 0")
+    gradient_clipping: float = Field(0.0, ge=0, le=1e6, description="largest norm of the gradient; 0: no clipping")
 
 
 class PowerEMA(Block):
     """EDM2's power-function EMA: its length is a share of the training so far."""
 
     profile: Literal["power"]
-    std: float = Field(0.1, gt=0, lt=0.28, description="relative width, EDM2's sigma_rel")
+    std: float = Field(0.1, ge=1e-3, lt=0.28, description="relative width, EDM2's sigma_rel")
 
 
 class ExponentialEMA(Block):
     profile: Literal["exponential"]
-    decay: float = Field(0.9999, gt=0, lt=1)
+    decay: float = Field(0.9999, gt=0, lt=1, description="share of the average that stays in a step")
 
 
 class TrainConfig(Block):
-    steps: int = Field(1500, ge=1, description="denoiser steps of the whole run")
-    micro_batch: int = Field(128, ge=1, description="samples of one forward on one rank")
-    grad_accumulation: int = Field(1, ge=1, description="micro-batches a step")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    steps: int = Field(1500, ge=1, le=_MOST_STEPS, description="denoiser steps of the whole run")
+    micro_batch: int = Field(128, ge=1, le=2**20, description="samples of one forward on one rank")
+    grad_accumulation: int = Field(1, ge=1, le=4096, description="micro-batches in a step")
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "fp32",
+        description="of weights and arithmetic, beside fp32 master weights; auto: bf16 if a matrix product is quicker"
+        " in it where the run starts",
+    )
     compile: bool = Field(False, description="torch.compile both players; minutes at the start, then faster")
     activation_checkpointing: bool = Field(
         False, description="compute each denoiser block anew in the backward pass: less memory, a third more FLOPs"
     )
     ema: Annotated[PowerEMA | ExponentialEMA, Field(discriminator="profile")] = Field(
-        default_factory=lambda: PowerEMA(profile="power")
+        default_factory=lambda: PowerEMA(profile="power"), description="average of the denoiser's weights"
     )
-    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    sample_every: int = Field(250, ge=1, description="steps between sample grids")
-    checkpoint_every: int = Field(250, ge=1)
-    keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
-    keep_every: int | None = Field(None, ge=1, description="and those at multiples of so many steps; null: none")
+    log_every: int = Field(10, ge=1, le=_MOST_STEPS, description="steps between lines of metrics.jsonl")
+    sample_every: int = Field(250, ge=1, le=_MOST_STEPS, description="steps between sample grids")
+    checkpoint_every: int = Field(250, ge=1, le=_MOST_STEPS, description="steps between checkpoints")
+    keep_last: int = Field(2, ge=1, le=_MOST_STEPS, description="newest checkpoints that are kept")
+    keep_every: int | None = Field(
+        None, ge=1, le=_MOST_STEPS, description="also keep checkpoints at multiples of so many steps; null: none"
+    )
     patience: float = Field(
-        1800.0, gt=0, description="seconds without progress (a step, pictures, a save) after which the run ends itself"
+        1800.0, gt=0, le=1e8, description="the run ends itself after so many seconds without a step, pictures or a save"
     )
 
     def due(self, step: int, every: int) -> bool:
@@ -227,47 +273,69 @@ class TrainConfig(Block):
 
 
 class SamplingConfig(Block):
+    """The sample grids of a run, and the defaults of sample.py."""
+
     sampler: Literal["auto", "heun", "ddim"] = Field("auto", description="auto: heun for edm and flow, ddim for vp")
-    steps: int = Field(18, ge=1, description="steps of the deterministic sampler")
-    guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance on all channels; 1: none")
-    columns: int = Field(10, ge=1, description="classes of the grid, at most")
-    rows: int = Field(8, ge=1, description="samples of each class in the grid")
+    steps: int = Field(18, ge=1, le=10**5, description="steps of the deterministic sampler")
+    guidance_scale: float = Field(1.0, ge=0, le=1e6, description="classifier-free guidance on all channels; 1: none")
+    columns: int = Field(10, ge=1, le=1000, description="most classes in the grid")
+    rows: int = Field(8, ge=1, le=1000, description="samples of each class in the grid")
 
 
 class EvaluateConfig(Block):
-    every: int | None = Field(None, ge=1, description="steps between Frechet distances; null: never")
-    samples: int = Field(2000, ge=2)
-    batch: int = Field(250, ge=1)
-    steps: int = Field(12, ge=1, description="sampler steps for evaluation; no guidance")
-    real_images: int = Field(10000, ge=4, description="real images compared with, at most")
-    judge: ClassifierTraining = Field(default_factory=lambda: ClassifierTraining())
+    """Frechet distances between samples and real images, during the run."""
+
+    every: int | None = Field(None, ge=1, le=_MOST_STEPS, description="steps between evaluations; null: never")
+    samples: int = Field(2000, ge=2, le=10**8, description="samples drawn for each evaluation")
+    batch: int = Field(250, ge=1, le=2**20, description="samples drawn at a time")
+    steps: int = Field(12, ge=1, le=10**5, description="sampler steps; no guidance")
+    real_images: int = Field(10000, ge=4, le=10**8, description="most real images to compare with")
+    judge: ClassifierTraining = Field(
+        default_factory=lambda: ClassifierTraining(), description="training of the classifier behind fid_classifier"
+    )
 
 
 class OffloadConfig(Block):
-    device: Literal["none", "cpu", "nvme"] = "none"
-    pin_memory: bool = False
-    nvme_path: FilePath | None = None
+    device: Literal["none", "cpu"] = Field("none", description="cpu: keep it in the host's memory")
+    pin_memory: bool = Field(False, description="page-locked host memory: faster copies from and to a GPU")
+
+
+_STAGE_3 = 10**15  # a number of elements that no network reaches
 
 
 class ZeroConfig(Block):
-    """DeepSpeed's zero_optimization block, for both engines."""
+    """DeepSpeed's zero_optimization block, for both engines; its pages explain the fields. Sizes in elements."""
 
-    stage: Literal[0, 1, 2, 3] = 0
-    overlap_comm: bool | None = None
-    contiguous_gradients: bool = True
-    reduce_bucket_size: int | None = Field(
-        None, ge=1, description="null: 50 million elements on GPUs, 2 million on CPUs"
+    stage: Literal[0, 1, 2, 3] = Field(
+        0, description="what the ranks divide: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights"
     )
-    allgather_bucket_size: int | None = Field(None, ge=1, description="null: 500 million, or 2 million on CPUs")
-    offload_optimizer: OffloadConfig | None = None
-    offload_param: OffloadConfig | None = None
-    stage3_max_live_parameters: int = Field(1_000_000_000, ge=0)
-    stage3_max_reuse_distance: int = Field(1_000_000_000, ge=0)
-    stage3_prefetch_bucket_size: int = Field(50_000_000, ge=0)
-    stage3_param_persistence_threshold: int = Field(100_000, ge=0)
+    overlap_comm: bool | None = Field(None, description="communicate during the backward pass; null: at stage 3")
+    reduce_bucket_size: int | None = Field(
+        None, ge=1, le=10**10, description="null: 50 million on GPUs, 2 million on CPUs"
+    )
+    allgather_bucket_size: int | None = Field(
+        None, ge=1, le=10**10, description="even at stages 1 and 2; null: 500 million on GPUs, 2 million on CPUs"
+    )
+    offload_optimizer: OffloadConfig | None = Field(None, description="optimizer state; stages 1 to 3")
+    offload_param: OffloadConfig | None = Field(None, description="weights; stage 3")
+    stage3_max_live_parameters: int = Field(10**9, ge=0, le=_STAGE_3)
+    stage3_max_reuse_distance: int = Field(10**9, ge=0, le=_STAGE_3)
+    stage3_prefetch_bucket_size: int = Field(50_000_000, ge=0, le=_STAGE_3)
+    stage3_param_persistence_threshold: int = Field(100_000, ge=0, le=_STAGE_3)
+
+    @model_validator(mode="after")
+    def _accepted(self) -> Self:
+        """Check what DeepSpeed asserts later, in a traceback."""
+        if self.offload_param is not None and self.stage != 3:
+            raise ValueError(f"offload_param: needs stage 3, not {self.stage}")
+        if self.offload_optimizer is not None and self.stage == 0:
+            raise ValueError("offload_optimizer: needs stage 1, 2 or 3, not 0")
+        if self.stage in (1, 2) and (self.allgather_bucket_size or 0) % 2:
+            raise ValueError(f"allgather_bucket_size={self.allgather_bucket_size}: must be even at stage {self.stage}")
+        return self
 
     def buckets(self, device_type: str) -> dict[str, int]:
-        """Both sizes in elements. Memory for the first is taken whole, for small models too; CPUs: what caches hold."""
+        """Both bucket sizes. DeepSpeed takes all memory of the first for small models too; CPUs: what caches hold."""
         reduce, gather = (2_000_000, 2_000_000) if device_type == "cpu" else (50_000_000, 500_000_000)
         return {
             "reduce_bucket_size": self.reduce_bucket_size or reduce,
@@ -279,13 +347,12 @@ class DeepSpeedConfig(Block):
     """What is handed to DeepSpeed as it stands; all else in its dictionaries is derived from this file."""
 
     zero_optimization: ZeroConfig = Field(default_factory=lambda: ZeroConfig())
-    wall_clock_breakdown: bool = False
 
 
 class Config(Block):
-    schema_file: str | None = Field(None, alias="$schema", description="for editors")
+    schema_file: str | None = Field(None, alias="$schema", description="where editors find the JSON Schema")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is runs/NAME")
-    seed: int = Field(0, ge=0, lt=2**64)
+    seed: int = Field(0, ge=0, lt=2**64, description="of every random number, with the sample's number")
     implementation: Literal["fast", "reference"] = Field(
         "fast", description="reference: straightforward PyTorch, no fusion, no reuse, eager"
     )
@@ -335,15 +402,12 @@ class Config(Block):
         samples = self.train.micro_batch * self.train.grad_accumulation
         if self.game.queue and self.game.mode == "plain":
             raise ValueError(f"game.queue={self.game.queue}: game.mode=plain compares nothing; it must be 0")
-        if 0 < self.game.queue < samples:  # with several ranks engine.Players asks for more
+        if 0 < self.game.queue < samples:  # with several ranks engine.feature_queue.check_queue asks for more
             raise ValueError(f"game.queue={self.game.queue}: must be 0, or at least the {samples} samples of a step")
         if self.train.compile and self.implementation == "reference":
             raise ValueError("train.compile=true: implementation=reference is eager; use fast, or train.compile=false")
-        zero = self.deepspeed.zero_optimization
-        if zero.offload_param is not None and zero.stage != 3:
-            raise ValueError(f"deepspeed.zero_optimization.offload_param: needs stage 3, not {zero.stage}")
-        if zero.offload_optimizer is not None and zero.stage == 0:
-            raise ValueError("deepspeed.zero_optimization.offload_optimizer: needs stage 1, 2 or 3, not 0")
+        if (problem := _size_problem(self)) is not None:
+            raise ValueError(problem)
         return self
 
     @property
@@ -370,60 +434,31 @@ class Config(Block):
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
-# What a resumed run may have different: how long, how often, how parallel; not what is computed.
-CHANGEABLE = (
-    "name",
-    "train.steps",
-    "train.log_every",
-    "train.sample_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.patience",
-    "train.micro_batch",  # as long as all ranks together take as many samples a step, and compare as many
-    "train.grad_accumulation",
-    "deepspeed.zero_optimization",
-    "train.compile",  # other roundings, and a way out where compilation fails
-    "train.activation_checkpointing",
-    "data.path",
-    "data.threads",
-    "data.prefetch",
-    "data.loader",
-    "data.decode",
-    "data.broken",
-    "latents.autoencoder",  # may have moved; that it is the same one is checked by its hash
-    "latents.images",
-    "latents.images_source",
-    "latents.batch",
-    "latents.shard_size",
-    "sampling",
-    "evaluate",
-    "deepspeed.wall_clock_breakdown",
-)
-
-
-def without(tree: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """A copy of nested dictionaries without the dotted `paths`; KeyError if one is not there."""
-    result = {k: without(v, ()) if isinstance(v, dict) else v for k, v in tree.items()}
-    for path in paths:
-        *parents, last = path.split(".")
-        node: Any = result
-        for key in parents:
-            node = node[key]
-        if node is not None:  # a block that is not there
-            node.pop(last)
-    return result
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to {"a.b.c": value}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _size_problem(config: Config) -> str | None:
+    """Say which number makes one layer's output larger than any machine holds; None if none does."""
+    channels, side, _ = config.sample_shape
+    tokens = (side // config.denoiser.patch) ** 2
+    if tokens > _MOST_TOKENS:
+        return (
+            f"data.resolution={config.data.resolution}: is {tokens:,} tokens of {config.denoiser.patch} pixels a side;"
+            f" at most {_MOST_TOKENS:,} (a larger patch, or a lower resolution)"
+        )
+    psi, sampling = config.structure_encoder, config.sampling
+    denoise = 4 * config.denoiser.token_width * tokens  # of the MLP, the widest
+    encode = side**2 * max(channels, 64 if psi.architecture == "resnet18" else psi.width)
+    for key, samples, elements in (
+        ("train.micro_batch", config.train.micro_batch, denoise if config.game.mode == "plain" else denoise + encode),
+        ("structure_encoder.pretrain.batch", psi.pretrain.batch, encode),
+        ("sampling.rows", sampling.columns * sampling.rows, denoise),
+        ("evaluate.batch", config.evaluate.batch, denoise),
+        ("evaluate.judge.batch", config.evaluate.judge.batch, side**2 * 64),
+    ):
+        if 4 * samples * elements > _MOST_BYTES:
+            return (
+                f"{key}={samples if key != 'sampling.rows' else sampling.rows}: {samples:,} samples at once make one"
+                f" layer's output {4 * samples * elements / 2**40:,.0f} TiB in fp32; at most {_MOST_BYTES // 2**40}"
+            )
+    return None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -432,24 +467,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: one line with the key's path, its value and what is allowed.
     """
-    try:
-        raw = json.loads(Path(expand_home(path)).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"--config {path}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"--config {path}: must hold one JSON object")
+    raw = read_object(path)
     refuse_deepspeed_format(path, raw)
     for text in overrides:
         override(raw, text)
     return check_config(raw)
 
 
-def check_config(raw: dict[str, Any]) -> Config:
-    """A Config from plain data; UserError as in `load_config`."""
+def check_config(raw: Mapping[str, Any]) -> Config:
+    """Make a Config of plain data; UserError as in `load_config`."""
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(without_retired(raw))
     except ValidationError as error:
         problems = error.errors()
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -1,4 +1,4 @@
-"""A configuration's errors in one line, and `--set` overrides."""
+"""Errors of a configuration, in one line each."""
 
 import difflib
 import json
@@ -18,6 +18,9 @@ _OF_DEEPSPEED = frozenset({
 })  # fmt: skip
 
 
+_LONGEST = 80  # characters of a value or key in a message
+
+
 def refuse_deepspeed_format(path: object, raw: dict[str, Any]) -> None:
     """UserError if `raw` (the content of the file `path`) is DeepSpeed's configuration instead of this program's."""
     found = [key for key in raw if key in _OF_DEEPSPEED]
@@ -29,32 +32,15 @@ def refuse_deepspeed_format(path: object, raw: dict[str, Any]) -> None:
         )
 
 
-def override(raw: dict[str, Any], text: str) -> None:
-    path, equals, value_text = text.partition("=")
-    if not equals or not path:
-        raise UserError(f"--set {text}: must be key.path=value, for example --set train.steps=100")
-    try:
-        value = json.loads(value_text)
-    except ValueError:
-        value = value_text
-    *parents, last = path.split(".")
-    node = raw
-    for key in parents:
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {text}: {key} is not a block of the configuration")
-    node[last] = value
-
-
 def _blocks(annotation: Any) -> list[type[BaseModel]]:
-    """The blocks that a field's type may hold: one, the members of a union, or none."""
+    """List the blocks that a field's type may hold: one, the members of a union, or none."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [block for member in get_args(annotation) for block in _blocks(member)]
 
 
 def _known_keys(location: Sequence[str], root: type[BaseModel]) -> list[str]:
-    """Keys allowed beside the last one of a pydantic location (which names the chosen member of a union)."""
+    """List the keys allowed beside the last one of a pydantic location, which names the chosen member of a union."""
     blocks: list[type[BaseModel]] = [root]
     for part in location[:-1]:
         fields = blocks[0].model_fields
@@ -68,10 +54,10 @@ def _known_keys(location: Sequence[str], root: type[BaseModel]) -> list[str]:
 
 
 def explain(problem: Any, root: type[BaseModel]) -> str:
-    """One line: the key's path, its value, what is allowed."""
+    """Say one of pydantic's errors in one line: the key's path, its value, what is allowed."""
     tags = {"edm", "vp", "flow", "power", "exponential"}  # pydantic names the member of a union in the path
     location = [str(part) for part in problem["loc"]]
-    path = ".".join(part for part in location if part not in tags)
+    path = ".".join(_printable(part) for part in location if part not in tags)
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         known = _known_keys(location, root)
@@ -83,8 +69,20 @@ def explain(problem: Any, root: type[BaseModel]) -> str:
         key = f"{path}.{context['discriminator'].strip(chr(39))}"
         if kind == "union_tag_not_found":
             return f"{key}: is missing"
-        return f"{key}={json.dumps(context['tag'])}: must be one of {context['expected_tags']}"
+        return f"{key}={_shown(context['tag'])}: must be one of {context['expected_tags']}"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":  # our own: they start with the key, relative to their block
         return f"{path}.{message}" if path else message
-    return f"{path}={json.dumps(problem['input'], default=str)}: {message[0].lower()}{message[1:]}"
+    return f"{path}={_shown(problem['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, cut where it is long: a key may hold anything."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _printable(key: str) -> str:
+    """A key as it stands, cut where it is long and escaped where it would break the line."""
+    key = key[:_LONGEST]
+    return key if key.isprintable() else json.dumps(key)[1:-1]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (  # lowest first; rooms of one floor do not know each other
     "errors scales diffusion console",
     "files counters config_errors ranks",
-    "data models game classifier pictures",
+    "data models game classifier pictures config_tree",
     "config",
     "feed build engine",
     "run ema planning encoding",

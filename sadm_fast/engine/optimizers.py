@@ -28,7 +28,6 @@ def deepspeed_dict(config: Config, optimizer: OptimizerConfig, world_size: int, 
         "bf16": {"enabled": train.precision == "bf16"},
         "zero_optimization": zero.model_dump(exclude_none=True) | zero.buckets(device_type),
         "zero_force_ds_cpu_optimizer": False,
-        "wall_clock_breakdown": config.deepspeed.wall_clock_breakdown,
         "steps_per_print": 1 << 62,
     }
 

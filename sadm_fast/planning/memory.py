@@ -166,7 +166,7 @@ def rank_memory(
         held = 0 if offload != "none" else w * share(player)
         if stage == 1 and config.train.grad_accumulation > 1:
             held += w * player.trained  # the whole sum of the micro-batches so far, not yet reduced
-        buckets = (2 if zero.overlap_comm else 1) * w * reduced_at_once if zero.contiguous_gradients else 0
+        buckets = (2 if zero.overlap_comm else 1) * w * reduced_at_once
         return {
             of("gradients", f"{player.name} gradients"): held,
             of("buckets", f"{player.name} reduction bucket"): buckets,

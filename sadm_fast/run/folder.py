@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sadm_fast.config import CHANGEABLE, Config, flatten, without
+from sadm_fast.config import Config, check_config
+from sadm_fast.config_tree import CHANGEABLE, flatten, without
 from sadm_fast.errors import UserError
 from sadm_fast.files import expand_home, write_json, write_text
 
@@ -98,8 +99,8 @@ class RunFolder:
 def _differences(there: Any, here: dict[str, Any]) -> str:
     """What two resolved configurations differ in, apart from what a resumed run may change; "" for nothing."""
     try:
-        old = flatten(without(there, CHANGEABLE))
-    except (KeyError, AttributeError, TypeError):
+        old = flatten(without(check_config(there).resolved(), CHANGEABLE))
+    except (UserError, ValueError, KeyError, AttributeError, TypeError):
         return "its config.json is of another version"
     new = flatten(without(here, CHANGEABLE))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
