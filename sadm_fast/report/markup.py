@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-from sadm_fast.config import flatten
+from sadm_fast.config_tree import flatten
 
 
 def escape(value: object) -> str:

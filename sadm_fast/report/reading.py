@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from sadm_fast.config import flatten
+from sadm_fast.config_tree import flatten
 from sadm_fast.metrics.judges import JUDGES
 
 Item = TypeVar("Item")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sadm_fast.config import flatten
+from sadm_fast.config_tree import flatten
 from sadm_fast.report import texts
 from sadm_fast.report.figures import (
     HALF_WIDTH,
