@@ -1,6 +1,7 @@
 """The embedded demo set."""
 
-import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +43,19 @@ def test_it_is_written_once(demo_root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert demo_folder("demo:mnist5k", demo_root.parent) == demo_root
 
 
-def _write(cache: Path, barrier: Any, results: Any) -> None:
-    barrier.wait()
-    folder = demo_folder("demo:mnist5k", cache)
-    results.put(len(ImageFolder.scan(folder)))
+def test_two_writers_at_once_both_see_a_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = [values[::100] for values in read_mnist5k()]
+    write, both_wrote = demo._write_png_folder, threading.Barrier(2, timeout=60)
 
+    def write_and_wait(*arguments: Any) -> None:
+        write(*arguments)
+        both_wrote.wait()
 
-def test_two_processes_at_once_both_see_a_whole_folder(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=_write, args=(tmp_path, barrier, results)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    assert [results.get(timeout=60) for _ in processes] == [5000, 5000]
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
+    monkeypatch.setattr(demo, "read_mnist5k", lambda: digits)
+    monkeypatch.setattr(demo, "_write_png_folder", write_and_wait)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: demo_folder("demo:mnist5k", tmp_path), range(2)))
+    assert [len(ImageFolder.scan(folder)) for folder in folders] == [50, 50]
     assert [path.name for path in tmp_path.iterdir()] == ["mnist5k"]  # no temporary folder is left
 
 

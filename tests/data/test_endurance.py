@@ -12,8 +12,6 @@ from PIL import Image
 
 from tests.data.latent_caches import make_encoding, write_cache
 
-pytestmark = pytest.mark.slow
-
 
 def _output(program: str, *arguments: object, **environment: str) -> list[str]:
     """The lines that a Python program prints; it must succeed."""
@@ -45,6 +43,7 @@ with open_loader(source, loader=loader, resolution=32, channels=3, micro_batch=2
 """
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
 @pytest.mark.parametrize("loader, kind", [("dali", "folder"), ("dali", "webdataset"), ("torch", "folder")])
 def test_memory_does_not_grow_over_twenty_epochs(make_folder: Any, make_shard: Any, loader: str, kind: str) -> None:
@@ -80,6 +79,7 @@ with open_loader(source, micro_batch=25, threads=2) as batches:
 """
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
 def test_memory_does_not_grow_over_twenty_epochs_of_latents(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "latents", make_encoding(images=200, resolution=32, shard_size=64))
@@ -111,6 +111,7 @@ print(time.process_time() - began, (peak() - before) / 1024)
 """
 
 
+@pytest.mark.soak
 def test_starting_with_a_million_files_takes_seconds_and_little_memory() -> None:
     (line,) = _output(IMAGENET)
     seconds, mebibytes = map(float, line.split())  # of the processor: other programs do not count
@@ -124,16 +125,17 @@ from sadm_fast.data import open_images
 from tests.data.loaders import open_loader
 
 source = open_images(sys.argv[1])
-for seed in range(30):
+for seed in range(int(sys.argv[2])):
     with open_loader(source, seed=seed, micro_batch=64, threads=2) as batches:
         print(*(len(batch.labels) for batch in islice(batches, 2)), len(batches.broken))
 """
 
 
-def test_dali_survives_damaged_headers_in_large_batches(make_folder: Any) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(30, marks=pytest.mark.soak)])
+def test_dali_survives_damaged_headers_in_large_batches(make_folder: Any, times: int) -> None:
     # In runs of all 64 images at once this ends in a segmentation fault (see dali_loader), 30 times of 30.
     root = make_folder({f"class/{i:03d}.png": Image.new("L", (8, 8), i) for i in range(128)})
     for i in range(0, 128, 16):
         path = root / f"class/{i:03d}.png"
         path.write_bytes(path.read_bytes()[:20])
-    assert _output(DAMAGED, root) == ["64 64 8"] * 30
+    assert _output(DAMAGED, root, times) == ["64 64 8"] * times
