@@ -95,7 +95,7 @@ def test_a_rank_that_nobody_meets_says_so(environment: pytest.MonkeyPatch, rank:
     port = free_port()
     launched(environment, "127.0.0.1", port, RANK=rank)
     with pytest.raises(LostRank, match=f"rank {rank} of 2: not all ranks met at .* MASTER_PORT={port}"):
-        rendezvous.meet(SOON)
+        rendezvous.meet(datetime.timedelta(milliseconds=200))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo is for CPUs")

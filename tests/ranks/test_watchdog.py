@@ -24,12 +24,12 @@ def run(**values: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_process_that_is_stuck_ends_and_says_where():
-    done = run(patience=0.3, steps=2, pause=0, stuck=True)
+    done = run(patience=0.2, steps=2, pause=0, stuck=True)
     assert done.returncode == 5 and done.stdout == ""
-    assert done.stderr.startswith("error: rank 3: no progress for 0.3 s (in step 1); ")
+    assert done.stderr.startswith("error: rank 3: no progress for 0.2 s (in step 1); ")
     assert 'File "<string>"' in done.stderr and "The same command continues" in done.stderr
 
 
 def test_progress_is_enough_however_long_it_takes_in_all():
-    done = run(patience=2.0, steps=30, pause=0.1, stuck=False)
+    done = run(patience=1.0, steps=15, pause=0.1, stuck=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "through\n", "")
