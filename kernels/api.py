@@ -24,18 +24,18 @@ def share(
     queue: Queue | None = None,
     check: bool = True,
 ) -> Shared:
-    """Start sending real features to the ranks of `group`, before the generated ones are there. Collective.
+    """Start sending real features to the ranks of `group`, before the generated ones exist. Collective.
 
-    Hand the result to `structure_loss` in the place of `real`; the other arguments are in it. What comes in between
-    runs while the features travel: a forward of the encoder, say.
+    Give the result to `structure_loss` in place of `real`; it holds the other arguments. What runs in between, a forward
+    of the encoder for example, overlaps with the transfer.
 
     Args:
         real, weight, labels, queue: as in `structure_loss`.
-        check: False leaves out the small collective by which ranks that disagree are found (and, on a GPU, the wait
-            for it), for callers whose ranks cannot disagree.
+        check: False skips the small collective that finds ranks that disagree (on a GPU the host waits for it), for
+            callers whose ranks cannot disagree.
 
     Raises:
-        ValueError: as `structure_loss`; or `weight` requires a gradient, which would be lost.
+        ValueError: as `structure_loss`, or `weight` requires a gradient, which would be lost.
     """
     _refuse_to_trace()
     batch = Samples(real, real, weight, labels)
@@ -70,32 +70,34 @@ def structure_loss(
     S = sum_{i != j} w_i w_j rho(R(G)_ij - R(F)_ij) / sum_{i != j} w_i w_j; SADM (arXiv 2402.17563).
 
     Args:
-        real: features F of real samples, [B, d]; float16, bfloat16, float32 or float64. Or what `share` made of them,
-            with weight, labels, queue and group.
-        fake: features G of the generated counterparts, same shape, dtype and device.
+        real: features F of real samples, [B, d]; float16, bfloat16, float32 or float64. Or what `share` returned, which
+            holds weight, labels, queue and group.
+        fake: features G of the generated counterparts, [B, e], on the same device. Width and dtype are its own, as a
+            student's beside a teacher's: only B x B matrices are compared.
         relation: r(a, b): "euclidean" distance, "cosine" similarity, or "gaussian" exp(-||a-b||^2 / (2 tau^2)).
         penalty: rho: "squared", "absolute", or "huber" with threshold `delta`.
-        normalize: "unit" scales each feature row to length 1, "mean" divides distances by their (weighted) mean
-            over the counted pairs of their own matrix, "none" leaves them. Cosine needs none and ignores it.
-        weight: w, [B], non-negative, not all zero (over all ranks of `group`); None counts every sample alike.
-        labels: integers [B]; only pairs of one label count. No such pair: S = 0.
-        queue: samples of earlier batches as extra columns (`Queue`): all ordered pairs with at least one sample of
-            this batch are compared. With `group` the same on every rank.
-        group: process group; each rank passes its share of the batch (equal sizes: checked by a small collective),
-            gets the S of the whole batch and the gradient of its own rows as one process with the whole batch would
-            compute it.
+        normalize: "unit" scales each feature row to length 1, "mean" divides distances by their (weighted) mean over
+            the counted pairs of their own matrix, "none" leaves them. "cosine" ignores it.
+        weight: w, [B], finite, non-negative, not all zero (over all ranks of `group`); None: ones.
+        labels: integers [B]; only pairs of equal labels count. Without such a pair S = 0.
+        tau, delta: positive numbers; they get no gradient.
+        queue: samples of earlier batches (`Queue`), as wide as the batch: all ordered pairs with at least one sample of
+            this batch are compared. With `group` it is the same on every rank.
+        group: process group; each rank passes equally many rows of the batch and gets the S of the whole batch and the
+            gradient of its own rows in it. Data parallelism that averages gradients over ranks (DDP, FSDP, DeepSpeed)
+            then trains with 1 / ranks of that gradient: multiply S by `dist.get_world_size(group)`.
         impl: "auto" takes the fused kernel of the features' device, "native" (C++, CPU) or "triton" (CUDA), where
-            `backends()` has it, else "reference". Only the reference can be differentiated twice or has a gradient
-            for `weight` (there "auto" takes it).
+            `backends()` has it and it can do what is asked, else "reference". Only the reference has second
+            derivatives, forward mode, torch.func transforms and a gradient for `weight`.
 
     Returns:
-        0-d tensor: float64 for float64 input, else float32 (accumulated in float32, outside autocast).
+        0-d tensor: float64 if any features are float64, else float32 (accumulated in float32, outside autocast).
         Rows closer than about 1e-3 of their length (float32) count as equal: distance 0, no gradient.
-        B = 0 or 1 gives 0. A NaN in the input gives NaN.
+        B = 0 or 1 gives 0. NaN in the features gives NaN.
 
     Raises:
-        ValueError: an argument of the wrong name, shape, dtype, device or range.
-        RuntimeError: an implementation that is not available here.
+        ValueError: an argument of the wrong name, type, shape, dtype, device or range; or ranks that disagree, on all.
+        RuntimeError: `impl` is not available here.
     """
     check_options(relation, penalty, normalize, tau, delta, impl)
     options = Options(relation, penalty, normalize, float(tau), float(delta))
@@ -103,7 +105,7 @@ def structure_loss(
     if isinstance(real, Shared):
         for name, x in (("weight", weight), ("labels", labels), ("queue", queue), ("group", group)):
             if x is not None:
-                raise ValueError(f"{name}: was to be given to share(), not again with what it returned")
+                raise ValueError(f"{name}: must be given to share(), not with what share() returned")
         _refuse_to_trace()
         shared = real
         batch, queue, group = Samples(shared.real, fake, shared.weight, shared.labels), shared.queue, shared.group
@@ -123,13 +125,16 @@ def structure_loss(
 
 
 def _refuse_to_trace() -> None:
-    """RuntimeError under torch.compile; with fullgraph=False it runs that part uncompiled instead."""
+    """RuntimeError while torch.compile traces; with fullgraph=False that part then runs uncompiled."""
     if torch.compiler.is_compiling():
-        raise RuntimeError("share(): torch.compile cannot trace rows that are on their way; use structure_loss(group=)")
+        raise RuntimeError("share(): torch.compile cannot trace an unfinished transfer; pass group= to structure_loss")
 
 
 class StructureLoss(nn.Module):
-    """`structure_loss` as a module: options at construction, tensors at the call."""
+    """`structure_loss` as a module: options at construction, tensors at the call.
+
+    copy and deepcopy share `group`. pickle refuses a module that has one: a process group belongs to its process.
+    """
 
     def __init__(
         self,
@@ -156,9 +161,9 @@ class StructureLoss(nn.Module):
         labels: Tensor | None = None,
         queue: Queue | None = None,
     ) -> Tensor:
-        """S of features [B, d] and [B, d]; `weight`, `labels` and `queue` as in `structure_loss`.
+        """S of features [B, d] and [B, e]; `weight`, `labels` and `queue` as in `structure_loss`.
 
-        What `share` returned comes with a group of its own.
+        What `share` returned brings its own group.
         """
         return structure_loss(
             real,
