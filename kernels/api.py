@@ -26,8 +26,8 @@ def share(
 ) -> Shared:
     """Start sending real features to the ranks of `group`, before the generated ones exist. Collective.
 
-    Give the result to `structure_loss` in place of `real`; it holds the other arguments. What runs in between, a forward
-    of the encoder for example, overlaps with the transfer.
+    Give the result to `structure_loss` in place of `real`; it holds the other arguments. What runs in between, a
+    forward of the encoder for example, overlaps with the transfer.
 
     Args:
         real, weight, labels, queue: as in `structure_loss`.
