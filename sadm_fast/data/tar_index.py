@@ -24,7 +24,7 @@ from sadm_fast.data.image_folder import EXTENSIONS
 from sadm_fast.data.paths import open_plain_file
 from sadm_fast.data.source import PackedNames, printable
 from sadm_fast.data.tar_members import Member, read_members
-from sadm_fast.data.workers import worker_context
+from sadm_fast.data.workers import end_with_trainer, worker_context
 from sadm_fast.errors import UserError
 
 _MAX_CLASSES = 1 << 20
@@ -68,7 +68,7 @@ def build_index(paths: Sequence[str], progress: Progress | None = None) -> TarIn
     if processes == 1 or sum(map(_size, paths)) < PARALLEL_FROM_BYTES:
         parts = _collect(map(_index_shard, paths), len(paths), progress)
     else:
-        with ProcessPoolExecutor(processes, mp_context=worker_context(__name__)) as pool:
+        with ProcessPoolExecutor(processes, worker_context(__name__), end_with_trainer) as pool:
             parts = _collect(pool.map(_index_shard, paths), len(paths), progress)
     return TarIndex(
         np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.labels) for part in parts]),

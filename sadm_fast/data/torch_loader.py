@@ -17,7 +17,7 @@ from sadm_fast.data.batch import ImageBatch, LoaderSpec, stack_crops
 from sadm_fast.data.broken import BrokenImages, read_or_replace
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.source import ImageSource
-from sadm_fast.data.workers import worker_context
+from sadm_fast.data.workers import end_with_trainer, worker_context
 from sadm_fast.errors import UserError
 from sadm_fast.scales import pixels_to_float
 
@@ -74,6 +74,7 @@ class TorchLoader:
             batch_sampler=_Requests(plan),
             num_workers=spec.threads,
             multiprocessing_context=worker_context(__name__),
+            worker_init_fn=end_with_trainer,
             prefetch_factor=spec.prefetch,
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
