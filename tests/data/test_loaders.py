@@ -1,16 +1,11 @@
 """Both loaders: one order, one scale, the same pictures; DALI is measured against Pillow."""
 
-import multiprocessing
-import os
-import signal
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -190,46 +185,6 @@ def test_after_close_the_iteration_is_over(small_folder: Path, loader: str) -> N
         next(batches)
     assert list(batches) == []
     batches.close()
-
-
-@pytest.mark.parametrize("loader", LOADERS)
-def test_a_program_that_forgets_to_close_ends(small_folder: Path, loader: str) -> None:
-    program = (
-        "from sadm_fast.data import open_images\n"
-        "from tests.data.loaders import open_loader\n"
-        f"loader = open_loader(open_images({str(small_folder)!r}), loader={loader!r})\n"
-        "print(next(loader).images.shape)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0 and "[4, 1, 8, 8]" in done.stdout
-    assert "Traceback" not in done.stderr
-
-
-def test_workers_outlive_a_signal_to_the_whole_process_tree(small_folder: Path) -> None:
-    with open_loader(open_images(small_folder), loader="torch", threads=2) as batches:
-        next(batches)
-        workers = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
-        servers = {worker.parent() for worker in workers}  # what they are forked from
-        for process in [*workers, *servers]:
-            process.send_signal(signal.SIGTERM)
-        for _ in range(8):  # more than are prefetched
-            next(batches)
-
-
-def test_a_worker_that_is_killed_is_one_clear_line(small_folder: Path) -> None:
-    with open_loader(open_images(small_folder), loader="torch") as batches:
-        next(batches)
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        with pytest.raises(UserError, match=r"^data.loader=torch: a worker process was killed.*data.threads=1"):
-            list(batches)
-        assert list(batches) == []
 
 
 def test_names_that_are_not_ascii_are_read(small_folder: Path) -> None:
