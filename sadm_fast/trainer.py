@@ -205,7 +205,7 @@ class Trainer:
     def _note_broken(self, loader: Loader) -> None:
         """Images that were replaced because they cannot be read: counted in the log, named in broken.jsonl."""
         for name, reason in list(loader.broken.items())[self._noted :]:
-            self.console.say(f"broken image replaced by another: {reason}")
+            self.console.say(f"broken image replaced by another: {name}: {reason}")
             append_json(self.folder.broken, {"step": self.step, "rank": self.rank, "image": name, "reason": reason})
         self._noted = len(loader.broken)
 

@@ -71,3 +71,12 @@ def test_a_run_with_one_step_that_counted_is_none(trainer: Trainer, monkeypatch:
     iterations(trainer, NotFinite(), MagicMock(), NotFinite())
     assert trainer.run(StopRequest())
     assert (trainer.step, trainer.state.skipped_steps) == (3, 2)
+
+
+def test_a_broken_image_is_named_once(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    loader = MagicMock(broken={"cat/3.png": "is an empty file; remove it"})
+    trainer._note_broken(loader)
+    loader.broken["cat/5.png"] = "is not an image"
+    trainer._note_broken(loader)
+    said = "broken image replaced by another: cat/3.png: is an empty file; remove it\n"
+    assert capsys.readouterr().out == said + "broken image replaced by another: cat/5.png: is not an image\n"
