@@ -227,3 +227,9 @@ def test_ordinary_images_are_left_to_dali(name: str) -> None:
 def test_what_only_dali_would_read_is_not_handed_to_it(name: str) -> None:
     with pytest.raises((OSError, ValueError)):
         for_dali(REFUSED[name][0])
+
+
+def test_a_picture_of_too_many_pixels_is_not_handed_to_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE // 2 - 1)
+    with pytest.raises(Image.DecompressionBombError):
+        for_dali(JPEG)
