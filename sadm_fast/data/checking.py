@@ -113,16 +113,7 @@ def header_problem(source: ImageSource, index: int, resolution: int | None) -> s
 
     resolution: the smallest side that is large enough; None or 0: any is.
     """
-    return _problem(source, index, resolution, decode=False)
-
-
-def pixel_problem(source: ImageSource, index: int, resolution: int | None) -> str | None:
-    """As header_problem, but decodes the pixels too: finds truncated and damaged files."""
-    return _problem(source, index, resolution, decode=True)
-
-
-def _problem(source: ImageSource, index: int, resolution: int | None, decode: bool) -> str | None:
-    width, height, reason = _look(source, index, decode)
+    width, height, reason = _look(source, index, decode=False)
     if reason is None and resolution and min(width, height) < resolution:
         reason = too_small(width, height, resolution)
     return None if reason is None else f"{source.name(index)}: {reason}"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sadm_fast.data import checking
-from sadm_fast.data.checking import CheckReport, check, checked, forget, header_problem, pixel_problem, require_sound
+from sadm_fast.data.checking import CheckReport, check, checked, forget, header_problem, require_sound
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.errors import UserError
 
@@ -25,7 +25,7 @@ def _problem(root: Path, name: str, resolution: int | None = 8) -> str:
 
 def test_sound_images_have_no_problem(small_folder: Path) -> None:
     folder = ImageFolder.scan(small_folder)
-    assert not any(header_problem(folder, i, 8) or pixel_problem(folder, i, 8) for i in range(11))
+    assert not any(header_problem(folder, i, 8) for i in range(11)) and not check(folder, threads=1).problems
 
 
 def test_file_that_is_not_an_image_by_its_contents(small_folder: Path) -> None:
@@ -47,7 +47,7 @@ def test_image_smaller_than_the_crop(small_folder: Path) -> None:
 @pytest.mark.parametrize("resolution", [None, 0])
 def test_without_a_limit_any_size_is_sound(small_folder: Path, resolution: int | None) -> None:
     Image.new("L", (1, 1)).save(small_folder / "dog/3.png")
-    assert pixel_problem(ImageFolder.scan(small_folder), 10, resolution) is None
+    assert header_problem(ImageFolder.scan(small_folder), 10, resolution) is None
 
 
 def test_image_too_large_to_decode(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,11 +75,11 @@ def test_pixels_that_are_cut_off_are_found_by_decoding(
     root = make_folder({f"cat/{name}": photo(64, 64, seed=1)}, **options)
     path = root / "cat" / name
     folder = ImageFolder.scan(root)
-    assert pixel_problem(folder, 0, 8) is None
+    assert not check(folder, threads=1).problems
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
     assert header_problem(folder, 0, 8) is None  # the header is whole
-    problem = pixel_problem(folder, 0, 8)
-    assert problem and problem.startswith(f"{path}: the image is damaged")
+    ((name, reason),) = check(folder, threads=1).problems
+    assert name == str(path) and reason.startswith("the image is damaged")
 
 
 def test_whatever_a_decoder_raises_is_a_problem_of_the_image(
@@ -89,8 +89,8 @@ def test_whatever_a_decoder_raises_is_a_problem_of_the_image(
         raise OverflowError("header")
 
     monkeypatch.setattr(Image.Image, "convert", fail)
-    problem = pixel_problem(ImageFolder.scan(small_folder), 0, 8)
-    assert problem and problem.endswith("the image is damaged (OverflowError: header); remove it or replace it")
+    reasons = {reason for _, reason in check(ImageFolder.scan(small_folder), threads=1).problems}
+    assert reasons == {"the image is damaged (OverflowError: header); remove it or replace it"}
 
 
 @pytest.fixture
