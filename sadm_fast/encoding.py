@@ -1,7 +1,7 @@
-"""Images to cached latents: each shard is one unit of work, done by one rank, kept if it is whole.
+"""Encode images to cached latents. A shard is one unit of work: one rank makes it, and once whole it is kept.
 
-A shard holds the same images in the same batches whoever makes it, so a run that was killed, or was started again with
-another number of ranks, ends with the same bytes.
+A shard holds the same images, encoded in the same batches, whichever rank makes it. So a killed run that is continued,
+on any number of ranks, ends with the same bytes.
 """
 
 import json
@@ -42,7 +42,7 @@ _SKIPPED_LISTED = 500  # names of broken images kept in a shard's record
 
 
 def check_autoencoder(config: Config, autoencoder: Autoencoder) -> None:
-    """UserError if an autoencoder does not have the shape that the configuration says."""
+    """UserError unless the autoencoder has the channels and the downsampling of the configuration."""
     assert config.latents is not None
     for key, asked, there in (
         ("latents.channels", config.latents.channels, autoencoder.latent_channels),
@@ -54,7 +54,7 @@ def check_autoencoder(config: Config, autoencoder: Autoencoder) -> None:
 
 
 def describe_encoding(config: Config, source: ImageSource, autoencoder: Autoencoder) -> Encoding:
-    """What encoding `source` with `autoencoder` under this configuration will make."""
+    """Describe the cache that encode() will make of `source`."""
     assert config.latents is not None
     return Encoding(
         source=source.fingerprint(),
@@ -75,7 +75,7 @@ def describe_encoding(config: Config, source: ImageSource, autoencoder: Autoenco
 
 
 def encode(config: Config, source: ImageSource, autoencoder: Autoencoder, place: Place, console: Console) -> Path:
-    """Make data.path of `source`; continues what is there, and returns at once if it is complete. Collective.
+    """Encode `source` into data.path, continuing what is there; a complete cache is left alone. Collective.
 
     Raises UserError: the folder holds something else, cannot be written or is too small; a broken image where
     data.broken is "refuse".
@@ -115,7 +115,7 @@ def encode(config: Config, source: ImageSource, autoencoder: Autoencoder, place:
 
 
 def _prepare(root: Path, encoding: Encoding) -> None:
-    """Make the folder this encoding's, or see that it is. Without one of its shards a cache is no longer finished."""
+    """Make the folder, or check that it was begun with this encoding; withdraw the manifest if a shard is missing."""
     try:
         there = None
         if (root / ENCODING).exists():
@@ -169,7 +169,7 @@ def _encode_shard(
     progress: Callable[[int], None],
     done: int,
 ) -> int:
-    """Write one shard; returns `done` plus its images."""
+    """Encode one shard and write it. progress(done) counts on from `done`; returns the new count of images."""
     assert config.latents is not None
     indices = _images_of(shard, encoding)
     moments = np.empty((len(indices), 2, 2, *encoding.latent_shape), dtype=encoding.dtype)
@@ -188,7 +188,7 @@ def _encode_shard(
             posterior = autoencoder.encode(torch.cat([images, images.flip(-1)]))
             both = torch.stack([posterior.mean, posterior.std], dim=1).unflatten(0, (2, len(good))).transpose(0, 1)
             rows = moments[len(kept) : len(kept) + len(good)]
-            _store(both.cpu().numpy(), rows, source, [index for index, _ in good])
+            _store(both.cpu().numpy(), rows, [source.name(index) for index, _ in good], encoding.precision)
             kept += [index for index, _ in good]
         done += len(batch)
         progress(done)
@@ -202,19 +202,16 @@ def _encode_shard(
     return done
 
 
-def _store(latents: np.ndarray, out: np.ndarray, source: ImageSource, indices: list[int]) -> None:
-    """Cast float32 latents [n, ...] of the images at `indices` into `out`; UserError if values are not finite there."""
+def _store(latents: np.ndarray, out: np.ndarray, names: list[str], precision: str) -> None:
+    """Cast latents float32 [n, ...] of images `names` into `out`; UserError if values are not finite in its dtype."""
     with np.errstate(over="ignore"):  # said below, in a line that helps
         out[...] = latents
     for row in np.flatnonzero(~finite_rows(out)).tolist():
-        name = source.name(indices[row])
         if not np.isfinite(latents[row]).all():
-            raise UserError(
-                f"{name}: the autoencoder gives values that are not finite for it; use --set"
-                " latents.precision=fp32, or remove the image"
-            )
+            remedy = "remove the image" if precision == "fp32" else "use --set latents.precision=fp32"
+            raise UserError(f"{names[row]}: the autoencoder gives values that are not finite for it; {remedy}")
         raise UserError(
-            f"{name}: its latents reach {np.abs(latents[row]).max():.4g}, and latents.dtype={out.dtype} ends at"
+            f"{names[row]}: its latents reach {np.abs(latents[row]).max():.4g}, and latents.dtype={out.dtype} ends at"
             f" {np.finfo(out.dtype).max:.0f}; use --set latents.dtype=float32"
         )
 
@@ -222,7 +219,7 @@ def _store(latents: np.ndarray, out: np.ndarray, source: ImageSource, indices: l
 def _crops(
     config: Config, source: ImageSource, indices: range
 ) -> Iterator[list[tuple[int, np.ndarray | str]]]:  # fmt: skip
-    """Batches of (image, its crop uint8 [S, S, C] or a line that says what is wrong with it), read ahead."""
+    """Yield batches of (image number, its crop uint8 [S, S, C] or why it is broken), read ahead by threads."""
     assert config.latents is not None
     spec = loader_spec(config)
 

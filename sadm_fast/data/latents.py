@@ -48,7 +48,7 @@ _SAFETENSORS_DTYPES = {"float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a cache is made of and how; the content of encoding.json. A change of any of it makes another cache."""
+    """What a cache is made from, and how: the content of encoding.json. A change of any field makes another cache."""
 
     source: str  # fingerprint of the images
     classes: tuple[str, ...]
@@ -80,7 +80,7 @@ class Encoding:
 
     @property
     def space(self) -> dict[str, Any]:
-        """What makes two latent spaces the same; Autoencoder.space is compared with it."""
+        """What two equal latent spaces have in common; compared with Autoencoder.space."""
         return {"autoencoder": self.autoencoder, "scale": self.scale, "shift": self.shift}
 
     def to_json(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Encoding:
 
 
 def shard_name(shard: int) -> str:
-    """Its file in the cache's folder."""
+    """The path of shard number `shard`, relative to the cache's folder."""
     return f"{SHARDS}/{shard:05d}.safetensors"
 
 
@@ -123,7 +123,7 @@ def write_shard(root: Path, shard: int, moments: np.ndarray, labels: np.ndarray,
 
 
 def shard_record(root: Path, shard: int) -> dict[str, Any] | None:
-    """What `write_shard` noted, if the shard is whole (by its size); else None."""
+    """Read what `write_shard` recorded; None if there is no record or the shard's size is not the recorded one."""
     path = root / shard_name(shard)
     try:
         record = json.loads(path.with_suffix(".json").read_text())
@@ -133,7 +133,7 @@ def shard_record(root: Path, shard: int) -> dict[str, Any] | None:
 
 
 class LatentSource(Source):
-    """A finished cache. Sample i is row i of the shards in order, which is the order of the images they came from."""
+    """A finished cache. Sample i is row i of all shards one after another: the order of the encoded images."""
 
     def __init__(self, root: Path, encoding: Encoding, shards: list[dict[str, Any]], manifest: str) -> None:
         self.root = root
@@ -197,7 +197,7 @@ class LatentSource(Source):
         return f"{self.root / self.shards[shard]['file']}: row {row - int(self._starts[shard])}"
 
     def fingerprint(self) -> str:
-        """sha256 over the manifest (which holds every shard's) and the chosen rows."""
+        """sha256 (hex) over the manifest, which holds every shard's hash, and the chosen rows."""
         return hashlib.sha256(self._manifest.encode() + self._rows.astype("<i8").tobytes()).hexdigest()
 
     def subset(self, indices: np.ndarray) -> "LatentSource":
@@ -208,7 +208,10 @@ class LatentSource(Source):
         return chosen
 
     def read(self, indices: np.ndarray, mirror: np.ndarray, out: np.ndarray) -> None:
-        """Copy moments of samples `indices` [m], mirrored where `mirror` [m]: into out [m, 2, c, h, w] (mean, std)."""
+        """Copy moments (mean, std) of samples `indices` int64 [m] into out [m, 2, c, h, w].
+
+        mirror: [m]; where it is 1, those of the mirror image.
+        """
         if has_streams() and out.flags.c_contiguous:
             row_bytes = out[:1].nbytes
             addresses = self._addresses[indices] + row_bytes * mirror.astype(np.int64)
@@ -221,18 +224,18 @@ class LatentSource(Source):
             out[place] = self._maps[shard][row]
 
     def longest_map(self) -> np.ndarray:
-        """The rows [2n, 2, c, h, w] of the largest shard as they lie in mapped memory; read-only."""
+        """Rows [2n, 2, c, h, w] of the largest shard, a read-only view of the mapped file."""
         return max(self._maps, key=len)
 
     def means(self, indices: np.ndarray) -> Tensor:
-        """The posterior means of samples, not mirrored, as scaled latents: float32 [m, c, h, w]."""
+        """Scaled posterior means of samples `indices` [m], not mirrored: float32 [m, c, h, w]."""
         indices = np.asarray(indices, dtype=np.int64)
         out = self.buffer(len(indices))
         self.read(indices, np.zeros(len(indices), dtype=np.int64), out)
         return self.scale.to_scaled(torch.from_numpy(out[:, 0].astype(np.float32)))
 
     def buffer(self, count: int) -> np.ndarray:
-        """Room for `read` of so many samples."""
+        """An uninitialised array [count, 2, c, h, w] for `read` to fill."""
         return np.empty((count, 2, *self.encoding.latent_shape), dtype=_DTYPES[self.encoding.dtype])
 
 
@@ -243,7 +246,10 @@ def _inside(file: str) -> bool:
 
 
 def _map_shard(path: Path, count: int, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
-    """moments (mapped, read-only) and labels (copied) of a shard; UserError if it is not what the manifest says."""
+    """Map a shard: moments [n, 2, 2, c, h, w], a read-only view, and labels int64 [n], a copy.
+
+    Raises UserError if it does not match the manifest.
+    """
     shape = [count, 2, 2, *encoding.latent_shape]
     wanted = {"moments": (_SAFETENSORS_DTYPES[encoding.dtype], shape), "labels": ("I64", [count])}
     try:
@@ -293,9 +299,10 @@ def check_shards(source: LatentSource, *, threads: int, progress: Progress | Non
         bad = sum(int((~finite_rows(moments[i : i + _AT_ONCE])).sum()) for i in range(0, len(moments), _AT_ONCE))
         if not bad:
             return None
-        return (
-            f"{path}: {bad} of {len(moments)} latents hold values that are not finite; encode into another folder "
-            + ("with latents.dtype=float32" if source.encoding.dtype == "float16" else "with latents.precision=fp32")
+        made = source.encoding
+        other = "dtype=float32" if made.dtype == "float16" else "precision=fp32" if made.precision != "fp32" else None
+        return f"{path}: {bad} of {len(moments)} latents hold values that are not finite; encode again" + (
+            f" into another folder, with latents.{other}" if other else " without these images"
         )
 
     state = _states(source)
@@ -312,7 +319,7 @@ def check_shards(source: LatentSource, *, threads: int, progress: Progress | Non
 
 
 def checked_shards(source: LatentSource, *, threads: int, progress: Progress | None = None) -> list[str]:
-    """As `check_shards`, but nothing is read if these files were found whole before and have not changed since."""
+    """check_shards, but read nothing if the same unchanged files passed before."""
     try:
         if json.loads(_note(source).read_bytes()) == [_CHECKS, _states(source)]:
             return []
@@ -322,6 +329,7 @@ def checked_shards(source: LatentSource, *, threads: int, progress: Progress | N
 
 
 def _note(source: LatentSource) -> Path:
+    """The file that remembers a check without findings."""
     identity = f"{source.fingerprint()} {source.root.absolute()}"
     return default_cache() / "checked" / f"latents-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
 

@@ -1,7 +1,8 @@
-"""Which image a global sample counter means, and which counters a rank's micro-batch holds.
+"""The order of samples: which image a global sample counter means, which counters a rank's micro-batch holds.
 
-A run is the sequence of counters n = 0, 1, 2, ...: epoch n // N, position n % N, image = permutation(seed,
-epoch)[position]. Nothing here knows of workers or loaders, so a run resumes at any n, on any number of ranks.
+A run counts its samples n = 0, 1, 2, ... over all ranks. With N images, n is at position n % N of epoch n // N, and its
+image is permutation(seed, epoch)[position]. No worker or loader has a say, so a run resumes at any n, on any number of
+ranks.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from sadm_fast.counters import Purpose, permutation, uniform
 
 
 class SampleOrder:
-    """The image that each global sample counter shows: every image once an epoch, in shuffled order."""
+    """Maps global sample counters to images: every image once an epoch, shuffled anew for each."""
 
     def __init__(self, num_images: int, seed: int) -> None:
         if num_images < 1:
@@ -42,7 +43,7 @@ class SampleOrder:
 
 
 class SampleFlips:
-    """Whether each global sample counter is mirrored: half of them are, by (seed, counter)."""
+    """Says which global sample counters are mirrored: half of them, as a function of (seed, counter)."""
 
     _BLOCK = 4096  # drawn at once: for one micro-batch the generator's fixed cost would be that of decoding it
 
@@ -83,7 +84,7 @@ def micro_batch_ids(
 
 
 class MicroBatch(NamedTuple):
-    """What a loader has to read for one micro-batch; each array has length m."""
+    """What to read for one micro-batch of m samples; each array is [m]."""
 
     sample_ids: np.ndarray  # int64, global sample counters
     indices: np.ndarray  # int64, image of each counter
@@ -94,8 +95,8 @@ class MicroBatch(NamedTuple):
 class MicroBatchPlan:
     """One rank's endless sequence of micro-batches from global sample first_sample on: plan[0], plan[1], ...
 
-    Where a run stopped after n samples of all its ranks, a run of any other world size, micro-batch and
-    accumulation goes on with first_sample=n: position is counted in samples because only they mean the same there.
+    first_sample: where an earlier run stopped, in samples of all its ranks together. The new run may have another world
+    size, micro-batch and accumulation; only samples are counted alike in both.
     """
 
     num_images: int
@@ -107,7 +108,7 @@ class MicroBatchPlan:
     world_size: int = 1
     first_sample: int = 0
     _order: SampleOrder = field(init=False, repr=False, compare=False)
-    _flips: "SampleFlips" = field(init=False, repr=False, compare=False)
+    _flips: SampleFlips = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "grad_accumulation", "world_size"):

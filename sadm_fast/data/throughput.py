@@ -27,7 +27,7 @@ class Closable(Protocol):
 
 
 class Throughput(NamedTuple):
-    """What was measured of one loader, in images a second."""
+    """Images a second of one loader."""
 
     name: str
     median: float
@@ -38,11 +38,11 @@ class Throughput(NamedTuple):
 def measure(
     factories: Mapping[str, Callable[[], Closable]], *, micro_batch: int, warmup: int, batches: int, rounds: int
 ) -> list[Throughput]:
-    """Each loader's throughput over `batches` micro-batches after `warmup` of them, in `rounds` rounds.
+    """Measure each loader over `batches` micro-batches after `warmup` of them, in `rounds` interleaved rounds.
 
-    A round makes, runs and closes every loader in turn, each round beginning with another: what disturbs the
-    machine for a while falls on all alike, and ratios within a round hold. What a loader has prefetched when the
-    clock starts is the less, the larger `batches` is against its queue.
+    A round makes, runs and closes every loader in turn; each round begins with another one. So a disturbance of the
+    machine falls on all alike, and ratios within a round hold. Take `batches` well above the length of a loader's
+    queue: what it has prefetched when the clock starts is counted as well.
     """
     if min(micro_batch, batches, rounds) < 1 or warmup < 0:
         raise ValueError(f"{micro_batch=}, {batches=}, {rounds=}, {warmup=}: must be at least 1 (warmup: 0)")
