@@ -1,7 +1,7 @@
 """Micro-batches of cached latents. Threads copy rows ahead of time; the posterior is drawn when a batch is asked for.
 
-The orientation that is read and the noise of the draw are functions of the global sample counter. So every epoch sees new
-samples of the posterior, and a resumed run the same ones as an uninterrupted run.
+The orientation that is read and the noise of the draw are functions of the global sample counter. So every epoch sees
+new samples of the posterior, and a resumed run the same ones as an uninterrupted run.
 """
 
 from collections import deque
