@@ -32,22 +32,8 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the three ranks wrote; one launch serves every test."""
     folder = tmp_path_factory.mktemp("group")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(worker.WORLD)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    program = subprocess.run([sys.executable, str(WORKER), str(folder)], capture_output=True, text=True, timeout=240)
+    assert program.returncode == 0, program.stdout + program.stderr
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(worker.WORLD)]
 
 
