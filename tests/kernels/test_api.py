@@ -62,7 +62,7 @@ def test_the_module_is_the_function() -> None:
 
 
 def test_the_package_needs_torch_only_and_not_all_of_it() -> None:
-    """The import brings nothing of sadm_fast, DeepSpeed or pydantic; triton and torch.compile come when they are used."""
+    """Not sadm_fast, DeepSpeed or pydantic; triton and torch.compile are imported when they are used."""
     names = ("sadm_fast", "triton", "torch._dynamo", "deepspeed", "pydantic", "numpy.testing")
     code = f"import sys, sadm_kernels; sadm_kernels.backends(); print([m for m in {names} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
