@@ -24,7 +24,7 @@ from sadm_kernels.gathering import Gathering, Shared, agreed_weight, send
 from sadm_kernels.samples import Options, Pairs, Samples, compute_dtype, options_of
 
 _BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton}
-_TINY = torch.finfo(torch.float64).tiny
+_SMALLEST = torch.finfo(torch.float32).tiny  # sum of pair weights that counts: its inverse is finite in float32
 
 
 def _add_nothing(sums: Tensor) -> Tensor:
@@ -49,17 +49,20 @@ def _evaluate(
     module, moments = _BACKENDS[backend], None
     if p.options.normalize == "mean" and p.options.relation != "cosine":
         sums = add_ranks(_both_ways(module.distance_sums, p))
-        mean = sums[:2] / sums[2].clamp_min(_TINY)
+        mean = sums[:2] / sums[2].clamp_min(_SMALLEST)
         moments = torch.cat([1.0 / torch.where(mean == 0, 1.0, mean), torch.zeros_like(mean)])
         if any(need):
             slopes = add_ranks(_both_ways(lambda part: module.slope_sums(part, moments), p))
-            moments[2:] = slopes[:2] / slopes[2].clamp_min(_TINY)
+            moments[2:] = slopes[:2] / slopes[2].clamp_min(_SMALLEST)
     sums, grad_real, grad_fake = module.loss_and_gradients(p, moments, *need)
     if p.queued:
         sums = 2.0 * sums - module.loss_and_gradients(p.without_queue, moments, False, False)[0]
     sums = add_ranks(sums)
-    total = sums[1].clamp_min(_TINY)  # no pair counts: 0 / tiny
-    return (sums[0] / total).to(dtype), total.reciprocal().to(dtype), grad_real, grad_fake
+    loss_sum, total = sums.unbind()
+    inverse_total = total.reciprocal()
+    if p.samples.weight is not None or p.samples.labels is not None:  # perhaps no pair counts: loss and gradient are 0
+        inverse_total.masked_fill_(total < _SMALLEST, 0.0)
+    return (loss_sum * inverse_total).to(dtype), inverse_total.to(dtype), grad_real, grad_fake
 
 
 def _pairs(batch: Samples, options: Options, queue: Samples | None, shared: Shared | None) -> Pairs:

@@ -5,6 +5,9 @@
 F are the features of real samples, G those of generated ones, R(F)_ij = r(f_i, f_j) the relation matrix. SADM
 (arXiv 2402.17563) gives the game over S; relation, penalty, normalisation and weights are this project's choices.
 Other backends are tested against this file.
+
+Distances come from ||a||^2 + ||b||^2 - 2ab, which cancels where rows are long beside their differences. So rows are
+scaled by a power of two and their mean is subtracted first: neither changes what is computed, both keep its digits.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,27 +19,34 @@ from torch import Tensor
 from sadm_kernels.collectives import agree, gather, sum_ranks
 from sadm_kernels.gathering import Shared
 from sadm_kernels.samples import Options, Samples, compute_dtype
+from sadm_kernels.scaling import common_scale, power_of_two, row_scale, share_of_weight
 
 RELATIONS = ("euclidean", "cosine", "gaussian")
 PENALTIES = ("squared", "absolute", "huber")
 NORMALIZATIONS = ("unit", "mean", "none")
 
-# ||a||^2 + ||b||^2 - 2ab cancels: its rounding noise, in units of eps * (||a||^2 + ||b||^2), stays below this.
-_MERGE_EPS = 8.0
+# The rounding noise of ||a||^2 + ||b||^2 - 2ab stays below the first number times eps * (||a||^2 + ||b||^2); the square
+# of the distance that rounding puts between unit rows of one direction, below the second number times eps^2.
+_MERGE_EPS, _MERGE_UNIT = 8.0, 16.0
 
 
 def _unit_rows(x: Tensor) -> Tensor:
     """Rows scaled to length 1; a row of zeros stays zero and gets no gradient."""
+    x = x / row_scale(x)  # squares of what is left stay within the range of a float
     squared = x.square().sum(dim=1, keepdim=True)
     zero = squared == 0
     return torch.where(zero, torch.zeros_like(x), x * torch.where(zero, 1.0, squared).rsqrt())
 
 
 def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    """||a_i - b_j||^2: [B, d], [C, d] -> [B, C]; pairs closer than the rounding noise are 0 without gradient."""
-    nr, nc = rows.square().sum(1)[:, None], columns.square().sum(1)[None, :]
-    d2 = nr + nc - 2.0 * rows @ columns.T
-    noise = _MERGE_EPS * torch.finfo(rows.dtype).eps * (nr + nc).detach()
+    """||a_i - b_j||^2: [B, d], [C, d] -> [B, C], of rows near the origin; rounding may make it negative."""
+    return rows.square().sum(1)[:, None] + columns.square().sum(1)[None, :] - 2.0 * rows @ columns.T
+
+
+def _merged(d2: Tensor, rows: Tensor, columns: Tensor, floor: float) -> Tensor:
+    """`d2` with pairs closer than its rounding noise at distance 0, without gradient."""
+    squares = rows.detach().square().sum(1)[:, None] + columns.detach().square().sum(1)[None, :]
+    noise = _MERGE_EPS * torch.finfo(rows.dtype).eps * squares + floor
     return torch.where(d2 <= noise, torch.zeros_like(d2), d2)  # NaN compares false and stays NaN
 
 
@@ -56,21 +66,35 @@ def _relation(
     tau: float,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """R_ij = r(a_i, b_j): [B, d], [C, d] -> [B, C]. `pair_weight` [B, C] says which pairs make the mean distance."""
-    if relation == "cosine" or normalize == "unit":
-        rows, columns = _unit_rows(rows), _unit_rows(columns)
-    if relation == "cosine":
-        return rows @ columns.T
+    """R_ij = r(a_i, b_j): [B, d], [C, d] -> [B, C]; cosines less 1, which no difference of two relations notices.
+
+    `pair_weight` [B, C] says which pairs make the mean distance.
+    """
+    unit = relation == "cosine" or normalize == "unit"
+    # Half of the exponent is left in the rows: gradients are multiplied by `scale` before they are divided by it.
+    scale = columns.new_ones(()) if unit else power_of_two(common_scale(columns).sqrt())
+    rows, columns = (_unit_rows(x) if unit else x / scale for x in (rows, columns))
+    nonzero = [(x.detach() != 0).any(1).to(x.dtype) for x in (rows, columns)]
+    centre = columns.detach().sum(0) / max(len(columns), 1)
+    rows, columns = rows - centre, columns - centre
     d2 = _squared_distances(rows, columns)
+    if relation == "cosine":  # (|a|^2 + |b|^2 - ||a - b||^2) / 2, of which little is left where rows point one way
+        return (nonzero[0][:, None] + nonzero[1][None, :] - 2.0 - d2) / 2.0
+    d2 = _merged(d2, rows, columns, _MERGE_UNIT * torch.finfo(d2.dtype).eps ** 2 if unit else 0.0)
     if normalize == "mean":
-        distance = _sqrt(d2)
-        sums = torch.stack([(pair_weight * distance).sum(), pair_weight.sum()])
+        sums = torch.stack([(pair_weight * _sqrt(d2)).sum(), pair_weight.sum()])
         if group is not None:
             sums = sum_ranks(sums, group.group_name, True)
-        mean = sums[0] / torch.where(sums[1] == 0, 1.0, sums[1])
-        scale = 1.0 / torch.where(mean == 0, 1.0, mean)
-        return distance * scale if relation == "euclidean" else torch.exp(-d2 * scale.square() / (2.0 * tau**2))
-    return _sqrt(d2) if relation == "euclidean" else torch.exp(-d2 / (2.0 * tau**2))
+        mean = sums[0] / _or_one(sums[1])
+        scale = 1.0 / torch.where(mean == 0, 1.0, mean)  # in place of the power of two, which is a part of the mean
+    if relation == "euclidean":
+        return _sqrt(d2) * scale
+    return torch.exp(-(d2 * scale * scale) / (2.0 * tau**2))
+
+
+def _or_one(total: Tensor) -> Tensor:
+    """The sum of pair weights; 1 where no pair counts. Its inverse must be finite."""
+    return torch.where(total < torch.finfo(torch.float32).tiny, 1.0, total)
 
 
 def _penalty(x: Tensor, penalty: str, delta: float) -> Tensor:
@@ -99,7 +123,8 @@ def relation_matrix(
     """R(F) of features [B, d]: the B x B matrix that the discriminator compares, for people to look at."""
     x = features.to(compute_dtype(features))
     pairs = 1.0 - torch.eye(len(x), dtype=x.dtype, device=x.device)
-    return _relation(x, x, pairs, relation=relation, normalize=normalize, tau=tau, group=None)
+    matrix = _relation(x, x, pairs, relation=relation, normalize=normalize, tau=tau, group=None)
+    return matrix + 1.0 if relation == "cosine" else matrix
 
 
 def structure_loss(
@@ -133,7 +158,7 @@ def structure_loss(
         if queue is not None:
             columns = columns.followed_by(queue)
         assert columns.weight is not None
-        w = columns.weight.to(dtype)
+        w = share_of_weight(columns.weight, dtype)
         # A queue's pairs count both ways, (i, k) and (k, i), and only one of them is here.
         ways = torch.ones_like(w)
         ways[now:] = 2.0
@@ -151,7 +176,7 @@ def structure_loss(
         sums = torch.stack([(pair_weight * _penalty(difference, penalty, delta)).sum(), pair_weight.sum()])
         if group is not None:
             sums = sum_ranks(sums, group.group_name, False)
-        return sums[0] / torch.where(sums[1] == 0, 1.0, sums[1])
+        return sums[0] / _or_one(sums[1])
 
 
 def _of_all_ranks(own: Samples, group: dist.ProcessGroup, shared: Shared | None) -> Samples:

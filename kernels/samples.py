@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sadm_kernels.scaling import weight_in_range
+
 
 def compute_dtype(*features: Tensor) -> torch.dtype:
     """The dtype sums are kept in: float64 if any features are float64, float32 if all are narrower."""
@@ -26,7 +28,7 @@ class Samples(NamedTuple):
     labels: Tensor | None = None  # integers [n]; a queue has them if and only if the batch does
 
     def alike(self) -> "Samples":
-        """What a fused backend takes: contiguous features of one dtype and width, float weights, int64 labels.
+        """What a fused backend takes: contiguous features of one dtype and width, scaled weights, int64 labels.
 
         Zeros behind the narrower features change no length, distance or product.
         """
@@ -36,7 +38,7 @@ class Samples(NamedTuple):
         return Samples(
             real.to(dtype).contiguous(),
             fake.to(dtype).contiguous(),
-            None if weight is None else weight.to(compute_dtype(real, fake)).contiguous(),
+            None if weight is None else weight_in_range(weight, compute_dtype(real, fake)).contiguous(),
             None if labels is None else labels.long().contiguous(),
         )
 
@@ -46,7 +48,7 @@ class Samples(NamedTuple):
         return Samples(self.real[:n], self.fake[:n], weight, labels)
 
     def followed_by(self, queue: "Samples") -> "Samples":
-        """These samples and behind them a queue's, converted to their dtypes."""
+        """These samples and behind them a queue's, whose features are converted to their dtypes."""
         weight, labels = self.weight, self.labels
         if weight is not None or queue.weight is not None:
             now, past = (

@@ -20,7 +20,7 @@ def philox_uniform(key: int, stream: int, sample_ids: Tensor, count: int) -> Ten
     ids = sample_ids.to("cpu", torch.int64).contiguous()
     out = torch.empty(len(ids), count, dtype=torch.float32, device="cpu")
     native.library().philox_uniform(
-        ids.data_ptr(), len(ids), count, stream, key % 2**64, out.data_ptr(), torch.get_num_threads()
+        ids.data_ptr(), len(ids), count, stream, key % 2**64, out.data_ptr(), native.threads()
     )
     return out
 

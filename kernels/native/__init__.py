@@ -5,15 +5,17 @@ float16 is widened first. Results are the same to the last bit for every number 
 """
 
 import ctypes
-from functools import partial
+import os
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sadm_kernels.samples import Pairs
+from sadm_kernels.samples import Pairs, compute_dtype
+from sadm_kernels.scaling import common_scale, row_scale
 
-_INTERFACE = 2  # kInterface of structure.h
+_INTERFACE = 3  # kInterface of structure.h
 _FOLDER = Path(__file__).parent
 LIBRARY = _FOLDER / "libstructure.so"
 BUILD_FAILURE = _FOLDER / "build_failure.txt"  # setup.py leaves the reason here
@@ -23,6 +25,8 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _RELATIONS = {"euclidean": 0, "cosine": 1, "gaussian": 2}
 _PENALTIES = {"squared": 0, "absolute": 1, "huber": 2}
 _DISTANCE_SUMS, _SLOPE_SUMS, _LOSS = range(3)
+_NO_MEMORY, _OUT_OF_RANGE = 1, 2
+_PROCESS = os.getpid()
 
 
 class _StructurePass(ctypes.Structure):
@@ -41,6 +45,7 @@ class _StructurePass(ctypes.Structure):
         ("tau", ctypes.c_double),
         ("delta", ctypes.c_double),
         ("inverse_mean", ctypes.c_double * 2),
+        ("units", ctypes.c_double * 2),
         ("mean_slope", ctypes.c_double * 2),
         ("dtype", ctypes.c_int32),
         ("relation", ctypes.c_int32),
@@ -48,6 +53,7 @@ class _StructurePass(ctypes.Structure):
         ("unit", ctypes.c_int32),
         ("stage", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+        ("in_range", ctypes.c_int32),
     ]
 
 
@@ -106,13 +112,77 @@ def _narrow(labels: Tensor) -> Tensor:
     return torch.unique(labels, return_inverse=True)[1].to(torch.int32)
 
 
+def threads() -> int:
+    """How many threads a call may use: torch's number, but one in a child made by fork.
+
+    GNU's OpenMP would wait there without end for threads that only the parent has; so would torch after such a call.
+    """
+    if os.getpid() != _PROCESS:
+        return 1
+    number = torch.get_num_threads()
+    if number > 1:
+        _protect_children()
+    return number
+
+
+@cache
+def _protect_children() -> None:
+    """Let torch, too, use one thread in children forked from now on."""
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
 def _pass(
     p: Pairs, stage: int, moments: Tensor | None, need_real: bool, need_fake: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One pass of the library: float64 sums [3] and the gradients [b, d] that are needed, b = len(p.own)."""
+    real, fake = (x.float() if x.dtype == torch.float16 else x for x in (p.samples.real, p.samples.fake))
+    found = _call(p, real, fake, p.samples.weight, None, stage, moments, need_real, need_fake)
+    return found or _scaled_pass(p, real, fake, stage, moments, need_real, need_fake)
+
+
+def _scaled_pass(
+    p: Pairs, real: Tensor, fake: Tensor, stage: int, moments: Tensor | None, need_real: bool, need_fake: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `_pass` returns for features whose squares leave their range: their largest entries are brought to [1, 2).
+
+    Pairs without a weight get one, so that the float32 sums of large differences stay in range as well.
+    """
+    unit, compute = p.options.unit, compute_dtype(real)
+    scales = [row_scale(x.to(compute)) if unit else common_scale(x.to(compute)) for x in (real, fake)]
+    real, fake = ((x.to(compute) / scale).to(x.dtype) for x, scale in zip((real, fake), scales, strict=True))
+    weight, pair = p.samples.weight, 1.0
+    if weight is None:
+        bits = len(real).bit_length()
+        weight, pair = real.new_full((len(real),), 0.5**bits, dtype=compute), 4.0**bits
+    units = (1.0, 1.0) if unit else (float(scales[0]), float(scales[1]))
+    found = _call(p, real, fake, weight, units, stage, moments, need_real, need_fake)
+    assert found is not None
+    sums, *gradients = found
+    for x, scale in zip(gradients, scales, strict=True):
+        if x is not None:
+            x.mul_(pair)
+            if unit:
+                x.div_(scale[p.own.start : p.own.stop])
+    return sums * pair, gradients[0], gradients[1]
+
+
+def _call(
+    p: Pairs,
+    real: Tensor,
+    fake: Tensor,
+    weight: Tensor | None,
+    units: tuple[float, float] | None,
+    stage: int,
+    moments: Tensor | None,
+    need_real: bool,
+    need_fake: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """The library's pass over the columns `real` and `fake`, whose distances are in `units`.
+
+    Without units, features whose squares leave their range are refused: None.
+    """
     if _library is None:
         raise RuntimeError(_status)
-    real, fake = (x.float() if x.dtype == torch.float16 else x for x in (p.samples.real, p.samples.fake))
     compute = torch.float64 if real.dtype == torch.float64 else torch.float32
     labels = p.samples.labels
     if labels is not None and compute == torch.float32:
@@ -132,7 +202,7 @@ def _pass(
 
     task = _StructurePass(
         features=(real.data_ptr(), fake.data_ptr()),
-        weight=address(p.samples.weight),
+        weight=address(weight),
         labels=address(labels),
         gradients=(address(gradients[0]), address(gradients[1])),
         sums=sums.data_ptr(),
@@ -143,15 +213,20 @@ def _pass(
         tau=p.options.tau,
         delta=p.options.delta,
         inverse_mean=inverse_mean,
+        units=units or (1.0, 1.0),
         mean_slope=mean_slope,
         dtype=_DTYPES[real.dtype],
         relation=_RELATIONS[p.options.relation],
         penalty=_PENALTIES[p.options.penalty],
         unit=int(p.options.unit),
         stage=stage,
-        threads=torch.get_num_threads(),
+        threads=threads(),
+        in_range=int(units is not None),
     )
-    if _library.structure_pass(ctypes.byref(task)) != 0:
+    status = _library.structure_pass(ctypes.byref(task))
+    if status == _OUT_OF_RANGE:
+        return None
+    if status == _NO_MEMORY:
         raise RuntimeError(f"structure_loss: not enough memory for {len(real)} rows of {width} features")
     return sums, gradients[0], gradients[1]
 

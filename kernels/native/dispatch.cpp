@@ -50,7 +50,7 @@ extern "C" {
 __attribute__((visibility("default"))) int32_t structure_interface() { return kInterface; }
 __attribute__((visibility("default"))) const char* structure_instruction_set() { return chosen().name; }
 
-// 0, or 1 when there is not enough memory.
+// kDone, kNoMemory or kOutOfRange.
 __attribute__((visibility("default"))) int32_t structure_pass(const StructurePass* task) { return chosen().run(*task); }
 
 }

@@ -1,8 +1,9 @@
 // Features in the layouts that the products read, and what the epilogue needs to know of each row.
 //
-// Distances do not change when one vector is taken from all rows, but the rounding noise of |a|^2 + |b|^2 - 2ab grows
-// with the rows' lengths: float rows are packed at length 1 where asked for, then less their mean. Bfloat16 rows for
-// the bf16 instructions stay as they came (their products are exact in float32); the epilogue scales the products.
+// Subtracting one vector from all rows changes no distance, but the rounding noise of |a|^2 + |b|^2 - 2ab grows with the
+// rows' lengths. So float rows are packed at length 1 where asked for, then less their mean. Bfloat16 rows for the bf16
+// instructions stay as they came (their products are exact in float32), and the epilogue scales the products; rows that
+// nearly point one way, whose distances would drown in that noise, are refused here and packed as float rows instead.
 #pragma once
 
 #include "gemm.h"
@@ -88,7 +89,7 @@ struct Features {
 
   const In* x;                                           // [rows, width]
   long rows, width, padded_rows, words, padded_words, padded_width;
-  Acc *squared, *noise, *norm, *scale, *centre;  // of a row; `centre` of a feature
+  Acc *sum, *squared, *noise, *norm, *scale, *centre;  // of a row, `sum` before it is scaled; `centre` of a feature
   Acc* length;   // of the rows as packed: those that come first in a word, then those that come second
   Word* across;  // [padded_rows / P][padded_words][P]: depth along the features, for <x_i, x_j>
   Word* along;   // [padded_width / P][padded_rows / kDepth][P]: depth along the rows, for sum_j W_ij x_j
@@ -101,6 +102,7 @@ struct Features {
     words = (d + kDepth - 1) / kDepth;
     padded_words = round_up(words, N);
     padded_width = round_up(d, P);
+    arena.want(sum, padded_rows);
     arena.want(squared, padded_rows);
     arena.want(noise, padded_rows);
     arena.want(norm, padded_rows);
@@ -111,11 +113,15 @@ struct Features {
     if (gradient) arena.want(along, padded_width * (padded_rows / kDepth));
   }
 
+  static constexpr Acc kEps = sizeof(Acc) == 4 ? Acc(1.1920928955078125e-07) : Acc(2.220446049250313e-16);
+  // Sums of squares within these can be multiplied, added up and turned over.
+  static constexpr Acc kLeast = sizeof(Acc) == 4 ? Acc(0x1p-80) : Acc(0x1p-800);
+  static constexpr Acc kMost = sizeof(Acc) == 4 ? Acc(0x1p80) : Acc(0x1p800);
+
   // Length and scale of the rows of a panel; rows behind the last one count as zeros.
   void measure(long panel, bool unit) {
-    const Acc eps = sizeof(Acc) == 4 ? Acc(1.1920928955078125e-07) : Acc(2.220446049250313e-16);
     for (long i = panel * P; i < panel * P + P; ++i) {
-      Acc sum = 0;
+      Acc total = 0;
       if (i < rows) {
         Acc part[N] = {};
         const In* row = x + i * width;
@@ -123,30 +129,76 @@ struct Features {
         for (; c + N <= width; c += N)
           for (int l = 0; l < N; ++l) part[l] += Acc(widen(row[c + l])) * Acc(widen(row[c + l]));
         for (int l = 0; c < width; ++c, ++l) part[l] += Acc(widen(row[c])) * Acc(widen(row[c]));
-        for (int l = 0; l < N; ++l) sum += part[l];
+        for (int l = 0; l < N; ++l) total += part[l];
       }
-      const Acc row_length = unit ? Acc(__builtin_sqrt(sum)) : Acc(1);
+      const Acc row_length = unit ? Acc(__builtin_sqrt(total)) : Acc(1);
       length[i % kDepth * (padded_rows / kDepth) + i / kDepth] = kRaw ? row_length : Acc(1);
-      scale[i] = unit ? (sum == 0 ? Acc(0) : 1 / row_length) : Acc(1);
-      squared[i] = norm[i] = unit ? (sum == 0 ? Acc(0) : sum / sum) : sum;
-      noise[i] = 8 * eps * squared[i];
+      sum[i] = total;
+      scale[i] = unit ? (total == 0 ? Acc(0) : 1 / row_length) : Acc(1);
+      squared[i] = norm[i] = unit ? (total == 0 ? Acc(0) : total / total) : total;
+      noise[i] = 8 * kEps * squared[i];
     }
+  }
+
+  bool zeros(long i) const {
+    for (long c = 0; c < width; ++c)
+      if (widen(x[i * width + c]) != 0) return false;
+    return true;
+  }
+
+  // Whether squares of features neither over- nor underflow; with `unit` those of every row, else of the largest.
+  bool in_range(bool unit) const {
+    bool all_small = true, all_zeros = true;
+    for (long i = 0; i < rows; ++i) {
+      if (sum[i] > kMost) return false;
+      if (sum[i] < kLeast) {
+        const bool nothing = zeros(i);
+        if (unit && !nothing) return false;
+        all_zeros &= nothing;
+      } else {
+        all_small = false;  // NaN, too: it goes on to the loss
+      }
+    }
+    return !all_small || all_zeros;
+  }
+
+  // Whether 31/32 of the squares of the rows are what all rows share: a distance would lose six bits of its digits.
+  bool clustered(bool unit) const {
+    Acc shared[P] = {}, all[P] = {};
+    for (long c = 0; c < padded_width; c += P)
+      for (long l = 0; l < P; ++l) shared[l] += centre[c + l] * centre[c + l];
+    const Acc* squares = unit ? norm : sum;
+    for (long i = 0; i < padded_rows; i += P)
+      for (long l = 0; l < P; ++l) all[l] += squares[i + l];
+    double whole = 0, part = 0;
+    for (long l = 0; l < P; ++l) {
+      part += shared[l];
+      whole += all[l];
+    }
+    return part * rows > whole * (31.0 / 32.0);
   }
 
   // The mean of the scaled rows in one panel of features.
   void average(long panel) {
-    Acc sum[P] = {};
-    long count = width - panel * P < P ? width - panel * P : P;
+    typedef Vector<Acc> V;
+    V total[kVectors];
+    for (V& v : total) v = V{};
+    const long count = width - panel * P < P ? width - panel * P : P;
     for (long i = 0; i < rows; ++i) {
       const In* row = x + i * width + panel * P;
-      for (long c = 0; c < count; ++c) sum[c] += Acc(widen(row[c])) * scale[i];
+      Acc values[P] = {};
+      if (count == P)  // a trip count that the compiler knows
+        for (long c = 0; c < P; ++c) values[c] = Acc(widen(row[c]));
+      else
+        for (long c = 0; c < count; ++c) values[c] = Acc(widen(row[c]));
+      for (int v = 0; v < kVectors; ++v) total[v] += load<Acc>(values + v * N) * scale[i];
     }
-    for (long c = 0; c < P; ++c) centre[panel * P + c] = sum[c] / Acc(rows);
+    for (int v = 0; v < kVectors; ++v) store<Acc>(centre + panel * P + v * N, total[v] / Acc(rows));
   }
 
   // Rows of a panel of their own, in words, into both layouts. `rows_of_panel` is [P][row_stride] of scratch.
   long row_stride() const { return (padded_words > padded_width ? padded_words : padded_width) + N; }
-  void pack(long panel, bool gradient, Word* rows_of_panel) {
+  void pack(long panel, bool unit, bool gradient, Word* rows_of_panel) {
     const long stride = row_stride();
     for (long r = 0; r < P; ++r) {
       Word* out = rows_of_panel + r * stride;
@@ -175,9 +227,10 @@ struct Features {
           part[l] += value * value;
         }
         for (; c < stride; ++c) out[c] = 0;
-        Acc sum = 0;
-        for (int l = 0; l < N; ++l) sum += part[l];
-        squared[i] = sum;
+        Acc total = 0;
+        for (int l = 0; l < N; ++l) total += part[l];
+        squared[i] = total;
+        noise[i] = 8 * kEps * (total + (unit ? kEps * norm[i] : Acc(0)));
       }
     }
     Word* across_panel = across + panel * P * padded_words;

@@ -63,7 +63,8 @@ class Pass {
     for (int x = 0; x < 2; ++x) {
       features[x].prepare(task.features[x], n, task.width, task.gradients[x] && gradient, arena);
       pairs.need[x] = gradient && task.gradients[x];
-      pairs.inverse_mean[x] = Acc(task.inverse_mean[x]);
+      pairs.inverse_mean[x] = Acc(task.inverse_mean[x] * task.units[x]);
+      pairs.pull[x] = Acc(task.inverse_mean[x]);
       pairs.mean_slope[x] = Acc(task.mean_slope[x]);
     }
     pairs.columns = n;
@@ -100,56 +101,66 @@ class Pass {
     return true;
   }
 
-  void run() {
+  // kDone, kOutOfRange, or kClustered where bf16 instructions would lose the distances.
+  int run() {
     const bool unit = task.unit || task.relation == kCosine;
     const long row_panels = features[0].padded_rows / P, feature_panels = features[0].padded_width / P;
     double sums[3] = {0, 0, 0};
+    int result = kDone;
 #pragma omp parallel num_threads(task.threads)
     {
       const long thread = omp_get_thread_num();
-      Word* rows_of_panel = panel_rows + thread * P * features[0].row_stride();
-      Acc* tiles[2] = {gram + thread * 2 * tile * tile, gram + (thread * 2 + 1) * tile * tile};
 #pragma omp for schedule(static)
       for (long i = 0; i < 2 * row_panels; ++i) features[i % 2].measure(i / 2, unit);
 #pragma omp for schedule(static)
-      for (long i = 0; i < 2 * feature_panels; ++i) {
-        if (!kCopies)
-          features[i % 2].average(i / 2);
-        else
-          __builtin_memset(features[i % 2].centre + i / 2 * P, 0, P * sizeof(Acc));
-      }
-#pragma omp for schedule(static)
-      for (long i = 0; i < 2 * row_panels; ++i) features[i % 2].pack(i / 2, pairs.need[i % 2], rows_of_panel);
-      for (long begin = first_tile; begin < last_tile; begin += strip_tiles) {
-        const long end = begin + strip_tiles < last_tile ? begin + strip_tiles : last_tile;
-        const long first_column = pairs.triangle ? begin : 0;
-        const long columns = column_tiles - first_column;
-#pragma omp for schedule(dynamic)
-        for (long t = 0; t < (end - begin) * columns; ++t)
-          relate_tile(begin + t / columns, first_column + t % columns, tiles);
-#pragma omp single nowait
-        add_sums(begin, end, sums);
-        if (gradient) {
-          const long outputs = pairs.triangle ? column_tiles - begin : end - begin;
-          const long groups = (feature_panels + kOutputs - 1) / kOutputs;
-#pragma omp for schedule(dynamic)
-          for (long t = 0; t < 2 * outputs * groups; ++t)
-            if (pairs.need[t % 2]) accumulate(t % 2, begin + t / 2 / groups, t / 2 % groups, begin, end);
-        } else {
-#pragma omp barrier
+      for (long i = 0; i < 2 * feature_panels; ++i) features[i % 2].average(i / 2);
+#pragma omp single
+      {
+        for (const Packed& f : features) {
+          if (kCopies && f.clustered(unit)) result = kClustered;
+          if (!task.in_range && !f.in_range(unit)) result = kOutOfRange;
         }
       }
-      if (gradient) {
-#pragma omp for schedule(static)
-        for (long i = 0; i < 2 * task.rows; ++i)
-          if (pairs.need[i % 2]) finish(i % 2, i / 2, unit);
-      }
+      if (result == kDone) work(thread, unit, row_panels, feature_panels, sums);
     }
     for (int k = 0; k < 3; ++k) task.sums[k] = pairs.triangle ? 2 * sums[k] : sums[k];
     if (!pairs.weight && !pairs.labels) task.sums[2] = double(task.rows) * double(task.columns - 1);
+    return result;
   }
 
  private:
+  // One thread's part, after the features have been measured.
+  void work(long thread, bool unit, long row_panels, long feature_panels, double sums[3]) {
+    Word* rows_of_panel = panel_rows + thread * P * features[0].row_stride();
+    Acc* tiles[2] = {gram + thread * 2 * tile * tile, gram + (thread * 2 + 1) * tile * tile};
+#pragma omp for schedule(static)
+    for (long i = 0; i < 2 * row_panels; ++i) features[i % 2].pack(i / 2, unit, pairs.need[i % 2], rows_of_panel);
+    for (long begin = first_tile; begin < last_tile; begin += strip_tiles) {
+      const long end = begin + strip_tiles < last_tile ? begin + strip_tiles : last_tile;
+      const long first_column = pairs.triangle ? begin : 0;
+      const long columns = column_tiles - first_column;
+#pragma omp for schedule(dynamic)
+      for (long t = 0; t < (end - begin) * columns; ++t)
+        relate_tile(begin + t / columns, first_column + t % columns, tiles);
+#pragma omp single nowait
+      add_sums(begin, end, sums);
+      if (gradient) {
+        const long outputs = pairs.triangle ? column_tiles - begin : end - begin;
+        const long groups = (feature_panels + kOutputs - 1) / kOutputs;
+#pragma omp for schedule(dynamic)
+        for (long t = 0; t < 2 * outputs * groups; ++t)
+          if (pairs.need[t % 2]) accumulate(t % 2, begin + t / 2 / groups, t / 2 % groups, begin, end);
+      } else {
+#pragma omp barrier
+      }
+    }
+    if (gradient) {
+#pragma omp for schedule(static)
+      for (long i = 0; i < 2 * task.rows; ++i)
+        if (pairs.need[i % 2]) finish(i % 2, i / 2, unit);
+    }
+  }
+
   template <class T>
   const T* copy_padded(T* padded, const T* values) const {
     if (!values) return nullptr;
@@ -337,11 +348,14 @@ class Pass {
     for (long panel = 0; panel < d; panel += P, products += panel_stride) {
       const Acc* centre = f.centre + panel;
       const In* x_panel = in + panel;
+      const auto one = [&](long c) {
+        const Acc packed = kCopies ? Acc(widen(x_panel[c])) * s : Acc(widen(x_panel[c])) * s - centre[c];
+        out[panel + c] = own * packed - products[c];
+      };
       if (d - panel >= P)  // a trip count that the compiler knows
-        for (long c = 0; c < P; ++c) out[panel + c] = own * (Acc(widen(x_panel[c])) * s - centre[c]) - products[c];
+        for (long c = 0; c < P; ++c) one(c);
       else
-        for (long c = 0; c < d - panel; ++c)
-          out[panel + c] = own * (Acc(widen(x_panel[c])) * s - centre[c]) - products[c];
+        for (long c = 0; c < d - panel; ++c) one(c);
     }
     if (!unit) {
       for (long c = 0; c < d; ++c) out[c] *= 2;
@@ -363,19 +377,17 @@ class Pass {
 template <class In, class Acc, class Mul>
 int run_pass(const StructurePass& task) {
   Pass<In, Acc, Mul> pass(task);
-  if (!pass.prepare()) return 1;
-  pass.run();
-  return 0;
+  return pass.prepare() ? pass.run() : kNoMemory;
 }
 
 inline int run(const StructurePass& task) {
   if (task.dtype == kFloat64) return run_pass<double, double, Multiply<double>>(task);
   if (task.dtype == kFloat32) return run_pass<float, float, Multiply<float>>(task);
 #if defined(__AVX512BF16__)
-  return run_pass<BFloat16, float, MultiplyBF16>(task);
-#else
-  return run_pass<BFloat16, float, Multiply<float>>(task);
+  const int result = run_pass<BFloat16, float, MultiplyBF16>(task);
+  if (result != kClustered) return result;
 #endif
+  return run_pass<BFloat16, float, Multiply<float>>(task);
 }
 
 }  // namespace ISA

@@ -15,7 +15,7 @@ namespace ISA {
 template <class Acc>
 struct Rows {
   Acc* squared;  // q
-  Acc* noise;    // a pair with D^2 <= noise_i + noise_j is one point: reference.py's _MERGE_EPS
+  Acc* noise;    // a pair with D^2 <= noise_i + noise_j is one point: _MERGE_EPS and _MERGE_UNIT of reference.py
   Acc* norm;     // |x|^2 before the centre was taken off
   Acc* scale;    // 1 / |x| where the products are of rows that are not yet of length 1
 };
@@ -28,7 +28,9 @@ struct Pairs {
   long columns, first, end;  // rows are [first, end)
   bool triangle;             // only columns behind the row; else all but the row itself
   bool need[2];
-  Acc tau, delta, inverse_mean[2], mean_slope[2];
+  Acc tau, delta, mean_slope[2];
+  Acc inverse_mean[2];  // u = D inverse_mean, D of the rows as packed
+  Acc pull[2];          // 1 / mean: how u changes with the rows as given
 };
 
 template <class Acc>
@@ -70,15 +72,15 @@ template <class Acc, int kRelation, bool kScaled>
 ALWAYS_INLINE Vector<Acc> pair_weight(const Pairs<Acc>& p, int x, const Side<Acc>& side, Vector<Acc> slope,
                                       Vector<Acc> omega) {
   typedef Vector<Acc> V;
-  const Acc inverse_mean = kScaled ? Acc(1) : p.inverse_mean[x];
-  const Acc mean_slope = p.mean_slope[x] * inverse_mean;
+  const Acc pull = kScaled ? Acc(1) : p.pull[x];
+  const Acc mean_slope = p.mean_slope[x] * pull;
   V w;
   if (kRelation == kCosine) {
     w = -slope;
   } else if (kRelation == kEuclidean) {
-    w = kScaled ? slope * side.inverse : (slope * inverse_mean - omega * mean_slope) * side.inverse;
+    w = kScaled ? slope * side.inverse : (slope * pull - omega * mean_slope) * side.inverse;
   } else {
-    w = -slope * side.relation * (inverse_mean * inverse_mean / (p.tau * p.tau));
+    w = -slope * side.relation * (kScaled ? Acc(1) : p.inverse_mean[x]) * (pull / (p.tau * p.tau));
     if (!kScaled) w -= omega * mean_slope * side.inverse;
     w = side.inverse == Acc(0) ? V{} : w;
   }

@@ -25,10 +25,15 @@ struct StructurePass {
   int64_t columns, width, first, rows;
   double tau, delta;
   double inverse_mean[2];       // 1 without normalize="mean"
+  double units[2];              // distances of the rows are counted in these; 1 where `unit`
   double mean_slope[2];         // kappa: sum(Q u) / sum(omega), 0 without normalize="mean"
   int32_t dtype, relation, penalty, unit, stage, threads;
+  int32_t in_range;             // promised: squares of features stay in range; else this is checked, see kOutOfRange
 };
 
-constexpr int32_t kInterface = 2;
+// What a pass returns. kOutOfRange: nothing was computed, features have to be scaled by a power of two first.
+// kClustered does not leave the library: the same pass once more, with other instructions.
+enum { kDone = 0, kNoMemory = 1, kOutOfRange = 2, kClustered = 3 };
+constexpr int32_t kInterface = 3;
 
 }
