@@ -97,18 +97,6 @@ def test_is_as_exact_as_eager_float32(mean, dtype, relation, normalize, size) ->
 
 
 @needs_kernel
-def test_a_shifted_batch_loses_nothing() -> None:
-    """Distances do not know a common shift; |a|^2 + |b|^2 - 2ab does. The kernel takes the mean off first."""
-    # A shift that is exact in float32, so that only the kernel can lose something.
-    real, fake = (torch.round(x * 64) / 64 for x in features(100, 64, dtype=torch.float32))
-    expected = structure_loss(real.double(), fake.double(), normalize="none", impl="reference")
-    moved = structure_loss(real + 256, fake + 256, normalize="none", impl="native")
-    eager = structure_loss(real + 256, fake + 256, normalize="none", impl="reference")
-    error, eager_error = (abs(float(x) - float(expected)) / float(expected) for x in (moved, eager))
-    assert error < 32 * EPS < eager_error
-
-
-@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("size", [5, 130, 700])
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, size: int) -> None:
@@ -272,4 +260,4 @@ def test_without_the_library_the_reason_is_given(tmp_path: Path, monkeypatch: py
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_INTERFACE", 99)
     library, status = native._load()
-    assert library is None and "is of another version (interface 2, not 99)" in status
+    assert library is None and "is of another version (interface 3, not 99)" in status

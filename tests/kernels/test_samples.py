@@ -55,7 +55,8 @@ def by_hand(batch: Queue, queue: Queue | None, **options: Any) -> tuple[Tensor, 
 @settings(deadline=None, max_examples=40)
 @given(
     size=st.integers(3, 12),
-    widths=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    # On a line or in a plane some of the points would be closer than float32 can tell.
+    widths=st.tuples(st.integers(3, 40), st.integers(3, 40)),
     dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from(FLOATS)),
     relation=st.sampled_from(RELATIONS),
     normalize=st.sampled_from(NORMALIZATIONS),
