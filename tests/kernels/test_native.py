@@ -1,6 +1,7 @@
 """The C++ kernel: exactness, every instruction set, threads, memory, and what is said when it is missing."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,25 @@ def test_rows_against_all_columns_are_a_part_of_the_whole(relation: str, normali
         assert expected is not None
         difference = torch.cat([g for g in parts if g is not None]) - expected
         assert float(expected.norm()) > 0 and float(difference.norm() / expected.norm()) < limit
+
+
+@needs_kernel
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_made_by_fork_runs_on_one_thread() -> None:
+    """OpenMP's threads stay with the parent: a child that waited for them would never return."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        real, fake = features(700, 70, dtype=torch.float32)
+        expected = float(structure_loss(real, fake, impl="native"))
+        if (child := os.fork()) == 0:
+            signal.alarm(20)  # ends the child, not the test
+            # Torch's own operations would wait as well.
+            same = float(structure_loss(real, fake.flip(0).flip(0), impl="native")) == expected
+            os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_kernel

@@ -74,7 +74,7 @@ def test_where_no_pair_counts_loss_and_gradients_are_zero(impl: str, dtype: torc
 @dtypes
 def test_where_no_pair_counts_the_compiled_operator_gives_zero(dtype: torch.dtype) -> None:
     real, fake = (x.requires_grad_(True) for x in features(6, 8, dtype))
-    rest = (None, torch.arange(6), *(None,) * 4, "euclidean", "squared", "unit", 1.0, 1.0, "native", True, True)
+    rest = (None, torch.arange(6), *(None,) * 4, "euclidean", "squared", "unit", None, None, "native", True, True)
     loss = ops._structure_loss(real, fake, *rest)[0]
     assert not loss.any() and not any(grad.any() for grad in torch.autograd.grad(loss, (real, fake)))
 
@@ -150,11 +150,11 @@ def test_distances_that_are_not_normalised_grow_with_the_features(impl: str, dty
 def test_a_mean_of_many_standard_deviations_costs_little(impl: str, mean: float, dtype: torch.dtype) -> None:
     """Against float64 on the same rounded features."""
     real, fake = features(64, 48, dtype, mean)
-    for options in options_of_relations:
-        unit = options["relation"] == "cosine" or options["normalize"] == "unit"
-        if mean == 10000.0 and (dtype != torch.float32 or (options["relation"] == "gaussian" and unit)):
+    for given in options_of_relations:
+        unit = given["relation"] == "cosine" or given["normalize"] == "unit"
+        if mean == 10000.0 and (dtype != torch.float32 or (given["relation"] == "gaussian" and unit)):
             continue  # all rows are equal there, or all relations 1
-        options = options | {"tau": 10.0 if options["normalize"] == "none" else 1.0}
+        options: dict[str, Any] = given | {"tau": 10.0 if given["normalize"] == "none" else 1.0}
         exact = evaluate(real.double(), fake.double(), impl="reference", **options)
         found = evaluate(real, fake, impl=impl, **options)
         # Rows of length 1 are rounded to eps / 2, and their distances are 1 / mean: eps * mean. A gaussian relation
