@@ -278,8 +278,8 @@ class SamplingConfig(Block):
     sampler: Literal["auto", "heun", "ddim"] = Field("auto", description="auto: heun for edm and flow, ddim for vp")
     steps: int = Field(18, ge=1, le=10**5, description="steps of the deterministic sampler")
     guidance_scale: float = Field(1.0, ge=0, le=1e6, description="classifier-free guidance on all channels; 1: none")
-    columns: int = Field(10, ge=1, le=1000, description="most classes in the grid")
-    rows: int = Field(8, ge=1, le=1000, description="samples of each class in the grid")
+    columns: int = Field(10, ge=1, le=10**3, description="most classes in the grid")
+    rows: int = Field(8, ge=1, le=10**3, description="samples of each class in the grid")
 
 
 class EvaluateConfig(Block):
