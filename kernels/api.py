@@ -10,9 +10,22 @@ from torch import Tensor, nn
 
 from sadm_kernels import ops, reference
 from sadm_kernels.capabilities import choose, transformed
-from sadm_kernels.checks import check_batch, check_features, check_group, check_options, check_queue
+from sadm_kernels.checks import check_batch, check_features, check_group, check_options, check_queue, check_rows
 from sadm_kernels.gathering import Shared, agreed_weight, send
 from sadm_kernels.samples import Options, Queue, Samples
+
+
+def relation_matrix(
+    features: Tensor, *, relation: str = "euclidean", normalize: str = "unit", tau: float = 1.0
+) -> Tensor:
+    """R(F) of features [B, d], by the reference: the [B, B] matrix that S compares, for people to look at.
+
+    Raises:
+        ValueError: as `structure_loss`.
+    """
+    check_options(relation, "squared", normalize, tau, 1.0, "reference")
+    check_rows("features", features)
+    return reference.relation_matrix(features, relation=relation, normalize=normalize, tau=float(tau))
 
 
 def share(

@@ -25,14 +25,8 @@ def check_options(relation: str, penalty: str, normalize: str, tau: Any, delta: 
     _check_choice("penalty", penalty, reference.PENALTIES)
     _check_choice("normalize", normalize, reference.NORMALIZATIONS)
     _check_choice("impl", impl, IMPLEMENTATIONS)
-    for name, value in (("tau", tau), ("delta", delta)):
-        if isinstance(value, Tensor) and value.requires_grad:
-            raise ValueError(f"{name}.requires_grad=True: {name} gets no gradient; use {name}.item()")
-        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        number = number or (isinstance(value, Tensor) and value.dim() == 0)
-        # Comparisons, not math.isfinite: torch.compile hands in a symbol when the number differs between calls.
-        if not (number and 0 < value < math.inf):
-            raise ValueError(f"{name}={value!r}: must be a positive number")
+    _check_positive("tau", tau)
+    _check_positive("delta", delta)
 
 
 def check_group(group: dist.ProcessGroup | None) -> None:
@@ -43,14 +37,19 @@ def check_group(group: dist.ProcessGroup | None) -> None:
         )
 
 
+def check_rows(name: str, features: Tensor) -> None:
+    """ValueError unless features are a dense float tensor [B, d]."""
+    _check_tensor(name, features)
+    if features.dim() != 2:
+        raise ValueError(f"{name}.shape={tuple(features.shape)}: must be [B, d], one feature row a sample")
+    if features.dtype not in _FLOATS:
+        raise ValueError(f"{name}.dtype={features.dtype}: must be float16, bfloat16, float32 or float64")
+
+
 def check_features(real: Tensor, fake: Tensor, of: str = "") -> None:
     """ValueError unless both are dense float tensors [B, d] with equal B and device. of: prefix for their names."""
-    for name, x in ((f"{of}real", real), (f"{of}fake", fake)):
-        _check_tensor(name, x)
-        if x.dim() != 2:
-            raise ValueError(f"{name}.shape={tuple(x.shape)}: must be [B, d], one feature row a sample")
-        if x.dtype not in _FLOATS:
-            raise ValueError(f"{name}.dtype={x.dtype}: must be float16, bfloat16, float32 or float64")
+    check_rows(f"{of}real", real)
+    check_rows(f"{of}fake", fake)
     if len(real) != len(fake):
         raise ValueError(
             f"{of}real.shape={tuple(real.shape)} but {of}fake.shape={tuple(fake.shape)}:"
@@ -102,6 +101,23 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
 
 
+def _check_positive(name: str, value: Any) -> None:
+    """ValueError unless value is a positive number: a real one, or a 0-d float tensor that asks for no gradient."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ValueError(f"{name}.requires_grad=True: {name} gets no gradient; use {name}.item()")
+        real = value.dim() == 0 and value.dtype in _FLOATS and value.device.type != "meta"
+    else:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        number = float(value) if real else math.nan
+    except OverflowError:  # an integer beyond a float's range
+        number = math.inf
+    # Comparisons, not math.isfinite: torch.compile hands in a symbol when the number differs between calls.
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}={value!r}: must be a positive number")
+
+
 def _check_tensor(name: str, x: Any) -> None:
     """ValueError unless x is a dense tensor of this rank alone."""
     if not isinstance(x, Tensor):
@@ -114,7 +130,7 @@ def _check_tensor(name: str, x: Any) -> None:
         raise ValueError(f"{name}.layout={x.layout}: must be dense; use {name}.to_dense()")
 
 
-def _check_rows(name: str, x: Tensor, features: Tensor) -> None:
+def _check_entries(name: str, x: Tensor, features: Tensor) -> None:
     _check_tensor(name, x)
     if x.shape != features.shape[:1]:
         raise ValueError(f"{name}.shape={tuple(x.shape)}: must be [{len(features)}], one entry a sample")
@@ -123,7 +139,7 @@ def _check_rows(name: str, x: Tensor, features: Tensor) -> None:
 
 
 def _check_labels(name: str, labels: Tensor, features: Tensor) -> None:
-    _check_rows(name, labels, features)
+    _check_entries(name, labels, features)
     if labels.dtype not in _INTEGERS:
         raise ValueError(f"{name}.dtype={labels.dtype}: must be an integer type")
 
@@ -133,7 +149,7 @@ def _check_weight(name: str, weight: Tensor, features: Tensor) -> bool:
 
     Values are looked at on the CPU only: on an accelerator that would wait for the device.
     """
-    _check_rows(name, weight, features)
+    _check_entries(name, weight, features)
     if weight.dtype not in (*_FLOATS, *_INTEGERS):
         raise ValueError(f"{name}.dtype={weight.dtype}: must be a float type of 16 to 64 bits or an integer type")
     if not len(weight) or not _has_values(weight):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sadm_kernels import Queue, StructureLoss, native, structure_loss
+from sadm_kernels import Queue, StructureLoss, native, relation_matrix, structure_loss
 
 REAL, FAKE = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
 FLOATS = "must be float16, bfloat16, float32 or float64"
@@ -28,6 +28,10 @@ NO_SAMPLE = torch.ones(3)
         ({"tau": True}, "tau=True: must be a positive number"),
         ({"tau": torch.ones(2)}, "tau=tensor.*: must be a positive number"),
         ({"tau": torch.ones((), requires_grad=True)}, "tau.requires_grad=True: tau gets no gradient; use tau.item()"),
+        ({"tau": torch.tensor(1j)}, "tau=tensor.*: must be a positive number"),
+        ({"tau": torch.tensor(True)}, "tau=tensor.*: must be a positive number"),
+        ({"tau": torch.ones((), device="meta")}, "tau=tensor.*: must be a positive number"),
+        ({"tau": 10**400}, "tau=1000*: must be a positive number"),
         ({"delta": -1.0}, "delta=-1.0: must be a positive number"),
         ({"delta": float("inf")}, "delta=inf: must be a positive number"),
         ({"delta": None}, "delta=None: must be a positive number"),
@@ -81,6 +85,22 @@ def test_the_module_checks_its_options_when_it_is_made(name: str) -> None:
     wrong: dict[str, Any] = {name: "x"}
     with pytest.raises(ValueError, match=name):
         StructureLoss(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"relation": "x"}, "relation='x'"),
+        ({"normalize": "x"}, "normalize='x'"),
+        ({"tau": 0.0}, "tau=0.0"),
+        ({"features": REAL.tolist()}, "features: must be a torch.Tensor, not list"),
+        ({"features": REAL[0]}, r"features.shape=\(3,\): must be \[B, d\]"),
+        ({"features": REAL.long()}, f"features.dtype=torch.int64: {FLOATS}"),
+    ],
+)
+def test_a_relation_matrix_is_asked_for_in_the_same_terms(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        relation_matrix(**({"features": REAL} | wrong))
 
 
 def test_a_dtensor_is_refused_with_what_to_pass() -> None:
