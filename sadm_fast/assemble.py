@@ -111,11 +111,11 @@ def assemble(
     if found is not None:
         trainer.resume(found)
     if rank == 0:
-        folder.rewind(trainer.step)
+        folder.rewind(trainer.step, console.say)
         shown = grid_classes(source.filled, config.sampling.columns)
         facts = run_facts(config, source, shapes, psi_facts, judge_facts, place.world_size, shown)
         write_json(folder.facts, facts)
-        save_picture(real_grid(config, source, device, autoencoder), folder.samples / "real.png")
+        save_picture(real_grid(config, source, device, autoencoder), folder.real_grid)
     return trainer
 
 

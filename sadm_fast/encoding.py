@@ -4,11 +4,11 @@ A shard holds the same images, encoded in the same batches, whichever rank makes
 on any number of ranks, ends with the same bytes.
 """
 
-import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +31,9 @@ from sadm_fast.data.latents import (
 from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
 from sadm_fast.feed import loader_spec
-from sadm_fast.files import write_json
+from sadm_fast.files import LOCK, locked, parse_json, write_json
 from sadm_fast.models.autoencoder import Autoencoder
-from sadm_fast.ranks.collectives import barrier, first_on_rank_zero
+from sadm_fast.ranks.collectives import barrier, only_on_rank_zero
 from sadm_fast.ranks.launch import Place
 from sadm_fast.scales import pixels_to_float
 
@@ -82,13 +82,37 @@ def encode(config: Config, source: ImageSource, autoencoder: Autoencoder, place:
     """
     root = Path(config.data.path)
     encoding = describe_encoding(config, source, autoencoder)
-    first_on_rank_zero(lambda: _prepare(root, encoding) if place.rank == 0 else None)
-    missing = [shard for shard in range(encoding.shards) if shard_record(root, shard) is None]
+    with ExitStack() as held:
+        only_on_rank_zero(lambda: _begin(root, encoding, held))
+        return _encode(config, source, autoencoder, encoding, place, console)
+
+
+def _begin(root: Path, encoding: Encoding, held: ExitStack) -> None:
+    """Keep other processes out of the folder, if there is anything to write, and prepare it."""
+    try:
+        if not (root / MANIFEST).exists() or _missing(root, encoding):
+            root.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(root, f"data.path={root}", "is encoding into it; wait for its end, or stop it"))
+        _prepare(root, encoding)
+    except OSError as error:
+        raise UserError(f"data.path={root}: cannot be prepared ({error})") from None
+
+
+def _missing(root: Path, encoding: Encoding) -> list[int]:
+    """The shards that are not there, or not whole."""
+    return [shard for shard in range(encoding.shards) if shard_record(root, shard) is None]
+
+
+def _encode(
+    config: Config, source: ImageSource, autoencoder: Autoencoder, encoding: Encoding, place: Place, console: Console
+) -> Path:
+    root = Path(config.data.path)
+    missing = _missing(root, encoding)
     if not missing and (root / MANIFEST).exists():
         console.say(f"{root}: complete already")
         return root
     # Waits until all ranks have looked, so that none sees a shard that another has just made.
-    first_on_rank_zero(lambda: _require_room(root, encoding, missing) if place.rank == 0 else None)
+    only_on_rank_zero(lambda: _require_room(root, encoding, missing))
     mine = missing[place.rank :: place.world_size]
     console.say(
         f"Encoding {len(source)} images into {root}: {encoding.shards} shards"
@@ -119,8 +143,8 @@ def _prepare(root: Path, encoding: Encoding) -> None:
     try:
         there = None
         if (root / ENCODING).exists():
-            there = json.loads((root / ENCODING).read_text())
-        elif root.exists() and any(root.iterdir()):
+            there = parse_json((root / ENCODING).read_bytes())
+        elif root.exists() and {path.name for path in root.iterdir()} - {LOCK}:
             raise UserError(f"data.path={root}: holds other files; give an empty or a new folder to encode into")
         (root / SHARDS).mkdir(parents=True, exist_ok=True)
         wanted = encoding.to_json()

@@ -1,16 +1,22 @@
-"""Small files that are replaced as a whole, or grow by a line; the folder for what can be made again."""
+"""Small files that are replaced as a whole or grow by a line, locks on folders, and the cache folder."""
 
 import errno
+import fcntl
 import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sadm_fast.errors import UserError
+
+LOCK = ".lock"  # in a folder that a process has for itself
+_DEEPEST = 100  # brackets in a JSON file that is read
+_LOCK_TRIES = 10
 
 
 def expand_home(path: str | Path) -> str:
@@ -56,6 +62,59 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file as a whole."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in a JSON text; ValueError for anything wrong, brackets more than 100 deep included."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("brackets are nested too deep") from None
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [child for node in level for child in _children(node)]
+    if level:
+        raise ValueError("brackets are nested too deep")
+    return value
+
+
+def _children(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+
+
+@contextmanager
+def locked(folder: Path, what: str, doing: str) -> Iterator[None]:
+    """Hold a lock on a folder against other processes; it ends with the block, or with the process however that ends.
+
+    It is a POSIX record lock on the file `.lock`: children do not inherit it, and NFS servers hold it between machines.
+    On a file system that knows no locks there is none.
+
+    Raises:
+        UserError: another process holds it: "`what`: process 123 on its-machine `doing`".
+    """
+    path = folder / LOCK
+    for _ in range(_LOCK_TRIES):
+        file = path.open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                with file:
+                    file.seek(0)
+                    holder = " ".join(file.read(200).split())
+                raise UserError(f"{what}: {f'process {holder}' if holder else 'another process'} {doing}") from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # whoever held the lock has just removed this file
+    with file:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def require_writable(path: Path, option: str, *, make_folder: bool = False) -> None:

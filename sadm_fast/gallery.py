@@ -1,7 +1,8 @@
 """Looking at a model in training: sample grids, the discriminator's view of a fixed batch, Frechet distances."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,9 @@ class Gallery:
             if self._players.discriminator is not None:
                 self._take_up(list(local_masters(self._players.discriminator)), "discriminator", self._psi_viewer)
             if self._relations is not None and self._viewer is not None and self._psi_viewer is not None:
-                self._relations.save(self._folder.relations / f"{name}.npz", self._viewer, self._psi_viewer)
+                path = self._folder.relations / f"{name}.npz"
+                with self._optional(path):
+                    self._relations.save(path, self._viewer, self._psi_viewer)
         if evaluation_due:
             self._evaluate(step, log)
             if self._rank == 0 and step < config.train.steps:
@@ -168,8 +171,18 @@ class Gallery:
     def _save_grid(self, log: TrainingLog, step: int, name: str, tag: str) -> None:
         if self._rank == 0 and self._viewer is not None:
             picture = sample_grid(self._config, self._viewer, self._classes, self._device, self._autoencoder)
-            save_picture(picture, self._folder.samples / f"{name}.png")
+            path = self._folder.samples / f"{name}.png"
+            with self._optional(path):
+                save_picture(picture, path)
             log.image(tag, picture, step)
+
+    @contextmanager
+    def _optional(self, path: Path) -> Iterator[None]:
+        """Go on without a picture that cannot be written: the disk is full, or a folder has its name."""
+        try:
+            yield
+        except OSError as error:
+            self._console.complain(f"{path}: not written ({error.strerror or error}); training goes on")
 
     def _evaluate(self, step: int, log: TrainingLog) -> None:
         assert self._evaluation is not None and self._viewer is not None  # on every rank, where there are evaluations

@@ -1,6 +1,5 @@
 """A finished (or stopped) run, for use: its configuration, classes and averaged denoiser."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from sadm_fast.config import Config, check_config
 from sadm_fast.counters import Purpose, normal
 from sadm_fast.diffusion import guided, sample
 from sadm_fast.errors import UserError
+from sadm_fast.files import parse_json
 from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.run import checkpoint
@@ -56,8 +56,8 @@ def load_trained(run: Path, device: torch.device, say: Callable[[str], None]) ->
     """
     folder = RunFolder(run)
     try:
-        config = check_config(json.loads(folder.config.read_text()))
-        facts = json.loads(folder.facts.read_text())
+        config = check_config(parse_json(folder.config.read_bytes()))
+        facts = parse_json(folder.facts.read_bytes())
         classes = [str(name) for name in facts["classes"]]
         empty = set(facts.get("empty_classes", ()))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -81,16 +81,14 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
         check_judge(config, source)
         check_optimizers(config)
         check_queue(config, place.world_size)
-        barrier()  # nobody claims the folder while another rank still checks it
-        if place.rank == 0:
-            folder.claim(config)
-        barrier()
-        console.say(
-            f"{config.name}: {config.game.mode}, {len(source)} images of {count_classes(source, num_classes)}, "
-            f"{place.world_size} rank(s) on {place.device}, into {folder.path}"
-        )
-        trainer = assemble(config, folder, source, autoencoder, place, console)
-        finished = trainer.run(request)
+        barrier()  # nobody takes the folder while another rank still checks it
+        with folder.held(config):
+            console.say(
+                f"{config.name}: {config.game.mode}, {len(source)} images of {count_classes(source, num_classes)}, "
+                f"{place.world_size} rank(s) on {place.device}, into {folder.path}"
+            )
+            trainer = assemble(config, folder, source, autoencoder, place, console)
+            finished = trainer.run(request)
         if finished:
             console.say(f"pictures: {folder.samples / f'step-{trainer.step:06d}-ema.png'}")
         else:

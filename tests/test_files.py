@@ -1,13 +1,18 @@
 """Paths as a person writes them; files of the cache: whole or not at all."""
 
+import errno
 import os
 import pwd
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from sadm_fast.errors import UserError
-from sadm_fast.files import default_cache, expand_home, remember, replacing
+from sadm_fast.files import LOCK, default_cache, expand_home, locked, parse_json, remember, replacing
 
 
 def test_a_tilde_at_the_start_is_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,3 +77,70 @@ def test_a_disk_that_is_full_leaves_the_old_file_and_nothing_else(
 def test_a_place_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert not remember(tmp_path / "cache" / "file", b"content")
+
+
+@contextmanager
+def held_by_another_process(folder: Path) -> Iterator[int]:
+    """A child that holds the lock on a folder; its process id."""
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(folder, "", ""):
+            os.write(tell, b".")
+            signal.pause()
+    try:
+        os.read(ready, 1)
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(tell)
+
+
+def test_a_lock_is_refused_to_another_process_and_dies_with_its_own(tmp_path: Path) -> None:
+    lock = locked(tmp_path, "run {x}", "is in it")
+    with held_by_another_process(tmp_path) as holder, pytest.raises(UserError) as caught, lock:
+        pass
+    assert str(caught.value) == f"run {{x}}: process {holder} on {socket.gethostname()} is in it"
+    with locked(tmp_path, "", ""):
+        assert (tmp_path / LOCK).read_text().split()[0] == str(os.getpid())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_children_do_not_keep_a_lock(tmp_path: Path) -> None:
+    """As loader workers that outlive a trainer that was killed."""
+    ready, tell = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        with locked(tmp_path, "", ""):
+            if os.fork() == 0:
+                os.write(tell, str(os.getpid()).encode())
+                signal.pause()
+            signal.pause()
+    orphan = int(os.read(ready, 20))
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    try:
+        with locked(tmp_path, "", ""):
+            pass
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_used_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    with locked(tmp_path, "", ""):
+        assert (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", 100_000 * "[", 200 * "[" + 200 * "]", 120 * '{"a":' + "1" + 120 * "}", b"\xff", ""]
+)
+def test_what_is_no_json_is_a_value_error(text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        parse_json(text)
+    assert parse_json('{"a": [[1], {}]}') == {"a": [[1], {}]}

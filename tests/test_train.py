@@ -131,6 +131,14 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(con
         assert relations["real"].shape == relations["fake"].shape == (count, count)
     assert load_config(run / "config.json").resolved() == json.loads((run / "config.json").read_text())
 
+    # What people and file managers leave in a run folder ends nothing and stays.
+    shutil.copytree(run / "checkpoints" / "step-000006", run / "checkpoints" / "step-000009 (copy)")
+    shutil.copytree(run / "checkpoints" / "step-000006", run / "checkpoints" / "step-000006.bak")
+    (run / "checkpoints" / "step-best").mkdir()
+    (run / "samples" / "step-000099.png").mkdir()
+    for name in ("samples/step-best.png", "samples/step-000010 (copy).png", "relations/step-x.npz"):
+        (run / name).touch()
+
     before = tree(run / "checkpoints") | {"metrics": (run / "metrics.jsonl").read_bytes()}
     out, _ = Program(argv, tmp_path).finish()
     assert f"Continuing {run} at step 6" in out

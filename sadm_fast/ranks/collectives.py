@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sadm_fast.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -51,6 +53,19 @@ def first_on_rank_zero(work: Callable[[], T]) -> T:
             barrier()
     barrier()
     return work()
+
+
+def only_on_rank_zero(work: Callable[[], None]) -> None:
+    """Run `work` on rank 0 while the others wait; they all raise its UserError. Collective."""
+    problem: str | None = None
+    if is_rank_zero():
+        try:
+            work()
+        except UserError as error:
+            problem = str(error)
+    problem = broadcast_json(problem)
+    if problem is not None:
+        raise UserError(problem)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Read a run's folder as far as it is written; nothing missing, half-written or odd is an error."""
 
-import json
 import math
 import re
 import zipfile
@@ -12,9 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from sadm_fast.config_tree import flatten
+from sadm_fast.files import parse_json
 from sadm_fast.metrics.judges import JUDGES
 
 Item = TypeVar("Item")
+_LAST_STEP = 2**62
 MODES = ("plain", "structure", "sadm")
 JUDGE_OF = {judge.metric: judge for judge in JUDGES}
 
@@ -111,10 +112,10 @@ def read_run(run_dir: Path) -> Run:
         facts=_read_object(run_dir / "run.json", unreadable),
         metrics=_read_rows(run_dir / "metrics.jsonl", unreadable),
         evaluations=_read_rows(run_dir / "evaluations.jsonl", unreadable),
-        raw_grids=_files_by_step(samples, r"step-(\d+)\.png"),
-        ema_grids=_files_by_step(samples, r"step-(\d+)-ema\.png"),
+        raw_grids=_files_by_step(samples, r"step-([0-9]{1,18})\.png"),
+        ema_grids=_files_by_step(samples, r"step-([0-9]{1,18})-ema\.png"),
         real_grid=real_grid if real_grid.is_file() else None,
-        relations=_files_by_step(run_dir / "relations", r"step-(\d+)\.npz"),
+        relations=_files_by_step(run_dir / "relations", r"step-([0-9]{1,18})\.npz"),
         unreadable=unreadable,
     )
 
@@ -162,10 +163,10 @@ def evenly_chosen(items: Sequence[Item], count: int) -> list[Item]:
 
 def _read_object(path: Path, unreadable: list[str]) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         value = None
     if not isinstance(value, dict):
         unreadable.append(f"{path.name} is there but is not a readable JSON object.")
@@ -200,11 +201,12 @@ def _read_rows(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
 
 def _parse_row(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         return None
-    has_step = isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
-    return row if has_step else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] <= _LAST_STEP:
+        return None
+    return row
 
 
 def _append(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
@@ -218,4 +220,4 @@ def _files_by_step(folder: Path, pattern: str) -> dict[int, Path]:
         found = [(re.fullmatch(pattern, path.name), path) for path in folder.iterdir()]
     except OSError:
         return {}
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+    return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_file()))

@@ -2,13 +2,21 @@
 
 import json
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from sadm_fast.config import Config, check_config
 from sadm_fast.config_tree import CHANGEABLE, flatten, without
 from sadm_fast.errors import UserError
-from sadm_fast.files import expand_home, write_json, write_text
+from sadm_fast.files import LOCK, expand_home, locked, parse_json, replacing, write_json
+from sadm_fast.ranks.collectives import only_on_rank_zero
+from sadm_fast.run.manifest import MANIFEST
+
+_LEFT_BY_A_START = {LOCK, "config.json.tmp"}  # that was killed before it wrote config.json
+_HELD = "is training into it; wait for its end or stop it, or choose another folder with --run-dir"
 
 
 class RunFolder:
@@ -21,8 +29,10 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
         self.broken = path / "broken.jsonl"
+        self.report = path / "report.html"
         self.tensorboard = path / "tensorboard"
         self.samples = path / "samples"
+        self.real_grid = self.samples / "real.png"
         self.relations = path / "relations"
         self.pretrained = path / "pretrained"
         self.checkpoints = path / "checkpoints"
@@ -43,7 +53,7 @@ class RunFolder:
                 " with --run-dir"
             ) from None
         if not self.config.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and {path.name for path in self.path.iterdir()} - _LEFT_BY_A_START:
                 raise UserError(
                     f"run folder {self.path}: holds other files and no config.json; choose another with --run-dir"
                 )
@@ -53,47 +63,99 @@ class RunFolder:
             self._writable(parent)
             return False
         self._writable(self.path)
+        self._kinds()
         try:
-            there = json.loads(self.config.read_text())
+            there = parse_json(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.config}: cannot be read ({error}); choose another folder with --run-dir") from None
         differences = _differences(there, config.resolved())
-        if differences:
+        if differences and self._has_checkpoint():
             raise UserError(
                 f"run folder {self.path}: belongs to another configuration ({differences});"
                 " choose another folder with --run-dir, or another name with --set name=..."
             )
         return True
 
+    def _kinds(self) -> None:
+        """UserError if a name that is a file of a run is a folder, or the other way round."""
+        files = (self.config, self.facts, self.metrics, self.evaluations, self.broken, self.report, self.real_grid)
+        folders = (self.tensorboard, self.samples, self.relations, self.pretrained, self.checkpoints)
+        for path in (*files, *folders):
+            if path.exists() and path.is_dir() != (path in folders):
+                there, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
+                raise UserError(
+                    f"run folder {self.path}: {path.name} is a {there}, and a run needs a {wanted} there; move it away,"
+                    " or choose another folder with --run-dir"
+                )
+
+    def _has_checkpoint(self) -> bool:
+        """Whether there is anything to go on from; without it a run may begin anew with another configuration."""
+        return any(self.checkpoints.glob(f"*/{MANIFEST}"))
+
     def _writable(self, path: Path) -> None:
         if not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"run folder {self.path}: {path} is not writable; choose another with --run-dir")
 
+    @contextmanager
+    def held(self, config: Config) -> Iterator[None]:
+        """Make the folder this configuration's, and keep other runs out of it until the end of the block. Collective.
+
+        Raises:
+            UserError: on every rank, if another run holds it, or it cannot be written.
+        """
+
+        def hold() -> None:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path, f"run folder {self.path}", _HELD))
+            except OSError as error:
+                raise UserError(f"run folder {self.path}: {error.strerror}; choose another with --run-dir") from None
+            self.check(config)  # what was there before may have been another run's beginning
+            self.claim(config)
+
+        with ExitStack() as stack:
+            only_on_rank_zero(hold)
+            yield
+
     def claim(self, config: Config) -> None:
-        """Make the folder this configuration's; `check` has been asked before."""
+        """Write the configuration and make the folders; `check` has been asked before."""
         try:
-            for folder in (self.samples, self.relations, self.pretrained, self.checkpoints):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.config, config.resolved())
+            for folder in (self.samples, self.relations, self.pretrained, self.checkpoints):
+                folder.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"run folder {self.path}: {error.strerror}; choose another with --run-dir") from None
 
-    def rewind(self, step: int) -> None:
-        """Forget lines, grids and matrices of later steps: the run continues from `step` and makes them again."""
-        for path in (*self.samples.glob("step-*.png"), *self.relations.glob("step-*.npz")):
-            if int(path.name.split("-")[1].split(".")[0]) > step:
+    def rewind(self, step: int, say: Callable[[str], None]) -> None:
+        """Forget lines, grids and matrices of steps after `step`: the run continues from there and makes them again.
+
+        Files of other names stay; lines that cannot be read, as a crash leaves them, go.
+        """
+        for path in (*self.samples.iterdir(), *self.relations.iterdir()):
+            match = re.fullmatch(r"step-([0-9]{6,18})(-ema)?\.(png|npz)", path.name)
+            if match and int(match[1]) > step and not path.is_dir():
                 path.unlink()
         for path in (self.metrics, self.evaluations):
-            if not path.exists():
-                continue
-            kept = []
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
-                    continue  # torn by a crash; its step comes again
-            write_text(path, "".join(kept))
+            if path.exists():
+                _rewind_lines(path, step, say)
+
+
+def _rewind_lines(path: Path, step: int, say: Callable[[str], None]) -> None:
+    """Keep the lines of a JSON-lines file up to `step`."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept, unreadable = [], 0
+    for line in lines:
+        try:
+            if parse_json(line)["step"] <= step:
+                kept.append(line if line.endswith(b"\n") else line + b"\n")
+        except (ValueError, KeyError, TypeError):
+            unreadable += bool(line.strip()) and line.endswith(b"\n")  # not if torn by a crash: its step comes again
+    if unreadable:
+        say(f"{path}: {unreadable} line(s) that cannot be read are left out")
+    if kept != lines:
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
 
 
 def _differences(there: Any, here: dict[str, Any]) -> str:

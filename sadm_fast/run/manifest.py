@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sadm_fast.files import parse_json
 from sadm_fast.run.state import TrainState
 
 MANIFEST = "COMPLETE"
@@ -89,12 +90,12 @@ class Manifest(BaseModel):
             Damaged: it cannot be read or contradicts itself.
         """
         try:
-            value = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            value = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
             if not isinstance(value, dict):
                 raise ValueError("it is no JSON object")
             if _HASH in value and _digest(value) != value[_HASH]:
                 raise ValueError("it does not match its own hash")
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise Damaged(f"{MANIFEST} cannot be read ({_short(str(error))})") from None
         if isinstance(value.get("format"), int) and value["format"] != FORMAT:
             raise OtherFormat(value["format"])

@@ -358,6 +358,22 @@ def test_a_half_written_last_line_is_ignored(tmp_path: Path) -> None:
     assert _progress(run) == "step 500 of 2,000, unfinished when this page was written"
 
 
+def test_names_and_values_that_are_not_a_runs_are_passed_over(tmp_path: Path, outlined_charts: None) -> None:
+    run_dir = make_run(tmp_path, steps=500, relation_batch=12)
+    (run_dir / "samples" / "step-000900.png").mkdir()
+    for name in ("samples/step-best.png", "samples/step-\u0663.png", f"samples/step-{5000 * '9'}.png"[:200]):
+        (run_dir / name).touch()
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1' + 400 * "0" + ', "loss_denoise": 1}\n{"step": -1}\n{"step": true}\n')
+    (run_dir / "config.json").write_text(900 * '{"a":' + "1" + 900 * "}")
+    run = read_run(run_dir)
+    assert run.step == 500
+    assert run.unreadable == [
+        "config.json is there but is not a readable JSON object.", "metrics.jsonl: 3 broken lines left out.",
+    ]  # fmt: skip
+    write_report(run_dir)
+
+
 def test_broken_files_are_named_and_the_rest_is_shown(tmp_path: Path, outlined_charts: None) -> None:
     run_dir = make_run(tmp_path, steps=500, relation_batch=12)
     metrics = (run_dir / "metrics.jsonl").read_text()
