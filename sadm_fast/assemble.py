@@ -75,6 +75,7 @@ def assemble(
         psi.train()
         shapes["discriminator"] = trainable_shapes(psi)
 
+    fixed = {name: p.detach().clone() for name, p in denoiser.named_parameters() if not p.requires_grad}
     with Watchdog(config.train.patience, rank, "starting the engines"):
         players = Players(config, denoiser, psi, device)
         ema = EMA(lambda: list(local_masters(players.denoiser)), config.train.ema)
@@ -84,6 +85,7 @@ def assemble(
             lambda: ema.average,
             shapes["denoiser"],
             identity=identity,
+            fixed=fixed,
             queue=players.queue,
             keep_last=config.train.keep_last,
             keep_every=config.train.keep_every,

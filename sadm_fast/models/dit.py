@@ -37,6 +37,12 @@ def sincos_2d(dim: int, grid: int) -> Tensor:
     return torch.cat(halves, dim=1).float()
 
 
+def position_grid(shape: tuple[int, ...]) -> int | None:
+    """The side of the square of tokens that a `pos_embed` of this shape, [1, grid^2, dim], is for; None if of none."""
+    grid = math.isqrt(shape[1]) if len(shape) == 3 else 0
+    return grid if grid and grid**2 == shape[1] else None
+
+
 def timestep_frequencies(t: Tensor) -> Tensor:
     """Return [cos | sin] of t [B] at 128 frequencies, float32 [B, 256]."""
     half = _FREQUENCIES // 2
@@ -210,6 +216,21 @@ class DiT(Denoiser):
     def block_inputs(self, samples: int) -> Sequence[tuple[int, ...]]:
         _, tokens, hidden_size = self.pos_embed.shape
         return (samples, tokens, hidden_size), (samples, hidden_size)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Load, also from a state without the fixed `pos_embed`.
+
+        Raises:
+            ValueError: its `pos_embed` belongs to another number of tokens.
+        """
+        there = state_dict.setdefault(f"{prefix}pos_embed", self.pos_embed.detach())
+        grid, own = position_grid(tuple(there.shape)), self.input_size // self.patch_size
+        if grid not in (None, own):
+            raise ValueError(
+                f"{prefix}pos_embed: is for {grid} x {grid} tokens, this network has {own} x {own}; use"
+                f" input_size={grid * self.patch_size}, or delete pos_embed there: this network's own is taken then"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _initialize(self) -> None:
         for module in self.modules():

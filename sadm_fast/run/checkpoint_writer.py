@@ -44,6 +44,7 @@ class CheckpointWriter:
         average: this rank's fragments of the EMA, asked at each save.
         shapes: full shapes of the averaged parameters.
         identity: what a loader must find equal (checkpoint.find).
+        fixed: parameters that are not trained, written beside the averaged ones: the file is a whole state.
         queue: of features, if there is one; rank 0 writes it.
         keep_last, keep_every: checkpoints that stay: the newest ones, and those at multiples of keep_every steps.
         say: told on any rank, in one line, why a save failed.
@@ -57,6 +58,7 @@ class CheckpointWriter:
         shapes: Mapping[str, tuple[int, ...]],
         *,
         identity: Mapping[str, Any],
+        fixed: Mapping[str, Tensor] | None = None,
         queue: FeatureQueue | None = None,
         keep_last: int,
         keep_every: int | None = None,
@@ -64,6 +66,7 @@ class CheckpointWriter:
     ) -> None:
         self._checkpoints, self._engines, self._average = checkpoints, engines, average
         self._shapes, self._identity, self._queue = shapes, dict(identity), queue
+        self._fixed = dict(fixed or {})
         self._keep_last, self._keep_every, self._say = keep_last, keep_every, say
         self._rank, self._world_size = rank_and_world_size()
         self._pool = ThreadPoolExecutor(1, "checkpoint")
@@ -197,7 +200,7 @@ class CheckpointWriter:
                     name: saved.read(_EMA, name, 0, torch.Size(shape).numel()).view(shape)
                     for name, shape in self._shapes.items()
                 }
-            save_file(whole, temporary / EMA_FILE)
+            save_file(whole | self._fixed, temporary / EMA_FILE)
             for path in averages:
                 del hashes[path.name]
                 path.unlink()
