@@ -18,8 +18,9 @@ from sadm_fast import cli
 from sadm_fast.ranks import environment
 from sadm_fast.ranks.stopping import StopRequest
 
-if TYPE_CHECKING:  # it takes seconds to import, --help should not
+if TYPE_CHECKING:  # they take seconds to import, --help should not
     from sadm_fast.config import Config
+    from sadm_fast.run.folder import RunFolder
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,17 +43,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
     from sadm_fast.config import load_config
+    from sadm_fast.precision import kept_precision, settle_precision
     from sadm_fast.run.folder import RunFolder
 
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.dry_run:
-        if environment.rank() == 0:
-            _describe(config)
-        return 0
-
     # Checked before the slow imports.
     folder = RunFolder(arguments.run_dir or Path("runs") / config.name)
+    config = kept_precision(config, folder.config)
     folder.check(config)
+    if arguments.dry_run:
+        if environment.rank() == 0:
+            _describe(config, folder)
+        return 0
 
     from sadm_fast.console import Console
     from sadm_fast.ranks.collectives import barrier, first_on_rank_zero
@@ -62,13 +64,12 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
         from sadm_fast.assemble import assemble
         from sadm_fast.build import resolve_classes
         from sadm_fast.data.latents import LatentSource
-        from sadm_fast.engine.feature_queue import check_queue
-        from sadm_fast.engine.optimizers import check_optimizers
         from sadm_fast.feed import count_classes, open_data
         from sadm_fast.models.autoencoder import Autoencoder
-        from sadm_fast.pretrain import check_judge, check_psi
+        from sadm_fast.start_checks import check_memory, check_start
 
         console = Console(place.rank)
+        config, about_bf16 = settle_precision(config, place.device)
         source = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0))
         num_classes = resolve_classes(config, source)
         autoencoder = None
@@ -77,16 +78,16 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
                 config.latents.autoencoder, device=place.device, scale=config.latents.scale
             )  # fmt: skip
             autoencoder.require_space(source.encoding.space, f"data.path={source.where}")
-        check_psi(config, source)
-        check_judge(config, source)
-        check_optimizers(config)
-        check_queue(config, place.world_size)
+        check_start(config, source, num_classes, folder, place.world_size)
+        check_memory(config, num_classes, place.world_size, place.device, environment.ranks_here())
         barrier()  # nobody takes the folder while another rank still checks it
         with folder.held(config):
             console.say(
                 f"{config.name}: {config.game.mode}, {len(source)} images of {count_classes(source, num_classes)}, "
                 f"{place.world_size} rank(s) on {place.device}, into {folder.path}"
             )
+            if about_bf16 is not None:
+                console.say(about_bf16)
             trainer = assemble(config, folder, source, autoencoder, place, console)
             finished = trainer.run(request)
         if finished:
@@ -97,21 +98,34 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
     return 0 if finished else cli.EXIT_STOPPED
 
 
-def _describe(config: "Config") -> None:
+def _describe(config: "Config", folder: "RunFolder") -> None:
     """Print the --dry-run plan. Needs no data on disk if denoiser.num_classes is set."""
+    import torch
+
     from sadm_fast.build import resolve_classes
     from sadm_fast.console import Console
     from sadm_fast.feed import open_data
+    from sadm_fast.models.autoencoder import Autoencoder
     from sadm_fast.planning.dry_run import describe
+    from sadm_fast.precision import settle_precision
+    from sadm_fast.start_checks import check_start, check_weights
 
     console = Console()
+    config, about_bf16 = settle_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     there = Path(config.data.path).exists() or config.data.path.startswith("demo:")
     if there or config.denoiser.num_classes is None:
-        classes = resolve_classes(config, open_data(config, console, check=False))
+        source = open_data(config, console, check=False)
+        classes = resolve_classes(config, source)
+        check_start(config, source, classes, folder, environment.world_size())
     else:
         classes = config.denoiser.num_classes
+        check_weights(config, classes)
         console.say(f"data.path={config.data.path} is not there; planned for denoiser.num_classes={classes}\n")
+    if config.latents is not None and Path(config.latents.autoencoder).is_dir():
+        Autoencoder.load(config.latents.autoencoder, scale=config.latents.scale)
     console.say(describe(config, classes, environment.world_size()))
+    if about_bf16 is not None:
+        console.say(about_bf16)
 
 
 if __name__ == "__main__":

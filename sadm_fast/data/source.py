@@ -136,7 +136,7 @@ def split(source: S, fraction: float, seed: int) -> tuple[S, S]:
     if not held.any():
         raise UserError(
             f"data.path={source.where}: {len(source)} images in {len(source.classes)} classes are too few to "
-            f"hold out {fraction:g} of each class; add images or hold out more"
+            f"hold out {fraction:g} of each class"
         )
     return source.subset(np.flatnonzero(~held)), source.subset(np.flatnonzero(held))
 

@@ -8,6 +8,7 @@ Shapes in comments: B samples, C channels, T tokens (patches), D hidden size, p 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F

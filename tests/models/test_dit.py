@@ -360,6 +360,28 @@ def test_bf16() -> None:
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 * float(expected.detach().abs().max()))
 
 
+def test_a_state_without_the_fixed_position_embedding_loads_strictly() -> None:
+    model = tiny()
+    perturb(model)
+    trained = {name: value for name, value in model.state_dict().items() if name != "pos_embed"}
+    other = tiny()
+    other.load_state_dict(trained, strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    wrapped = nn.Sequential(tiny())
+    wrapped.load_state_dict({f"0.{name}": value for name, value in trained.items()}, strict=True)
+    with pytest.raises(RuntimeError, match=r"Missing key.*x_embedder\.proj\.bias"):
+        other.load_state_dict({name: value for name, value in trained.items() if name != "x_embedder.proj.bias"})
+
+
+def test_a_position_embedding_of_another_resolution_is_one_line_that_says_what_to_do() -> None:
+    with pytest.raises(ValueError) as caught:
+        tiny(input_size=16).load_state_dict(tiny().state_dict())
+    assert str(caught.value) == (
+        "pos_embed: is for 4 x 4 tokens, this network has 8 x 8; use input_size=8, or delete pos_embed there:"
+        " this network's own is taken then"
+    )
+
+
 @pytest.mark.parametrize("classes", [1, 10, 1000])
 def test_the_null_class_is_the_last_row_of_the_label_table(classes: int) -> None:
     model = tiny(num_classes=classes, depth=1)

@@ -1,0 +1,79 @@
+"""bf16 against fp32 on the device of a run: what train.precision=auto takes, and what is said of bf16 at the start.
+
+Some processors have no instructions for bf16: PyTorch then converts every number, and bf16 takes several times as long
+as fp32. One matrix product tells.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from sadm_fast.config import Config
+from sadm_fast.ranks.collectives import broadcast_json
+
+_SIDE = 512  # of the square matrices on a CPU: some milliseconds on one core
+_GPU_SIDE = 4096
+_ROUNDS = 5
+_GAIN = 1.1  # bf16 must be quicker by this factor: it rounds, so a tie goes to fp32
+
+
+def bf16_gain(device: torch.device) -> float:
+    """Time of a matrix product in fp32 over its time in bf16: the best of some rounds, taken in turns."""
+    side = _GPU_SIDE if device.type == "cuda" else _SIDE
+    matrices = [torch.ones(side, side, device=device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    best = [float("inf")] * len(matrices)
+    for turn in range(1 + _ROUNDS):
+        for i, matrix in enumerate(matrices):
+            _wait(device)
+            started = time.perf_counter()
+            torch.mm(matrix, matrix)
+            _wait(device)
+            if turn:  # the first one chooses kernels
+                best[i] = min(best[i], time.perf_counter() - started)
+    return best[0] / best[1]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def with_precision(config: Config, precision: str) -> Config:
+    """Copy `config` with another train.precision."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+def kept_precision(config: Config, config_file: Path) -> Config:
+    """Replace train.precision=auto by what a run's config.json says, if there is one: a run keeps its precision."""
+    if config.train.precision != "auto":
+        return config
+    try:
+        kept = json.loads(config_file.read_bytes())["train"]["precision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return config
+    return with_precision(config, kept) if kept in ("fp32", "bf16") else config
+
+
+def settle_precision(config: Config, device: torch.device) -> tuple[Config, str | None]:
+    """Replace train.precision=auto by fp32 or bf16, as rank 0's device decides. Collective.
+
+    Returns:
+        The configuration, and a line about bf16 on this device if it is asked for or auto was; else None.
+    """
+    asked = config.train.precision
+    gain = broadcast_json(bf16_gain(device)) if asked != "fp32" else 0.0
+    if asked == "auto":
+        config = with_precision(config, broadcast_json("bf16" if gain > _GAIN else "fp32"))
+    if asked == "fp32":
+        return config, None
+    where = "GPU" if device.type == "cuda" else "processor"
+    line = f"train.precision={asked}: a matrix product in bf16 is {_compared(gain)} on this {where}"
+    if asked == "auto":
+        return config, f"{line}; training in {config.train.precision}"
+    return config, line if gain > 1 else f"{line}; fp32, or auto in a new run, would be quicker"
+
+
+def _compared(gain: float) -> str:
+    return f"{gain:.1f} times as fast as in fp32" if gain >= 1 else f"{1 / gain:.1f} times as slow as in fp32"

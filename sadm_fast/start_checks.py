@@ -1,0 +1,127 @@
+"""What a run needs, opened before anything is trained: weights, data, disk, memory. train.py --dry-run does the same.
+
+Each check raises a UserError that names the field or folder and says what to do.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from sadm_fast.build import check_denoiser_weights, check_psi_weights
+from sadm_fast.config import Config
+from sadm_fast.data.source import Source
+from sadm_fast.engine.feature_queue import check_queue
+from sadm_fast.engine.optimizers import check_optimizers
+from sadm_fast.errors import UserError
+from sadm_fast.planning.cost import activations, meta_models
+from sadm_fast.planning.memory import Activations, rank_memory
+from sadm_fast.planning.players import players
+from sadm_fast.planning.storage import checkpoint_bytes, checkpoints_at_once
+from sadm_fast.pretrain import JUDGE_FILE, PSI_FILE, hold_out
+from sadm_fast.run.checkpoint import completed
+from sadm_fast.run.folder import RunFolder
+from sadm_fast.train_once import require_own
+
+_LEFT_FREE = 1 << 20  # bytes of disk for logs and pictures
+
+
+def check_start(config: Config, source: Source, num_classes: int, folder: RunFolder, world_size: int) -> None:
+    """Check everything that does not depend on the device; the run's folder itself has been checked before."""
+    check_weights(config, num_classes)
+    check_optimizers(config)
+    check_queue(config, world_size)
+    if config.game.mode != "plain" and config.structure_encoder.weights is None:
+        _check_classes(
+            config, source, "structure_encoder.weights=null: Psi",
+            "give the weights of an encoder trained elsewhere (docs/data.md), or use game.mode=plain",
+        )  # fmt: skip
+        require_own(folder.pretrained / PSI_FILE)
+    if config.evaluate.every is not None:
+        _check_classes(
+            config, source, f"evaluate.every={config.evaluate.every}: its judge",
+            "use evaluate.every=null and score the samples afterwards",
+        )  # fmt: skip
+        require_own(folder.pretrained / JUDGE_FILE)
+    check_disk(config, num_classes, folder)
+
+
+def check_weights(config: Config, num_classes: int) -> None:
+    """Check names and shapes in every file of weights that the run starts from, by the files' headers."""
+    denoiser, psi = meta_models(config, num_classes)
+    check_denoiser_weights(config, denoiser)
+    if psi is not None:
+        check_psi_weights(config, psi)
+
+
+def _check_classes(config: Config, source: Source, who: str, remedy: str) -> None:
+    """UserError if the source cannot train and test a classifier: `who` needs it, `remedy` says what else helps."""
+    if len(source.filled) < 2:
+        raise UserError(
+            f"{who} is trained to tell classes apart, and data.path={source.where} has images of only one; {remedy}"
+        )
+    try:
+        hold_out(config, source)
+    except UserError as error:
+        raise UserError(f"{who} is trained on the data first, but {error}; add images, or {remedy}") from None
+
+
+def check_disk(config: Config, num_classes: int, folder: RunFolder) -> None:
+    """UserError if the checkpoints that are still to be written do not fit on the disk of the run's folder."""
+    denoiser, psi = meta_models(config, num_classes)
+    one = checkpoint_bytes(config, players(config, denoiser, psi), 0 if psi is None else psi.feature_dim)
+    missing = max(1, checkpoints_at_once(config) - len(completed(folder.checkpoints)))
+    there = folder.path.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if missing * one + _LEFT_FREE > free:
+        raise UserError(
+            f"run folder {folder.path}: needs {missing * one / 1e9:.3g} GB for {missing} checkpoints (train.keep_last,"
+            f" train.keep_every), {free / 1e9:.3g} GB are free; free some, or choose another with --run-dir"
+        )
+
+
+def check_memory(config: Config, num_classes: int, world_size: int, device: torch.device, ranks_here: int) -> None:
+    """UserError if what the planner counts for one rank is more than there is: a start would end in a traceback.
+
+    ranks_here: ranks that share this machine's memory.
+    """
+    denoiser, psi = meta_models(config, num_classes)
+    # Compiled passes keep less than the planner counts.
+    kept = Activations(0, 0, 0, 0) if config.train.compile else activations(config, denoiser, psi)
+    memory = rank_memory(
+        config,
+        players(config, denoiser, psi),
+        kept,
+        world_size,
+        feature_dim=0 if psi is None else psi.feature_dim,
+    )
+    host = ranks_here * sum(memory.host.values())
+    if device.type == "cuda":
+        _require(memory.peak, torch.cuda.get_device_properties(device).total_memory, f"{device}", config)
+    else:
+        host += ranks_here * memory.peak
+    _require(host, _installed(), "this machine", config)
+
+
+def _require(needed: int, there: int, where: str, config: Config) -> None:
+    if needed > there:
+        raise UserError(
+            f"train.micro_batch={config.train.micro_batch}: the run needs {needed / 2**30:,.1f} GiB, and {where} has"
+            f" {there / 2**30:,.1f} GiB; --dry-run lists what takes them. Smaller micro-batches, smaller networks, a"
+            " higher deepspeed.zero_optimization.stage on more ranks, or train.activation_checkpointing=true need less"
+        )
+
+
+def _installed() -> int:
+    """Bytes of memory and swap of this machine."""
+    sizes: Mapping[str, int] = {"MemTotal": 0, "SwapTotal": 0}
+    try:
+        lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+        sizes = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[0].rstrip(":") in sizes}
+    except (OSError, ValueError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return sum(sizes.values())
