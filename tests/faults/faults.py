@@ -99,8 +99,8 @@ AT_A_RESUME: list[Fault] = [
 
 # Anywhere else in a training.
 IN_A_STEP: list[Fault] = [
-    Fault(f"{TRAINER}:Players", rank=1),
-    Fault(f"{TRAINER}:Players", when="after"),
+    Fault("sadm_fast.assemble:Players", rank=1),
+    Fault("sadm_fast.assemble:Players", when="after"),
     Fault(f"{TRAINER}:make_loader", rank=1),
     Fault(f"{TRAINER}:draw"),
     Fault(f"{TRAINER}:draw", 2, rank=1, when="after"),
@@ -117,9 +117,9 @@ IN_A_STEP: list[Fault] = [
     Fault(f"{TRAINER}:Vote.ask", 3, rank=1, when="after"),
     Fault("sadm_fast.run.log:append_json", 2),
     Fault("sadm_fast.run.log:append_json", 3, when="after"),
-    Fault(f"{TRAINER}:sample_grid"),
+    Fault("sadm_fast.gallery:sample_grid"),
     Fault("sadm_fast.gallery:save_picture", 2, when="after"),
-    Fault(f"{TRAINER}:gather", rank=1),
+    Fault("sadm_fast.gallery:gather", rank=1),
 ]
 
 AT_THE_END = Fault(f"{TRAINER}:write_report")
