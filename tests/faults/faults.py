@@ -94,7 +94,7 @@ AT_A_RESUME: list[Fault] = [
     Fault("sadm_fast.run.checkpoint:restore", 2),
     Fault(f"{TRAINER}:EMA.load", rank=1, when="after"),
     Fault("sadm_fast.run.folder:RunFolder.rewind"),
-    Fault("sadm_fast.run.folder:write_text", when="after"),
+    Fault("sadm_fast.run.folder:_rewind_lines", when="after"),
 ]
 
 # Anywhere else in a training.
