@@ -84,7 +84,7 @@ AT_THE_FIRST_START: list[Fault] = [
     Fault("sadm_fast.run.folder:RunFolder.claim"),
     Fault("sadm_fast.run.folder:write_json", when="after"),
     Fault("sadm_fast.classifier:_average_over_ranks", 3, rank=1),
-    Fault("sadm_fast.pretrain:_write"),
+    Fault("sadm_fast.train_once:_write"),
 ]
 
 # Only where there is a checkpoint: one of these after each of WHEN_ONE_IS_THERE.
