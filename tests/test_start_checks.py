@@ -166,3 +166,9 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) 
 def test_the_memory_of_this_machine_is_found() -> None:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0.9 * physical < start_checks._installed()
+
+
+@pytest.mark.parametrize("blocks", [{}, {"game": {"mode": "plain"}, "evaluate": {"every": 1}}], ids=["Psi", "judge"])
+def test_classes_without_images_are_none_to_tell_apart(tmp_path: Path, blocks: dict[str, Any]) -> None:
+    message = refusal(config(**blocks), tmp_path / "run", Labels([5] * 40))  # as shards number it: 0 to 5
+    assert "is trained to tell classes apart, and data.path=numbers has images of only one" in message
