@@ -18,7 +18,7 @@ from sadm_fast.classifier import accuracy, train_classifier
 from sadm_fast.data.batch import ImageBatch
 from sadm_fast.errors import UserError
 from sadm_fast.metrics.judges import ClassifierJudge
-from sadm_fast.pretrain import load_or_train
+from sadm_fast.train_once import load_or_train
 
 CLASSES = 4
 

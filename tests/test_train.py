@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sadm_fast import cli, train
+from sadm_fast.build import build_denoiser
 from sadm_fast.config import load_config
 from sadm_fast.run.checkpoint import sha256
 from sadm_fast.run.folder import RunFolder
@@ -82,7 +83,9 @@ def command(config: Path, run: Path, *overrides: str, ranks: int = 0) -> list[st
 
 
 @pytest.mark.slow
-def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(config: Path, tmp_path: Path):
+def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     run = tmp_path / "run"
     argv = command(config, run, "evaluate.every=3", "denoiser.num_classes=5")
     out, err = Program(argv, tmp_path).finish()
@@ -130,6 +133,11 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(con
         count = len(relations["labels"])
         assert relations["real"].shape == relations["fake"].shape == (count, count)
     assert load_config(run / "config.json").resolved() == json.loads((run / "config.json").read_text())
+
+    # The average is a whole state: a network and another run start from it.
+    weights = run / "checkpoints" / "step-000006" / "ema.safetensors"
+    assert load_file(weights).keys() == build_denoiser(load_config(config), len(CLASSES)).state_dict().keys()
+    dry_run(config, tmp_path / "another", capfd, f"denoiser.weights={weights}")
 
     # What people and file managers leave in a run folder ends nothing and stays.
     shutil.copytree(run / "checkpoints" / "step-000006", run / "checkpoints" / "step-000009 (copy)")
@@ -326,6 +334,8 @@ def small_image(config: Path, run: Path) -> list[str]:
 
 def other_configuration(config: Path, run: Path) -> list[str]:
     RunFolder(run).claim(load_config(config))
+    (run / "checkpoints" / "step-000003").mkdir()
+    (run / "checkpoints" / "step-000003" / "COMPLETE").touch()  # without one, the folder is free for a corrected start
     return ["game.lambda_s=0.7"]
 
 
@@ -350,6 +360,18 @@ def other_weights(config: Path, run: Path) -> list[str]:
     path = config.parent / "psi.safetensors"
     save_file({"conv1.weight": torch.zeros(64, 3, 7, 7)}, path)
     return [f"structure_encoder.weights={path}"]
+
+
+def not_safetensors(config: Path, run: Path) -> list[str]:
+    (config.parent / "x.safetensors").write_text("1234567")
+    return ["game.mode=plain", f"denoiser.weights={config.parent / 'x.safetensors'}"]
+
+
+def one_image_of_each_class(config: Path, run: Path) -> list[str]:
+    for path in (config.parent / "images").glob("*/*.png"):
+        if path.stem != "00":
+            path.unlink()
+    return []
 
 
 def one_class(config: Path, run: Path) -> list[str]:
@@ -404,6 +426,14 @@ BAD: dict[str, tuple[Spoil, list[str]]] = {
         ["step-000003", "configuration", "other", "--run-dir"],
     ),
     "Psi weights that do not fit": (other_weights, ["structure_encoder.weights", "psi.safetensors", "does not fit"]),
+    "denoiser weights that cannot be read": (
+        not_safetensors,
+        ["denoiser.weights=", "x.safetensors: cannot be read as"],
+    ),
+    "one image of each class": (
+        one_image_of_each_class,
+        ["structure_encoder.weights=null", "3 images in 3 classes are too few", "game.mode=plain"],
+    ),
     "one class and no Psi weights": (one_class, ["structure_encoder.weights=null", "only one", "game.mode=plain"]),
     "one class and a judge": (one_class_to_judge, ["evaluate.every=1", "only one", "evaluate.every=null"]),
     "missing Psi weights": (
@@ -417,6 +447,15 @@ BAD: dict[str, tuple[Spoil, list[str]]] = {
 }
 
 
+# What --dry-run leaves to the training: decoding all images, and reading checkpoints.
+NOT_IN_A_DRY_RUN = {
+    "not an image",
+    "image smaller than the crop",
+    "checkpoint of another format",
+    "checkpoint of another model",
+}
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_in_one_line(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str):
     spoil, words = BAD[case]
@@ -424,6 +463,8 @@ def test_bad_input_ends_in_one_line(config: Path, tmp_path: Path, capfd: pytest.
     overrides = spoil(config, run)
     before, there = tree(tmp_path), run.exists()
     refused(command(config, run, *overrides)[2:], capfd, words)
+    if case not in NOT_IN_A_DRY_RUN:
+        refused([*command(config, run, *overrides)[2:], "--dry-run"], capfd, words)
     assert run.exists() == there, "a run that cannot start has claimed its folder"
     after = tree(tmp_path)
     assert {name: after.get(name) for name in before} == before, "something existing was changed"
