@@ -289,7 +289,7 @@ class DaliLoader:
 def _crop(image: np.ndarray, size: int, mirror: bool, out: np.ndarray) -> None:
     """fast_crop of RGB uint8 [H, W, 3] to out [1 or 3, size, size]; grey is weighed as Pillow does it."""
     if len(out) == 1:
-        image = np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
+        image = np.array(Image.fromarray(image).convert("L"))[:, :, None]
     fast_crop(image, size, mirror, out)
 
 

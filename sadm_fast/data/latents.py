@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from sadm_fast.data.paths import folder_problem
 from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
 from sadm_fast.files import default_cache, expand_home, remember, replacing, write_json
@@ -169,8 +170,8 @@ class LatentSource(Source):
                 for s in manifest["shards"]
             ]
         except OSError as error:
-            if not root.is_dir():
-                raise UserError(f"data.path={root}: no such folder; encode the images first (encode.py)") from None
+            if problem := folder_problem(str(root)):
+                raise UserError(f"data.path={root}: {problem}; encode the images first (encode.py)") from None
             if (root / ENCODING).exists():
                 raise UserError(f"data.path={root}: the cache is not finished; start encode.py again") from None
             raise UserError(
