@@ -86,9 +86,10 @@ def _check(arguments: argparse.Namespace) -> int:
     from sadm_fast.data import open_any
     from sadm_fast.data.checking import checked, forget
     from sadm_fast.data.latents import LatentSource, check_shards
+    from sadm_fast.feed import asked_as
 
     console = Console()
-    with console.progress("listing shards") as progress:
+    with asked_as("--check"), console.progress("listing shards") as progress:
         source = open_any(arguments.check, progress)
     with console.progress("checking") as progress:
         if isinstance(source, LatentSource):
@@ -112,9 +113,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     from sadm_fast.console import Console
     from sadm_fast.data import open_any
     from sadm_fast.data.throughput import bench_table
+    from sadm_fast.feed import asked_as
 
     console = Console()
-    with console.progress("listing shards") as progress:
+    with asked_as("--bench"), console.progress("listing shards") as progress:
         source = open_any(arguments.bench, progress)
     for line in bench_table(
         source,

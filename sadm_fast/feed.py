@@ -3,7 +3,8 @@
 What the denoiser sees is called a sample: an image in [-1, 1] or a scaled latent (sadm_fast.scales).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from torch import Tensor
@@ -27,12 +28,13 @@ def open_data(config: Config, console: Console, *, check: bool = True, path: str
 
     Raises UserError for what is missing, broken, or not what the configuration says.
     """
-    with console.progress("listing shards") as progress:
-        source = data.open_source(config.data.path if path is None else path, config.data.source, progress)
-    if isinstance(source, LatentSource):
-        _require_fit(config, source)
-    if check:
-        _check(config, source, console)
+    with asked_as("data.path" if path is None else "--data"):
+        with console.progress("listing shards") as progress:
+            source = data.open_source(config.data.path if path is None else path, config.data.source, progress)
+        if isinstance(source, LatentSource):
+            _require_fit(config, source)
+        if check:
+            _check(config, source, console)
     return source
 
 
@@ -42,11 +44,23 @@ def open_images_to_encode(config: Config, console: Console, *, check: bool = Tru
         raise UserError(f"data.source={config.data.source}: encode.py needs a configuration with data.source=latents")
     if config.latents.images is None:
         raise UserError("latents.images: is null; say which images to encode, --set latents.images=PATH")
-    with console.progress("listing shards") as progress:
-        images = data.open_images(config.latents.images, config.latents.images_source, progress)
-    if check:
-        _check(config, images, console)
+    with asked_as("latents.images"):
+        with console.progress("listing shards") as progress:
+            images = data.open_images(config.latents.images, config.latents.images_source, progress)
+        if check:
+            _check(config, images, console)
     return images
+
+
+@contextmanager
+def asked_as(name: str) -> Iterator[None]:
+    """Rename data.path in a source's UserErrors to the field or option that the path was given with."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).replace("data.path=", f"{name} " if name.startswith("--") else f"{name}=")
+        error.args = (text.replace("data.source=", "latents.images_source=") if name == "latents.images" else text,)
+        raise
 
 
 def _check(config: Config, source: Source, console: Console) -> None:

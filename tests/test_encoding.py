@@ -234,7 +234,11 @@ def narrow(config: Path) -> list[str]:
 
 BAD: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "no images named": (lambda _: ["latents.images=null"], ["latents.images: is null"]),
-    "no such images": (lambda _: ["latents.images=/nowhere"], ["data.path=/nowhere", "no such folder"]),
+    "images of another kind": (
+        lambda config: ["latents.images_source=webdataset"],
+        ["latents.images=", "has no .tar files", "--set latents.images_source=folder"],
+    ),
+    "no such images": (lambda _: ["latents.images=/nowhere"], ["latents.images=/nowhere: no such folder"]),
     "images are changed": (other_images, ["was begun with another source", "data.path=..."]),
     "another precision": (begun_with("latents.precision=bf16"), ["was begun with another precision"]),
     "another autoencoder": (other_autoencoder, ["was begun with another autoencoder"]),
@@ -359,4 +363,5 @@ def test_check_lists_broken_images_and_damaged_shards(config: Path, capfd: pytes
 def test_a_path_that_is_not_there_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], option: str) -> None:
     assert encode.main([option, str(tmp_path / "nowhere")]) == 2
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith("error: ") and "no such folder" in err and err.count("\n") == 1
+    assert out == "" and err.startswith(f"error: {option} {tmp_path}") and "no such folder" in err
+    assert err.count("\n") == 1
