@@ -18,9 +18,10 @@ from multiprocessing import connection, forkserver, process, resource_tracker, u
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-_PREFIX = "sadm-workers-"
+_PREFIX = "sadmw-"
 _FOLDER = re.compile(re.escape(_PREFIX) + r"\w{8}")  # as tempfile.mkdtemp makes them
 _SEMAPHORES = Path("/dev/shm")
+_MAX_PARENT = 107 - len(f"/{_PREFIX}12345678/listener-12345678")  # a socket's path has at most 107 bytes
 
 
 def worker_context(preload: str) -> ForkServerContext:
@@ -64,17 +65,23 @@ def end_with_trainer(_worker: int = 0) -> None:
 def _name_after_folder() -> None:
     """Make a folder for the sockets of this process and its workers, and name their semaphores after it."""
     _remove_abandoned()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_parent()))
     while _locked(folder, wait=True) is None and not folder.exists():  # taken for an abandoned one
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_parent()))
     config = process.current_process()._config  # type: ignore[attr-defined]  # children inherit it
     config["tempdir"], config["semprefix"] = str(folder), f"/{folder.name}"
     util.Finalize(None, _remove, args=(folder,), exitpriority=-100)  # behind those of the semaphores
 
 
+def _parent() -> Path:
+    """The temporary folder, or /tmp where its path is too long for sockets."""
+    folder = tempfile.gettempdir()
+    return Path(folder if len(os.fsencode(folder)) <= _MAX_PARENT else "/tmp")
+
+
 def _remove_abandoned() -> None:
     """Remove what trainers that were killed with all their workers have left."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for folder in _parent().glob(f"{_PREFIX}*"):
         if _FOLDER.fullmatch(folder.name) and (lock := _locked(folder)) is not None:
             for semaphore in _SEMAPHORES.glob(f"sem.{folder.name}-*"):
                 semaphore.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ def test_workers_end_when_their_trainer_is_killed_and_leave_nothing(small_folder
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as trainer:
         assert trainer.stdout is not None and b"[4, 1, 8, 8]" in trainer.stdout.readline()
         children = psutil.Process(trainer.pid).children(recursive=True)
-        (folder,) = tmp_path.glob("sadm-workers-*")
+        (folder,) = tmp_path.glob("sadmw-*")
         assert len(children) == 4 and _semaphores(folder)  # two workers, what forks them, and the resource tracker
         trainer.kill()
         try:
@@ -62,7 +62,7 @@ def _semaphores(folder: Path) -> list[str]:
 def test_what_killed_trainers_left_goes_but_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(workers, "_SEMAPHORES", tmp_path / "shm")
-    names = ["sadm-workers-dead5678", "sadm-workers-used5678", "sadm-workers-notes", "sadm-workers-full5678"]
+    names = ["sadmw-dead5678", "sadmw-used5678", "sadmw-notes", "sadmw-full5678"]
     dead, used, notes, full = (tmp_path / name for name in names)
     semaphores = [tmp_path / "shm" / f"sem.{folder.name}-1" for folder in (dead, used)]
     for path in (dead / "listener-1", used / "listener-1", notes / "listener-1", full / "work.txt", *semaphores):
@@ -75,6 +75,14 @@ def test_what_killed_trainers_left_goes_but_nothing_else(tmp_path: Path, monkeyp
     assert [path.exists() for path in (dead, used, notes, full)] == [False, True, True, True]
     assert (used / "listener-1").exists() and (full / "work.txt").exists() and (notes / "listener-1").exists()
     assert [path.exists() for path in semaphores] == [False, True]
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for length, used in [(74, True), (75, False)]:
+        monkeypatch.setattr(tempfile, "tempdir", "/" + "t" * (length - 1))
+        assert (workers._parent() == Path(tempfile.gettempdir())) == used
+        name = f"{workers._parent()}/{workers._PREFIX}12345678/listener-12345678"
+        assert len(name) <= 107
 
 
 def test_workers_outlive_a_signal_to_the_whole_process_tree(small_folder: Path) -> None:
