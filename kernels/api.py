@@ -128,7 +128,7 @@ def structure_loss(
         check_group(group)
         check_batch(batch, alone=group is None)
         queue = check_queue(queue, batch)
-    if group is not None and any(transformed(x) for x in batch[:3]):
+    if group is not None and transformed(*batch[:3]):
         raise ValueError(
             "group=: torch.func transforms and forward-mode AD cannot cross ranks; use impl='reference', group=None"
         )

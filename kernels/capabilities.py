@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sadm_kernels import native, triton
 from sadm_kernels.samples import Options, Samples
@@ -68,10 +69,13 @@ def choose(impl: str, batch: Samples, options: Options) -> str:
     return impl
 
 
-def transformed(x: Tensor | None) -> bool:
-    """Whether torch.func transforms are active or x carries a forward-mode tangent."""
-    active = torch._C._are_functorch_transforms_active()  # what autograd.Function asks; there is no public name
-    return active or (x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None)
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func transforms are active or one of `tensors` carries a forward-mode tangent."""
+    if torch._C._are_functorch_transforms_active():  # what autograd.Function asks; there is no public name
+        return True
+    if forward_ad._current_level < 0:  # outside dual_level; unpack_dual would say so more slowly
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _status(name: str) -> str:
@@ -99,7 +103,7 @@ def _missing_derivative(name: str, batch: Samples) -> str:
             return f"{side}.dtype={x.dtype}: impl={name!r} has no {str(x.dtype).removeprefix('torch.')}"
     if batch.weight is not None and batch.weight.requires_grad:
         return f"weight.requires_grad=True: impl={name!r} has no gradient for it"
-    if any(transformed(x) for x in batch[:3]):
+    if transformed(*batch[:3]):
         return f"impl={name!r} has no rule for torch.func transforms and forward-mode AD"
     return ""
 

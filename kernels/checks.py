@@ -154,7 +154,8 @@ def _check_weight(name: str, weight: Tensor, features: Tensor) -> bool:
         raise ValueError(f"{name}.dtype={weight.dtype}: must be a float type of 16 to 64 bits or an integer type")
     if not len(weight) or not _has_values(weight):
         return True
-    low, high = (float(x) for x in weight.detach().double().aminmax())
+    values = weight.detach() if weight.dtype.is_floating_point else weight.double()
+    low, high = map(float, values.aminmax())
     for extreme in (low, high):
         if not math.isfinite(extreme):
             raise ValueError(f"{name}: has {extreme}, must be finite")

@@ -102,9 +102,13 @@ def _forward(
 
     p = _pairs(batch, options, queue, shared)
     loss, inverse_total, *gradients = _evaluate(backend, p, need, _add_nothing if shared is None else add_ranks)
-    widths = (batch.real.shape[1], batch.fake.shape[1])
-    own = [None if g is None else g[:, :width].contiguous() for g, width in zip(gradients, widths, strict=True)]
-    return loss, inverse_total, own
+    sides = zip(gradients, batch[:2], strict=True)
+    return loss, inverse_total, [g if g is None or g.shape == x.shape else _narrowed(g, x) for g, x in sides]
+
+
+def _narrowed(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x [b, d] out of that of x with zeros behind it (`Samples.alike`)."""
+    return gradient[:, : x.shape[1]].contiguous()
 
 
 def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:

@@ -33,11 +33,15 @@ class Samples(NamedTuple):
         Zeros behind the narrower features change no length, distance or product.
         """
         real, fake, weight, labels = self
-        dtype, width = torch.promote_types(real.dtype, fake.dtype), max(real.shape[1], fake.shape[1])
-        real, fake = (x if x.shape[1] == width else F.pad(x, (0, width - x.shape[1])) for x in (real, fake))
+        if real.dtype != fake.dtype:
+            dtype = torch.promote_types(real.dtype, fake.dtype)
+            real, fake = real.to(dtype), fake.to(dtype)
+        if real.shape[1] != fake.shape[1]:
+            width = max(real.shape[1], fake.shape[1])
+            real, fake = (F.pad(x, (0, width - x.shape[1])) for x in (real, fake))
         return Samples(
-            real.to(dtype).contiguous(),
-            fake.to(dtype).contiguous(),
+            real.contiguous(),
+            fake.contiguous(),
             None if weight is None else weight_in_range(weight, compute_dtype(real, fake)).contiguous(),
             None if labels is None else labels.long().contiguous(),
         )
