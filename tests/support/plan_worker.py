@@ -1,4 +1,4 @@
-"""One rank of test_plan_counts.py: plays each case and counts what it holds and what it hands to collectives."""
+"""One rank of test_plan_counts.py: plays each case, and counts what it holds and what it sends."""
 
 import gc
 import sys
@@ -101,9 +101,11 @@ def micro_batch(case: PlanCase, index: int, place: Place) -> Batch:
 
 
 def played(case: PlanCase, place: Place) -> dict[str, Any]:
-    """A few iterations of a case, and what they came to in the last."""
+    """Play a few iterations of a case; what it held, and what the last one sent."""
     config = case.config
+    gc.unfreeze()
     before = alive()
+    gc.freeze()  # what is here before the case need not be searched again: it is most of what there is
     denoiser = build_denoiser(config, CLASSES)
     with torch.no_grad():  # a DiT as built is 0, with no gradient below its last layer
         for parameter in denoiser.parameters():
@@ -140,7 +142,6 @@ def played(case: PlanCase, place: Place) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     with distributed() as place:
-        gc.freeze()  # what the imports brought need not be searched each time
         torch.save({name: played(case, place) for name, case in CASES.items()}, folder / f"rank-{place.rank}.pt")
         dist.barrier()
 
