@@ -17,7 +17,7 @@ Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
 
 VOTE = 3 * 4  # ranks.vote.Vote: int32 [3] each iteration
 LOG_LINE = 16 * 8  # run.log.Interval: float64 [16] each line of metrics.jsonl
-_CHECK = 7 * 8  # structure_loss compares the ranks' arguments: int64 [7] from each
+_CHECK = 1024  # sadm_kernels.gathering compares the ranks' arguments: uint8 [1024] from each
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,14 @@ def _global_structure(config: Config, psi: Player, feature_dim: int, n: int) -> 
     if reference:  # the reference compares the ranks' arguments at each call, the fast path at the first only
         one += n * _CHECK
     if reference or game.gate_log_snr is not None:
-        one += rows * 4
+        one += rows * (8 if reference else 4)  # weights
     if game.same_class:
         one += rows * 8
     found = [Transfer("features of S", "all-gather", calls * one)]
     sums = calls * 2 * (4 if reference else 8)
     if reference:  # autograd sends gradients of gathered rows back to their ranks; fused kernels recompute them instead
-        found.append(
-            Transfer("gradients of features", "all-reduce", (2 * discriminating + denoising) * rows * feature_dim * 4)
-        )
+        gradients = (2 * discriminating + denoising) * feature_dim * 4 + calls * 8  # of f and g, and of weights
+        found.append(Transfer("gradients of features", "all-reduce", gradients * rows))
     return [*found, Transfer("sums of S", "all-reduce", sums)]
 
 
