@@ -1,8 +1,8 @@
-"""Images that cannot be read while training: replaced by their successor, counted, never shown as black.
+"""Broken images in training: each is replaced by the next readable one, and counted.
 
-What stands in for image i is the first of i + 1, i + 2, ... (mod N) that can be read, with that one's label. So
-a batch is a function of the counters and the files alone, whatever the rank, the worker or the loader. In a
-listing by class the successor nearly always has the same class.
+Image i is replaced by the first readable one of i + 1, i + 2, ... (mod N), with that one's label. So a batch is a
+function of the counters and the files alone, on any rank, in any worker, with either loader. In a listing by class the
+next image nearly always has the same class.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ _LIMIT, _LIMIT_SHARE = 100, 0.01  # a run ends after more broken images than bot
 
 @dataclass(frozen=True)
 class Crop:
-    """The crop of an image, or of the one that stands in for it."""
+    """The crop of an image, or of the one that replaces it."""
 
     pixels: np.ndarray  # uint8 [resolution, resolution, channels]
     index: int  # the image that was read
@@ -33,7 +33,7 @@ class Crop:
 
 
 def read_or_replace(source: ImageSource, index: int, spec: LoaderSpec) -> Crop:
-    """The ADM crop of image `index`, or of the next one that can be read. Raises UserError if many cannot."""
+    """The ADM crop of image `index`, or of the next readable one; UserError if 100 in a row, or all, are broken."""
     broken: dict[int, str] = {}
     for neighbour in range(index, index + min(_NEIGHBOURS, len(source))):
         candidate = neighbour % len(source)
@@ -54,7 +54,7 @@ def read_all_or_replace(
 
 
 def read_crop_or_reason(source: ImageSource, index: int, spec: LoaderSpec) -> np.ndarray | str:
-    """The ADM crop of image `index`, uint8 [S, S, C], or why the loaders take it for broken."""
+    """The ADM crop of image `index`, uint8 [S, S, C], or the reason why it is broken."""
     try:
         encoded = source.read(index)
     except OSError as error:
@@ -73,7 +73,7 @@ def read_crop_or_reason(source: ImageSource, index: int, spec: LoaderSpec) -> np
 
 
 class BrokenImages:
-    """The images of a source that could not be read so far, and which ones stand in for them."""
+    """The images of a source that were found broken so far, and what replaces them."""
 
     def __init__(self, source: ImageSource) -> None:
         self.reasons: dict[str, str] = {}  # name -> reason, in the order met
@@ -81,7 +81,7 @@ class BrokenImages:
         self._indices: set[int] = set()
 
     def add(self, broken: dict[int, str]) -> bool:
-        """Remember indices and reasons; whether any is new. Raises UserError when there are too many to go on."""
+        """Remember indices and reasons; return whether any is new. UserError when there are too many to go on."""
         known = len(self._indices)
         for index, reason in broken.items():
             if index not in self._indices:
@@ -103,7 +103,7 @@ class BrokenImages:
 
     def _stand_in(self, index: int) -> int:
         candidates = ((index + step) % len(self._source) for step in range(len(self._source)))
-        # All of them were broken at some time or other: perhaps this one no longer is.
+        # If all of them were broken at some time, this one is tried again.
         return next((candidate for candidate in candidates if candidate not in self._indices), index)
 
 

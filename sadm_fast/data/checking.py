@@ -1,9 +1,8 @@
-"""Finding broken images before they are trained on: unreadable, truncated, empty, of a kind the loaders refuse.
+"""The check for broken images before training: unreadable, truncated, empty, or of a kind that is not supported.
 
-An image is sound if Pillow decodes all of it. What no decoder notices is not found here either: bytes changed
-in the middle of a JPEG's entropy-coded data decode, in Pillow and in DALI, to a picture with a smear in it.
-
-A kind that the loaders refuse (16 bits, animated, TIFF, ...) is broken here and in training, whatever the loader.
+An image is sound if its kind is supported (refused_kind) and Pillow decodes all of it; what is broken here is broken
+in training, whatever the loader. No decoder notices bytes changed in the middle of a JPEG's entropy-coded data: they
+decode, in Pillow and in DALI, to a picture with a smear in it.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sadm_fast.data.paths import broken_link
-from sadm_fast.data.source import ImageSource
+from sadm_fast.data.source import ImageSource, printable
 from sadm_fast.errors import UserError
 from sadm_fast.files import default_cache, remember
 
@@ -49,7 +48,7 @@ class Verdict(NamedTuple):
 
 
 def examine(encoded: bytes, *, decode: bool = True) -> Verdict:
-    """What is wrong with an encoded image, by its header or, if `decode`, by all of it; no limit on the size."""
+    """Look at an encoded image: at its header, and at all of its pixels if `decode`. Any size is sound."""
     width = height = 0
     try:
         with Image.open(BytesIO(encoded)) as image:
@@ -63,12 +62,12 @@ def examine(encoded: bytes, *, decode: bool = True) -> Verdict:
         reason = f"is too large to decode ({error}); {_REMEDY}"
     # Whatever Pillow's parsers trip over (struct.error, SyntaxError, OverflowError, ...) means a damaged file.
     except Exception as error:
-        reason = f"the image is damaged ({type(error).__name__}: {error}); {_REMEDY}"
+        reason = f"the image is damaged ({type(error).__name__}: {printable(str(error))}); {_REMEDY}"
     return Verdict(width, height, reason)
 
 
 def refused_kind(image: ImageFile.ImageFile) -> str | None:
-    """Why the loaders do not take an opened image, by its format; None if they do."""
+    """Why an opened image's kind is not supported, by its header, as the end of a message; None if it is."""
     if image.format not in _FORMATS:
         return f"is {image.format}, which the loaders do not read; convert it to PNG or JPEG"
     if image.mode not in _MODES:
@@ -81,23 +80,23 @@ def refused_kind(image: ImageFile.ImageFile) -> str | None:
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:
-    """Whether Pillow cuts channels of more than 8 bits down to them; its decoder's arguments tell."""
+    """Whether the file has more than 8 bits a channel, of which Pillow keeps 8; its decoder's arguments tell."""
     if not image.tile:
         return False
     codec, arguments = image.tile[0].codec_name, image.tile[0].args
     if image.format == "PNG":
         return isinstance(arguments, str) and arguments.endswith(";16B")
-    # PPM: (mode, largest value) where that is not 255
+    # PPM: (mode, largest value), where that is not 255
     return codec.startswith("ppm") and isinstance(arguments, tuple) and arguments[1] > 255
 
 
 def read_problem(error: OSError) -> str:
-    """Why ImageSource.read failed, as a message says it."""
+    """Why ImageSource.read failed, as the end of a message."""
     if isinstance(error, PermissionError):
         return "no permission to read it; fix with chmod a+r"
     if isinstance(error.filename, str) and (link := broken_link(error.filename, error)):
         return f"cannot be read: it is a {link}; {_REMEDY}"
-    return f"cannot be read ({type(error).__name__}: {error}); {_REMEDY}"
+    return f"cannot be read ({type(error).__name__}: {printable(str(error))}); {_REMEDY}"
 
 
 def too_small(width: int, height: int, resolution: int) -> str:

@@ -1,10 +1,10 @@
-"""What is handed to DALI: encoded images that it decodes to Pillow's pixels; all others are decoded by Pillow first.
+"""The encoded images that DALI may decode; Pillow decodes all others before they are handed to it.
 
 DALI reads some files that Pillow refuses, refuses some that Pillow reads, and decodes some to other colours: a JPEG of
 four channels without Adobe's marker comes out inverted, a PPM with a maximum other than 255 too dark. Which images are
-readable, and what is in them, must not depend on the loader: Pillow decides wherever the two may differ. Left to DALI
-are JPEGs of one or three channels whose markers are in their places, and PNGs with nothing behind the pixels that
-Pillow could stumble over: nearly all images of nearly every set.
+readable, and what is in them, must not depend on the loader: Pillow decides wherever the two may differ. DALI gets
+JPEGs of one or three channels whose markers are in their places, and PNGs with nothing behind the pixels that Pillow
+could stumble over: nearly all images of nearly every set.
 """
 
 import re
@@ -24,9 +24,9 @@ _BETWEEN_SCANS = {0xC4, 0xDD}
 
 
 def for_dali(encoded: bytes) -> tuple[bytes, bool]:
-    """What DALI decodes to the picture that Pillow sees in `encoded`, and whether that is `encoded` itself.
+    """Return bytes that DALI decodes to Pillow's pixels of `encoded`, and whether they are `encoded` itself.
 
-    Raises an exception of Pillow's, or ValueError for a refused kind, if there is no such picture.
+    Raises ValueError for a kind that is not supported (checking.refused_kind), and whatever Pillow raises for damage.
     """
     with Image.open(BytesIO(encoded)) as image:
         if refused := refused_kind(image):
@@ -39,7 +39,7 @@ def for_dali(encoded: bytes) -> tuple[bytes, bool]:
 
 
 def decoded_by_pillow(encoded: bytes) -> bytes:
-    """The picture without compression, as PPM; raises an exception of Pillow's if there is none."""
+    """Decode with Pillow and return the pixels as PPM, for DALI; raises whatever Pillow raises for damage."""
     with Image.open(BytesIO(encoded)) as image:
         return _as_ppm(image)
 
@@ -49,7 +49,7 @@ def _as_ppm(image: Image.Image) -> bytes:
 
 
 def _is_regular_jpeg(encoded: bytes) -> bool:
-    """Whether the markers of a JPEG follow each other as they should, up to the end of the (first) image."""
+    """Check that a JPEG is Huffman-coded and its markers are in their places, up to the end of the first image."""
     position, allowed = 2, _BEFORE_SCANS
     while True:
         in_scan = allowed is _BETWEEN_SCANS
@@ -65,8 +65,8 @@ def _is_regular_jpeg(encoded: bytes) -> bool:
 
 
 def _ends_with_pixels(encoded: bytes, offset: int) -> bool:
-    """Whether the chunks of a PNG are pixels and the end mark alone, from the data at `offset` on."""
-    offset -= 8
+    """Check that a PNG has only pixels and the end mark from the first pixel data, at byte `offset`, on."""
+    offset -= 8  # the chunk's header: its length and kind
     while offset + 8 <= len(encoded):
         length, kind = struct.unpack_from(">I4s", encoded, offset)
         offset += 12 + length

@@ -1,14 +1,14 @@
-"""Micro-batches through NVIDIA DALI: the order is ours, decoding is done by its threads.
+"""Micro-batches through NVIDIA DALI, in the order of our plan.
 
 An external source hands DALI the encoded images of a micro-batch by its position in the plan, so the pipeline has no
-state to save: started at another sample it continues exactly there. Our own threads read the files, and decode those
-that DALI would decode otherwise than Pillow (sadm_fast.data.dali_kinds). On the CPU, DALI decodes bit for bit as
-Pillow, and our threads crop (fast_crop: DALI's resize takes three times as long). On a GPU the crop is part of
-DALI's graph. One micro-batch is made while the one before is used.
+state to save: a new one, started at any position, continues exactly there. Our own threads read the files and decode
+those that DALI may not (sadm_fast.data.dali_kinds). On the CPU, DALI decodes the others to Pillow's bits and our
+threads crop (fast_crop: DALI's resize takes three times as long). On a GPU the crop is part of DALI's graph. The next
+micro-batch is made while one is used.
 
-A pipeline that met a broken image cannot go on, and does not say which one it was. Then Pillow looks for it
-among the micro-batches under way, and the pipeline is built again at the same position, without that image. If Pillow
-finds none, it decodes the images of that micro-batch from then on.
+A pipeline that meets a broken image fails as a whole and does not say which image it was. Then Pillow decodes the
+micro-batches under way to find it, and a new pipeline starts at the same position without that image. If Pillow finds
+all of them sound, twice, it decodes the images of that micro-batch from then on.
 
 A micro-batch goes through the pipeline in runs of at most 31 images. From 32 on, DALI 2.4 prepares the decoding in
 several threads, and an image whose header it cannot read soon ends the process with a segmentation fault there (seen
@@ -204,7 +204,7 @@ class DaliLoader:
         return images, labels, sample_ids, shapes[:, :2]
 
     def _find_broken(self) -> bool:
-        """Decode what was under way with Pillow; whether that found images not yet known to be broken."""
+        """Decode the micro-batches under way with Pillow; return whether any image is newly found broken."""
         found: dict[int, str] = {}
         with ThreadPoolExecutor(self._threads) as pool:
             for position in range(self._position, self._position + self._prefetch + 1):
@@ -214,7 +214,7 @@ class DaliLoader:
         return self._broken.add(found)
 
     def _find_small(self, sides: np.ndarray) -> bool:
-        """Whether images of sides [B, 2] (height, width) are below the crop and not yet known to be broken."""
+        """Look for images below the crop by their sides [B, 2] (height, width); return whether any is newly found."""
         small = np.flatnonzero(sides.min(axis=1) < self._spec.resolution)
         if self._spec.enlarge or not len(small):
             return False
@@ -227,7 +227,7 @@ class DaliLoader:
         return int(np.log2(max(1, sides.min(axis=1).max() // self._spec.resolution)))
 
     def _leave_to_pillow(self, error: RuntimeError) -> None:
-        """Let Pillow decode the images of the micro-batch at self._position, which DALI refuses twice."""
+        """Let Pillow decode the images of the micro-batch at self._position, at which DALI has failed twice."""
         indices = self._broken.replace(self._plan[self._position].indices)
         if (self._decoder[indices] == _PILLOW).all():  # DALI fails as a whole
             text = str(error)
@@ -239,7 +239,7 @@ class DaliLoader:
         self._decoder[indices] = _PILLOW
 
     def _feed(self) -> Feed:
-        """Encoded images from self._position on, read ahead by our own threads."""
+        """The callable from which DALI gets its images, from self._position on; our own threads read ahead."""
         start = self._position
         reading: dict[int, tuple[list[list[Future[list[np.ndarray]]]], list[np.ndarray]]] = {}
 
@@ -263,7 +263,7 @@ class DaliLoader:
         return feed
 
     def _read(self, indices: list[int]) -> list[np.ndarray]:
-        """Images as DALI takes them, uint8 [n_i]; one that is broken as something that DALI refuses."""
+        """Read images as DALI takes them, uint8 [n_i]; a broken one becomes bytes that DALI refuses."""
         return [np.frombuffer(self._read_one(index), dtype=np.uint8) for index in indices]
 
     def _read_one(self, index: int) -> bytes:
@@ -287,7 +287,7 @@ class DaliLoader:
 
 
 def _crop(image: np.ndarray, size: int, mirror: bool, out: np.ndarray) -> None:
-    """fast_crop of RGB uint8 [H, W, 3] to out [1 or 3, size, size]; grey is weighed as Pillow does it."""
+    """fast_crop of RGB uint8 [H, W, 3] into out float32 [1 or 3, size, size]; Pillow makes grey of the colours."""
     if len(out) == 1:
         image = np.array(Image.fromarray(image).convert("L"))[:, :, None]
     fast_crop(image, size, mirror, out)

@@ -25,7 +25,7 @@ Request = tuple[int, int, bool]  # sample id, image index, whether to mirror
 
 
 class Sample(NamedTuple):
-    """What a worker makes of a request."""
+    """One sample, as a worker reads it for a request."""
 
     pixels: np.ndarray  # uint8 [S, S, C], mirrored if that was asked for
     label: int
@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
 
 class Collated(NamedTuple):
-    """What a worker sends."""
+    """One micro-batch, as a worker sends it."""
 
     pixels: Tensor  # uint8 [B, C, S, S]
     labels: Tensor  # int64 [B]
@@ -42,7 +42,7 @@ class Collated(NamedTuple):
     broken: dict[int, str]
 
 
-# Workers are shielded from signals, also from the one by which multiprocessing ends forgotten ones at exit.
+# Loaders to close at exit: workers block the signal by which multiprocessing would end them.
 _OPEN: "WeakSet[TorchLoader]" = WeakSet()
 
 
@@ -126,7 +126,7 @@ class TorchLoader:
 
 
 class _Requests(Sampler[list[Request]]):
-    """The plan as the endless list of requests that DataLoader sends to its workers."""
+    """The plan's micro-batches, endlessly, as the requests that DataLoader sends to its workers."""
 
     def __init__(self, plan: MicroBatchPlan) -> None:
         self._plan = plan
@@ -140,10 +140,7 @@ class _Requests(Sampler[list[Request]]):
 
 
 class _Crops(Dataset[Sample | str]):
-    """Reads what a request names; too many broken images are returned as the message.
-
-    Raised in a worker, it would be buried in DataLoader's traceback.
-    """
+    """The crop that a request names, or the message of a UserError: raised, DataLoader would add its traceback."""
 
     def __init__(self, source: ImageSource, spec: LoaderSpec) -> None:
         self._source, self._spec = source, spec
@@ -159,7 +156,7 @@ class _Crops(Dataset[Sample | str]):
 
 
 def _collate(samples: list[Sample | str]) -> Collated | str:
-    """Samples to tensors, or the first message."""
+    """Stack samples into tensors; if there is a message among them, return the first."""
     whole: list[Sample] = []
     for sample in samples:
         if isinstance(sample, str):

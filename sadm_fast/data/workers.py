@@ -1,8 +1,8 @@
-"""Worker processes: not forked, out of the reach of signals that are meant for the trainer, gone when it is gone.
+"""Worker processes that are not forked, ignore signals meant for the trainer, and end when it ends.
 
-Semaphores and sockets of workers have names in /dev/shm and the temporary folder. multiprocessing removes them at the
-end of the trainer, or of the last process that it started; when all are killed at once, nobody does. So their names
-carry that of a folder which the trainer keeps locked, and the next one removes those of folders that nobody locks.
+Workers' semaphores and sockets have names in /dev/shm and the temporary folder. multiprocessing removes them when the
+trainer or the last of its processes ends. When all of them are killed at once, nothing does: so the names contain that
+of a folder which the trainer keeps locked, and the next trainer removes what belongs to folders that nobody locks.
 """
 
 import contextlib
