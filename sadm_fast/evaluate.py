@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from sadm_fast.console import Console
-    from sadm_fast.feed import listed, open_data
+    from sadm_fast.feed import open_data, other_classes
     from sadm_fast.generation import load_trained
     from sadm_fast.metrics.run_evaluation import RunEvaluation
     from sadm_fast.pretrain import prepare_judge
@@ -55,13 +55,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with distributed() as place:
         console = Console(place.rank)
         images = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0, path=arguments.data))
-        there = [images.classes[label] for label in images.filled]
-        drawn = [trained.classes[label] for label in trained.filled]
-        if set(there) != set(drawn):
-            console.say(
-                f"data.path={images.where}: has images of {listed(there)}; samples are drawn of the classes that the"
-                f" run was trained on, {listed(drawn)}"
-            )
+        if other := other_classes([trained.classes[label] for label in trained.filled], images):
+            console.say(other)
         judge, facts = prepare_judge(config, images, RunFolder(arguments.run).pretrained, place.device, console)
         try:
             evaluation = RunEvaluation(config, images, judge, trained.filled, place.device)

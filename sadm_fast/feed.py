@@ -14,7 +14,7 @@ from sadm_fast.config import Config
 from sadm_fast.console import Console
 from sadm_fast.data.batch import LoaderSpec
 from sadm_fast.data.latents import LatentSource
-from sadm_fast.data.source import ImageSource, Source
+from sadm_fast.data.source import ImageSource, Source, printable
 from sadm_fast.errors import UserError
 
 
@@ -89,12 +89,23 @@ def count_classes(source: Source, num_classes: int) -> str:
     names = [*source.classes, *map(str, range(len(source.classes), num_classes))]
     filled = set(source.filled)
     empty = [names[label] for label in range(num_classes) if label not in filled]
-    return f"{len(filled)} classes" + (f" (none of {listed(empty)}; nothing is drawn of these)" if empty else "")
+    return f"{len(filled)} classes" + (f" (none of {_listed(empty)}; nothing is drawn of these)" if empty else "")
 
 
-def listed(names: Sequence[str]) -> str:
+def other_classes(trained: Sequence[str], source: Source) -> str | None:
+    """A line about real images whose classes are not those that a run was trained on; None if they are."""
+    there = [source.classes[label] for label in source.filled]
+    if set(there) == set(trained):
+        return None
+    return (
+        f"{source.where}: has images of {_listed(there)}; samples are drawn of the classes that the run was trained on,"
+        f" {_listed(trained)}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
     """The first few names, and how many there are if that is not all."""
-    first = ", ".join(names[:10])
+    first = ", ".join(map(printable, names[:10]))
     return first if len(names) <= 10 else f"{first}, ... ({len(names)} classes)"
 
 

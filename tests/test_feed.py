@@ -13,10 +13,11 @@ from PIL import Image
 
 from sadm_fast.config import Config, check_config
 from sadm_fast.console import Console
+from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.errors import UserError
-from sadm_fast.feed import load_samples, open_data
+from sadm_fast.feed import count_classes, load_samples, open_data, other_classes
 from tests.data.latent_caches import make_encoding, write_cache
 from tests.data.loaders import open_feed
 
@@ -144,6 +145,22 @@ def test_the_wrong_kind_of_data_is_one_line(tmp_path: Path, case: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         open_data(make(tmp_path / "there"), Console())
     assert "\n" not in str(caught.value)
+
+
+def test_classes_without_images_are_named(tmp_path: Path) -> None:
+    whole = ImageFolder.scan(write_images(tmp_path / "images", classes=12, count=1))
+    assert count_classes(whole, 12) == "12 classes"
+    assert count_classes(whole, 14) == "12 classes (none of 12, 13; nothing is drawn of these)"
+    some = whole.subset(np.array([1, 3]))
+    assert count_classes(some, 12) == (
+        "2 classes (none of c0, c10, c2, c3, c4, c5, c6, c7, c8, c9; nothing is drawn of these)"
+    )
+    assert "c9, 12, ... (1000 classes)" not in count_classes(whole, 12) and "... (990 classes)" in count_classes(
+        some, 992
+    )
+    assert other_classes(["c1", "c11"], some) is None and other_classes(whole.classes, whole) is None
+    line = other_classes(["c1", "a\nb"], some)
+    assert line is not None and "has images of c1, c11; samples are drawn" in line and "c1, a\\nb" in line
 
 
 def test_an_order_sorted_by_class_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
