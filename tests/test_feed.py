@@ -155,9 +155,7 @@ def test_classes_without_images_are_named(tmp_path: Path) -> None:
     assert count_classes(some, 12) == (
         "2 classes (none of c0, c10, c2, c3, c4, c5, c6, c7, c8, c9; nothing is drawn of these)"
     )
-    assert "c9, 12, ... (1000 classes)" not in count_classes(whole, 12) and "... (990 classes)" in count_classes(
-        some, 992
-    )
+    assert "c9, ... (990 classes)" in count_classes(some, 992)
     assert other_classes(["c1", "c11"], some) is None and other_classes(whole.classes, whole) is None
     line = other_classes(["c1", "a\nb"], some)
     assert line is not None and "has images of c1, c11; samples are drawn" in line and "c1, a\\nb" in line
