@@ -24,8 +24,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser("encode.py", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     parser.add_config(what, required=False)
-    what.add_argument("--check", metavar="PATH", help="decode every image, or hash every shard of latents")
-    what.add_argument("--bench", metavar="PATH", help="images a second of each loader, alone")
+    what.add_argument(
+        "--check", type=cli.path, metavar="PATH", help="decode every image, or hash every shard of latents"
+    )
+    what.add_argument("--bench", type=cli.path, metavar="PATH", help="images a second of each loader, alone")
     parser.add_argument(
         "--threads", type=cli.whole(1, 1024), default=os.cpu_count() or 1, metavar="N", help="with --check and --bench"
     )
@@ -90,7 +92,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     console = Console()
     with asked_as("--check"), console.progress("listing shards") as progress:
-        source = open_any(arguments.check, progress)
+        source = open_any(str(arguments.check), progress)
     with console.progress("checking") as progress:
         if isinstance(source, LatentSource):
             problems = check_shards(source, threads=arguments.threads, progress=progress)
@@ -117,7 +119,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     console = Console()
     with asked_as("--bench"), console.progress("listing shards") as progress:
-        source = open_any(arguments.bench, progress)
+        source = open_any(str(arguments.bench), progress)
     for line in bench_table(
         source,
         resolution=arguments.resolution,

@@ -37,6 +37,9 @@ def check_environment() -> None:
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads is not None and not re.fullmatch(r"\s*0*[1-9]\d{0,8}\s*(,\s*0*[1-9]\d{0,8}\s*)*", threads):
         raise UserError(f'OMP_NUM_THREADS="{threads}": must be a number of threads of at least 1, or unset')
+    accelerator = os.environ.get("DS_ACCELERATOR")
+    if accelerator not in (None, "cpu", "cuda"):
+        raise UserError(f'DS_ACCELERATOR="{accelerator}": must be cuda or cpu, or unset')
     if "RANK" in os.environ:
         _check_launched()
         return

@@ -44,6 +44,7 @@ def test_what_is_no_number_is_named(environment: pytest.MonkeyPatch, variable: s
         ({"MASTER_ADDR": ""}, 'MASTER_ADDR="": must be the address'),
         ({"RANK": "2"}, "RANK=2: must be below WORLD_SIZE=2"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2: must be below LOCAL_WORLD_SIZE=2"),
+        ({"DS_ACCELERATOR": ""}, 'DS_ACCELERATOR="": must be cuda or cpu'),
         ({"OMP_NUM_THREADS": ""}, 'OMP_NUM_THREADS="": must be a number of threads'),
         ({"OMP_NUM_THREADS": "0"}, 'OMP_NUM_THREADS="0": must be a number of threads'),
         ({"OMP_NUM_THREADS": "2,x"}, 'OMP_NUM_THREADS="2,x": must be a number of threads'),

@@ -4,7 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from sadm_fast.errors import UserError
+from sadm_fast.ranks import launch
 from tests.support.programs import free_port
 from tests.support.ranks import clean_environment
 
@@ -44,3 +47,29 @@ def test_an_error_is_one_line_of_all_ranks_together(failing: int, codes: list[in
     lines = [line for out, err in said for line in (out + err).splitlines()]
     assert [line for line in lines if "error" in line] == ["error: caf\\udce9 has to change"]
     assert not any("frame #" in line or "Traceback" in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variables", "expected"),
+    [
+        (0, {}, "cpu"),
+        (2, {}, "cuda:0"),
+        (2, {"LOCAL_RANK": "1"}, "cuda:1"),
+        (2, {"LOCAL_RANK": "1", "DS_ACCELERATOR": "cpu"}, "cpu"),
+        (2, {"LOCAL_RANK": "2"}, "LOCAL_RANK=2: this process sees 2 GPU"),
+        (0, {"DS_ACCELERATOR": "cuda"}, "DS_ACCELERATOR=cuda: torch finds no GPU"),
+    ],
+)
+def test_a_ranks_device_is_the_gpu_of_its_number(
+    gpus: int, variables: dict[str, str], expected: str, environment: pytest.MonkeyPatch
+):
+    environment.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    environment.setattr(torch.cuda, "device_count", lambda: gpus)
+    environment.delenv("DS_ACCELERATOR", raising=False)
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    if ":" in expected and not expected.startswith("cuda"):
+        with pytest.raises(UserError, match=f"^{expected}"):
+            launch.own_device()
+    else:
+        assert str(launch.own_device()) == expected
