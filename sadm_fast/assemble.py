@@ -23,8 +23,9 @@ from sadm_fast.ranks.launch import Place
 from sadm_fast.ranks.watchdog import Watchdog
 from sadm_fast.run import checkpoint
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
-from sadm_fast.run.facts import run_facts
+from sadm_fast.run.facts import data_changes, run_facts
 from sadm_fast.run.folder import RunFolder
+from sadm_fast.run.manifest import EMA_FILE
 from sadm_fast.trainer import Trainer
 
 
@@ -47,7 +48,18 @@ def assemble(
     num_classes = resolve_classes(config, source)
     identity = _identity(config, source, place.world_size)
     # A checkpoint that does not belong here is found before any training.
-    found = checkpoint.agreed(checkpoint.find(folder.checkpoints, identity, console.say), identity)
+    remedies = {
+        "data": f"is not what it was: {data_changes(folder.facts, source)}; bring the old one back, or start another"
+        f" run (--run-dir) with it, from these weights if you like (--set denoiser.weights=.../{EMA_FILE})"
+    }
+    found = checkpoint.find(
+        folder.checkpoints,
+        identity,
+        console.say,
+        first={"configuration": config.first_fingerprint()},
+        remedies=remedies,
+    )
+    found = checkpoint.agreed(found, identity)
 
     psi: StructureEncoder | None = None
     psi_facts: dict[str, Any] = {}

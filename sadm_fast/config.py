@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from sadm_fast.config_errors import explain, refuse_deepspeed_format
-from sadm_fast.config_tree import CHANGEABLE, override, read_object, without, without_retired
+from sadm_fast.config_tree import CHANGEABLE, LEARNING_RATES, override, read_object, without, without_retired
 from sadm_fast.diffusion import EDM, VP, Flow, Process
 from sadm_fast.diffusion.samplers import find_sampler
 from sadm_fast.errors import UserError
@@ -430,8 +430,15 @@ class Config(Block):
 
     def fingerprint(self) -> str:
         """sha256 over the fields that must stay the same when a run is resumed."""
-        fixed = without(self.resolved(), CHANGEABLE)
-        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+        return _digest(without(self.resolved(), CHANGEABLE))
+
+    def first_fingerprint(self) -> str:
+        """The fingerprint as the first versions wrote it into checkpoints: with the learning rates."""
+        return _digest(without(self.resolved(), (path for path in CHANGEABLE if path not in LEARNING_RATES)))
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _size_problem(config: Config) -> str | None:

@@ -10,7 +10,9 @@ from sadm_fast.files import expand_home
 
 _DEEPEST = 16  # objects and lists inside one another; a configuration needs 4
 
-# What a resumed run may have different: how long, how often, how parallel; not what is computed.
+LEARNING_RATES = ("denoiser_optimizer.lr", "discriminator_optimizer.lr")
+
+# What a resumed run may have different: how long, how often, how parallel, how fast; not what is computed.
 CHANGEABLE = (
     "name",
     "train.steps",
@@ -22,6 +24,7 @@ CHANGEABLE = (
     "train.patience",
     "train.micro_batch",  # as long as all ranks together take as many samples a step, and compare as many
     "train.grad_accumulation",
+    *LEARNING_RATES,  # where a run diverges, it goes on from an earlier checkpoint with a lower one
     "deepspeed.zero_optimization",
     "train.compile",  # other roundings, and a way out where compilation fails
     "train.activation_checkpointing",

@@ -81,7 +81,7 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
         check_start(config, source, num_classes, folder, place.world_size)
         check_memory(config, num_classes, place.world_size, place.device, environment.ranks_here())
         barrier()  # nobody takes the folder while another rank still checks it
-        with folder.held(config):
+        with folder.held(config, console.say):
             console.say(
                 f"{config.name}: {config.game.mode}, {len(source)} images of {count_classes(source, num_classes)}, "
                 f"{place.world_size} rank(s) on {place.device}, into {folder.path}"

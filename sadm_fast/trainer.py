@@ -27,7 +27,7 @@ from sadm_fast.ranks.stopping import StopRequest
 from sadm_fast.ranks.vote import Vote
 from sadm_fast.ranks.watchdog import Watchdog
 from sadm_fast.report import write_report
-from sadm_fast.run import checkpoint
+from sadm_fast.run import checkpoint, divergence
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.log import Interval, TrainingLog, peak_memory
@@ -63,7 +63,9 @@ class Trainer:
         self.rank, self.world_size = rank_and_world_size()
         self.samples_per_step = samples_per_step(config, self.world_size)
         self.state = TrainState()
-        self._saved_step = 0  # nothing is worth saving before the first step
+        self._saved_step = 0
+        self._finite_step = 0  # the last one that was taken, or the one of the checkpoint that the run goes on from
+        self._resumed_step = 0
         self._skipped_in_a_row = 0
         self._noted = 0  # of the loader's broken images
         self._started = time.perf_counter()
@@ -73,7 +75,7 @@ class Trainer:
         with self._watched(f"loading {found.folder}"):
             averages, self.state = checkpoint.load(found, self.players.engines, self.players.queue)
         self.ema.load(averages, self.state.ema_updates)
-        self._saved_step = self.step
+        self._saved_step = self._finite_step = self._resumed_step = self.step
         self.console.say(f"Continuing {self.folder.path} at step {self.step}")
 
     @property
@@ -116,13 +118,16 @@ class Trainer:
                     if self.gallery.look(self.step, log):
                         interval = Interval(self.device)  # looking is not training: keep it out of the throughput
                     watchdog.alive(f"saving after step {self.step}")
-                    if train.due(self.step, train.checkpoint_every) and self.step < train.steps:
+                    due = train.due(self.step, train.checkpoint_every) and self.step < train.steps
+                    if due and not self._skipped_in_a_row:
                         self._save()
                         interval = Interval(self.device)
                 if stop:
                     self.console.say(f"asked to stop: saving a checkpoint of step {self.step}")
                 self._save()
                 self.writer.finish()
+                if self.step >= train.steps and not self._skipped_in_a_row:
+                    self.writer.followed(self.step + 1)  # no step will tell more
         finally:
             self.writer.close()
             loader.close()
@@ -187,6 +192,8 @@ class Trainer:
             self.ema.update()
             self.state.advance(self.samples_per_step, taken=True)
             self._skipped_in_a_row = 0
+            self._finite_step = self.step
+            self.writer.followed(self.step)
             interval.add(outcome)
         interval.step_done()
 
@@ -195,11 +202,12 @@ class Trainer:
         self.console.say(f"step {self.step}: a loss or gradient is not finite; both players skip it")
         if self._skipped_in_a_row >= _SKIPS_IN_A_ROW:
             self.writer.finish()
-            whole = checkpoint.completed(self.folder.checkpoints)
-            last = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+            way_on = divergence.way_on(
+                self.folder.checkpoints, self._finite_step, self._resumed_step, tidy=self.rank == 0
+            )
             raise UserError(
                 f"{self._skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or gradient that is not"
-                f" finite; {last}; lower the learning rate"
+                f" finite; {way_on}"
             )
 
     def _note_broken(self, loader: Loader) -> None:
@@ -228,7 +236,7 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        if self.step == self._saved_step:
+        if self.step == self._saved_step or not self.state.ema_updates:  # nothing is worth saving before the first step
             return
         self.state.seconds, self._started = self.seconds, time.perf_counter()
         self.writer.save(self.state)

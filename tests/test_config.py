@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from sadm_fast.config import Config, ExponentialEMA, PowerEMA, check_config, json_schema, load_config
-from sadm_fast.config_tree import CHANGEABLE, RETIRED, flatten, without
+from sadm_fast.config_tree import CHANGEABLE, LEARNING_RATES, RETIRED, flatten, without
 from sadm_fast.diffusion import EDM, VP, Flow
 from sadm_fast.engine.optimizers import deepspeed_dict
 from sadm_fast.errors import UserError
@@ -444,6 +444,13 @@ def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(bloc
     assert set(flatten(resolved)) - seen <= alone
 
 
+def test_the_fingerprint_of_the_first_versions_holds_the_learning_rates_too() -> None:
+    faster = config(denoiser_optimizer={"lr": 0.5})
+    assert faster.fingerprint() == config().fingerprint()
+    assert faster.first_fingerprint() != config().first_fingerprint()
+    assert config(train={"steps": 9}).first_fingerprint() == config().first_fingerprint() != config().fingerprint()
+
+
 def test_processes_profiles_and_names_have_their_own_fingerprints() -> None:
     different = [*BASES, {"denoiser": {"name": "DiT-S/2"}}, {"train": {"ema": {"profile": "exponential"}}}]
     assert len({config(**blocks).fingerprint() for blocks in different}) == len(different)
@@ -460,7 +467,7 @@ def test_how_long_how_often_and_how_parallel_may_change_on_resume() -> None:
     looking = {"sampling", "evaluate", "name"}
     how = {f"data.{key}" for key in ("path", "threads", "prefetch", "loader", "decode", "broken")}
     making = {f"latents.{key}" for key in ("autoencoder", "images", "images_source", "batch", "shard_size")}
-    assert set(CHANGEABLE) == how_long_and_often | looking | how | making | divided
+    assert set(CHANGEABLE) == how_long_and_often | looking | how | making | divided | set(LEARNING_RATES)
 
 
 @pytest.mark.parametrize("path", RETIRED)

@@ -80,3 +80,24 @@ def test_a_broken_image_is_named_once(trainer: Trainer, capsys: pytest.CaptureFi
     trainer._note_broken(loader)
     said = "broken image replaced by another: cat/3.png: is an empty file; remove it\n"
     assert capsys.readouterr().out == said + "broken image replaced by another: cat/5.png: is not an image\n"
+
+
+def test_nothing_is_saved_while_steps_are_skipped(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that diverges after its seventh step: the checkpoint of the sixth is the last one that counts."""
+    monkeypatch.setattr("sadm_fast.trainer.Interval", MagicMock())
+    train = trainer.config.train.model_copy(update={"steps": 40, "checkpoint_every": 1})
+    trainer.config = trainer.config.model_copy(update={"train": train})
+    saved: list[int] = []
+
+    def save(state: TrainState) -> None:
+        saved.append(state.step)
+        (trainer.folder.checkpoints / f"step-{state.step:06d}").mkdir()
+        (trainer.folder.checkpoints / f"step-{state.step:06d}" / "COMPLETE").write_text("{}")
+
+    writer: Any = trainer.writer
+    writer.save.side_effect = save
+    iterations(trainer, MagicMock(), MagicMock(), NotFinite(), *[MagicMock()] * 4, *[NotFinite()] * 10)
+    with pytest.raises(UserError, match=r"10 steps in a row, up to step 17, .* followed is .*step-000006: lower"):
+        trainer.run(StopRequest())
+    assert saved == [1, 2, 4, 5, 6, 7]
+    assert [call.args[0] for call in writer.followed.call_args_list] == [1, 2, 4, 5, 6, 7]

@@ -13,7 +13,7 @@ any other wrote. checkpoint_writer.py writes them.
 
 import hashlib
 import json
-import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +27,17 @@ from sadm_fast.engine.feature_queue import FeatureQueue
 from sadm_fast.engine.state import restore
 from sadm_fast.errors import UserError, sign_of_a_lost_rank
 from sadm_fast.ranks.collectives import max_over_ranks, rank_and_world_size
-from sadm_fast.run.manifest import EMA_FILE, FORMAT, MANIFEST, QUEUE_FILE, Damaged, Manifest, OtherFormat, folder_name
+from sadm_fast.run.manifest import (
+    EMA_FILE,
+    FORMAT,
+    MANIFEST,
+    QUEUE_FILE,
+    Damaged,
+    Manifest,
+    OtherFormat,
+    completed,
+    folder_name,
+)
 from sadm_fast.run.pieces import SavedPieces
 from sadm_fast.run.state import TrainState
 
@@ -51,20 +61,6 @@ def sha256(path: Path) -> str:
 def folder_of(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return checkpoints / folder_name(step)
-
-
-def step_of(folder: Path) -> int | None:
-    """The step in the name of a checkpoint folder; None if it is not such a name."""
-    match = re.fullmatch(r"step-([0-9]{6,18})", folder.name)
-    return int(match[1]) if match and folder_name(int(match[1])) == folder.name else None
-
-
-def completed(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders that were written to the end, oldest first; other names are somebody else's."""
-    steps = {
-        step: path.parent for path in checkpoints.glob(f"*/{MANIFEST}") if (step := step_of(path.parent)) is not None
-    }
-    return [steps[step] for step in sorted(steps)]
 
 
 def read(folder: Path) -> Manifest:
@@ -116,21 +112,40 @@ def _strangers(folder: Path, manifest: Manifest) -> list[str]:
     return sorted(there - manifest.files.keys() - {MANIFEST})
 
 
-def find(checkpoints: Path, identity: Mapping[str, Any], say: Callable[[str], None]) -> Found | None:
+def find(
+    checkpoints: Path,
+    identity: Mapping[str, Any],
+    say: Callable[[str], None],
+    *,
+    first: Mapping[str, Any] | None = None,
+    remedies: Mapping[str, str] | None = None,
+) -> Found | None:
     """The newest whole checkpoint, or None; `say` as in `whole`.
+
+    Args:
+        identity: what it must hold.
+        first: what it must hold instead if one of the first versions wrote it.
+        remedies: by key of `identity`, what to say if it differs, in place of both values.
 
     Raises:
         UserError: it was written in another format, or by a run that is not the one of `identity`.
     """
     found = next(whole(checkpoints, say), None)
-    if found is not None:
-        for key, value in identity.items():
-            if (there := getattr(found.manifest, key)) != value:
-                raise UserError(
-                    f"checkpoint {found.folder}: {key} is {there!r} there and {value!r} here;"
-                    " resume with the same, or choose another --run-dir"
-                )
+    if found is None:
+        return None
+    expected = {**identity, **(first or {})} if found.manifest.sha256 is None else identity
+    for key, value in expected.items():
+        if (there := getattr(found.manifest, key)) != value:
+            problem = f"is {there!r} there and {value!r} here; resume with the same, or choose another --run-dir"
+            raise UserError(f"checkpoint {found.folder}: {key} {(remedies or {}).get(key, problem)}")
     return found
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a checkpoint a name under which it is not found; returns its new place."""
+    aside = folder.with_name(f"diverged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
 
 
 def agreed(found: Found | None, identity: Mapping[str, Any]) -> Found | None:

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from sadm_fast.engine.masters import Fragment
 from sadm_fast.engine.state import MASTER, MOMENTS, pieces, steps_taken
 from sadm_fast.files import write_json
 from sadm_fast.ranks.collectives import barrier, max_over_ranks, rank_and_world_size
-from sadm_fast.run.checkpoint import completed, folder_of, sha256, step_of
-from sadm_fast.run.manifest import EMA_FILE, MANIFEST, QUEUE_FILE, Manifest, part_name
+from sadm_fast.run.checkpoint import folder_of, sha256
+from sadm_fast.run.manifest import EMA_FILE, MANIFEST, QUEUE_FILE, Manifest, completed, part_name, step_of
 from sadm_fast.run.pieces import SavedPieces, key
 from sadm_fast.run.state import TrainState
 
@@ -73,6 +74,7 @@ class CheckpointWriter:
         self._part: Future[str | None] | None = None  # this rank's part of the save under way: what went wrong
         self._commit: Future[str | None] | None = None  # rank 0's last act
         self._step = 0  # of the save under way or the one before
+        self._followed = 0  # checkpoints of earlier steps than this one count for keep_last
         self._facts: dict[str, Any] = {}  # its manifest but for the files
         self._copies: Future[dict[str, dict[str, Tensor]]] | None = None
 
@@ -137,6 +139,15 @@ class CheckpointWriter:
                 step = self._step
                 self._say(f"checkpoint of step {step}: not saved ({problem}); the one before is kept")
         barrier()
+
+    def followed(self, step: int) -> None:
+        """Count checkpoints of steps before `step` as good: that step was finite. The others are kept besides.
+
+        A checkpoint of weights that have diverged looks like any other; its next step does not.
+        """
+        before, self._followed = self._followed, step
+        if self._rank == 0 and self._step and before <= self._step < step:
+            self._pool.submit(self._retire)
 
     def close(self) -> None:
         """End the thread; what it is writing is written to the end."""
@@ -222,10 +233,13 @@ class CheckpointWriter:
         shutil.rmtree(folder_of(self._checkpoints, step).with_suffix(".tmp"), ignore_errors=True)
 
     def _retire(self) -> None:
-        for old in completed(self._checkpoints)[: -self._keep_last]:
+        """Delete what is no longer kept."""
+        good = [folder for folder in completed(self._checkpoints) if (step_of(folder) or 0) < self._followed]
+        for old in good[: -self._keep_last]:
             if self._keep_every is None or (step_of(old) or 0) % self._keep_every:
-                (old / MANIFEST).unlink()  # first, so that a half-deleted folder is none
-                shutil.rmtree(old)
+                with suppress(OSError):  # then it stays, and so does the training
+                    (old / MANIFEST).unlink()  # first, so that a half-deleted folder is none
+                    shutil.rmtree(old)
 
 
 def _empty_copies(like: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

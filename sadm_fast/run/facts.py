@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sadm_fast.config import Config
 from sadm_fast.data.source import Source
+from sadm_fast.files import parse_json
 
 _PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "triton", "numpy", "diffusers", "sadm_fast")
 
@@ -50,6 +52,34 @@ def _processor() -> str:
     return platform.machine()
 
 
+def _counts(images: Source) -> list[int]:
+    """How many samples each class has."""
+    return np.bincount(images.labels, minlength=len(images.classes)).tolist()
+
+
+def data_changes(run_json: Path, images: Source) -> str:
+    """How many samples were added and how many are gone since `run_facts` counted them, for a message."""
+    try:
+        facts = parse_json(run_json.read_bytes())
+        if "images_of_class" in facts:
+            before = {str(c): int(n) for c, n in zip(facts["classes"], facts["images_of_class"], strict=True)}
+            now = dict(zip(images.classes, _counts(images), strict=True))
+        else:  # the first versions counted no classes
+            before, now = {"all classes": int(facts["images"])}, {"all classes": len(images)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return "other samples than this run began with"
+    more = {name: now.get(name, 0) - before.get(name, 0) for name in {**before, **now}}
+    changes = [
+        f"{sum(counts.values())} {what} ({', '.join(f'{count} of {name}' for name, count in list(counts.items())[:3])})"
+        for what, counts in (
+            ("added", {name: n for name, n in more.items() if n > 0}),
+            ("gone", {name: -n for name, n in more.items() if n < 0}),
+        )
+        if counts
+    ]
+    return f"{' and '.join(changes)}, {len(images)} now" if changes else "as many samples as before, but others"
+
+
 def run_facts(
     config: Config,
     images: Source,
@@ -76,6 +106,7 @@ def run_facts(
         "classes": list(images.classes),
         "empty_classes": sorted(set(range(len(images.classes))) - set(images.filled)),  # nothing is drawn of them
         "images": len(images),
+        "images_of_class": _counts(images),
         "sample_grid": {"columns": len(shown), "labels": list(shown) * config.sampling.rows},
         "structure_encoder": dict(psi) or None,
         "judge": dict(judge) or None,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sadm_fast.config import Config, check_config
-from sadm_fast.config_tree import CHANGEABLE, flatten, without
+from sadm_fast.config_tree import CHANGEABLE, LEARNING_RATES, flatten, without
 from sadm_fast.errors import UserError
 from sadm_fast.files import LOCK, expand_home, locked, parse_json, replacing, write_json
 from sadm_fast.ranks.collectives import only_on_rank_zero
-from sadm_fast.run.manifest import MANIFEST
+from sadm_fast.run.manifest import completed
 
 _LEFT_BY_A_START = {LOCK, "config.json.tmp"}  # that was killed before it wrote config.json
 _HELD = "is training into it; wait for its end or stop it, or choose another folder with --run-dir"
@@ -90,15 +90,17 @@ class RunFolder:
 
     def _has_checkpoint(self) -> bool:
         """Whether there is anything to go on from; without it a run may begin anew with another configuration."""
-        return any(self.checkpoints.glob(f"*/{MANIFEST}"))
+        return bool(completed(self.checkpoints))
 
     def _writable(self, path: Path) -> None:
         if not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"run folder {self.path}: {path} is not writable; choose another with --run-dir")
 
     @contextmanager
-    def held(self, config: Config) -> Iterator[None]:
+    def held(self, config: Config, say: Callable[[str], None]) -> Iterator[None]:
         """Make the folder this configuration's, and keep other runs out of it until the end of the block. Collective.
+
+        Other learning rates than before are told to `say`: config.json keeps the newest only.
 
         Raises:
             UserError: on every rank, if another run holds it, or it cannot be written.
@@ -110,7 +112,9 @@ class RunFolder:
                 stack.enter_context(locked(self.path, f"run folder {self.path}", _HELD))
             except OSError as error:
                 raise UserError(f"run folder {self.path}: {error.strerror}; choose another with --run-dir") from None
-            self.check(config)  # what was there before may have been another run's beginning
+            if self.check(config):  # again: another run may have been quicker
+                for line in _other_rates(parse_json(self.config.read_bytes()), config.resolved()):
+                    say(line)
             self.claim(config)
 
         with ExitStack() as stack:
@@ -156,6 +160,12 @@ def _rewind_lines(path: Path, step: int, say: Callable[[str], None]) -> None:
     if kept != lines:
         with replacing(path) as temporary:
             temporary.write_bytes(b"".join(kept))
+
+
+def _other_rates(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """A line for each learning rate that is another one now."""
+    old, new = flatten(there), flatten(here)
+    return [f"{key}: {old[key]} so far, {new[key]} from here on" for key in LEARNING_RATES if old[key] != new[key]]
 
 
 def _differences(there: Any, here: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ hash of itself, so that no value of it can change unnoticed.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -17,7 +18,6 @@ FORMAT = 2
 EMA_FILE = "ema.safetensors"
 QUEUE_FILE = "queue.safetensors"
 
-_HASH = "sha256"  # of the manifest itself; absent in files that the first versions wrote
 _RANKS_AT_MOST = 2**20
 
 Count = Annotated[int, Field(ge=0)]
@@ -49,6 +49,7 @@ class Manifest(BaseModel):
     state: TrainState
     optimizer_steps: dict[str, Count] = Field(description="by player")
     files: dict[str, Digest] = Field(min_length=1, description="hash by name, relative to the folder")
+    sha256: Digest | None = Field(None, description="of all of the above; the first versions wrote none")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -79,7 +80,7 @@ class Manifest(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """The content of the file."""
         value = self.model_dump(exclude_none=True)
-        return {**value, _HASH: _digest(value)}
+        return {**value, "sha256": _digest(value)}
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -93,14 +94,14 @@ class Manifest(BaseModel):
             value = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
             if not isinstance(value, dict):
                 raise ValueError("it is no JSON object")
-            if _HASH in value and _digest(value) != value[_HASH]:
+            if "sha256" in value and _digest(value) != value["sha256"]:
                 raise ValueError("it does not match its own hash")
         except (OSError, ValueError) as error:
             raise Damaged(f"{MANIFEST} cannot be read ({_short(str(error))})") from None
         if isinstance(value.get("format"), int) and value["format"] != FORMAT:
             raise OtherFormat(value["format"])
         try:
-            found = cls.model_validate({key: item for key, item in value.items() if key != _HASH})
+            found = cls.model_validate(value)
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
@@ -119,6 +120,18 @@ def folder_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """The step in the name of a checkpoint folder; None if it is not such a name."""
+    match = re.fullmatch(r"step-([0-9]{6,18})", folder.name)
+    return int(match[1]) if match and folder_name(int(match[1])) == folder.name else None
+
+
+def completed(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders that were written to the end, oldest first; other names are somebody else's."""
+    steps = {path.parent: step_of(path.parent) for path in checkpoints.glob(f"*/{MANIFEST}")}
+    return [folder for _, folder in sorted((step, folder) for folder, step in steps.items() if step is not None)]
+
+
 def part_name(player: str, rank: int) -> str:
     """The file that a rank writes for a player."""
     return f"{player}/rank-{rank}.safetensors"
@@ -126,7 +139,7 @@ def part_name(player: str, rank: int) -> str:
 
 def _digest(value: dict[str, Any]) -> str:
     """sha256 over a manifest's values but its hash, however the file spells them."""
-    rest = {key: item for key, item in value.items() if key != _HASH}
+    rest = {key: item for key, item in value.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 

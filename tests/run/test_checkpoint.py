@@ -69,6 +69,7 @@ def save(checkpoints: Path, step: int, keep_last: int = 5, value: float = 0.0, *
     with writing(checkpoints, value, keep_last, **options) as writer:
         writer.save(at(step))
         writer.finish()
+        writer.followed(step + 1)
     return checkpoint.folder_of(checkpoints, step)
 
 
@@ -235,6 +236,23 @@ def test_only_the_last_ones_are_kept(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000015", "step-000020"]
 
 
+def test_a_checkpoint_counts_once_a_finite_step_has_followed_it(tmp_path: Path):
+    save(tmp_path, 5)
+    with writing(tmp_path, keep_last=1) as writer:
+        for step in (10, 15):
+            writer.followed(step)
+            writer.save(at(step))
+            writer.finish()
+    assert [path.name for path in checkpoint.completed(tmp_path)] == ["step-000010", "step-000015"]
+    with writing(tmp_path, keep_last=1) as writer:
+        writer.followed(19)
+        writer.save(at(20))
+        writer.finish()
+        assert [path.name for path in checkpoint.completed(tmp_path)] == ["step-000015", "step-000020"]
+        writer.followed(21)
+    assert [path.name for path in checkpoint.completed(tmp_path)] == ["step-000020"]
+
+
 def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -279,6 +297,17 @@ def test_a_checkpoint_of_the_first_versions_is_loaded(tmp_path: Path):
     folder = save(tmp_path, 5)
     rewrite(folder, lambda _: None)
     assert find(tmp_path) == (folder, []) and load(folder)[1] == at(5)
+
+
+def test_a_checkpoint_of_the_first_versions_may_have_another_identity(tmp_path: Path):
+    folder = save(tmp_path, 5)
+    first = {"configuration": "abc"}
+    with pytest.raises(UserError, match="configuration is 'abc' there and 'new' here"):
+        checkpoint.find(tmp_path, {"configuration": "new"}, print, first=first)
+    rewrite(folder, lambda _: None)
+    assert checkpoint.find(tmp_path, {"configuration": "new"}, print, first=first) is not None
+    with pytest.raises(UserError, match="configuration is 'abc' there and 'other' here"):
+        checkpoint.find(tmp_path, {"configuration": "abc"}, print, first={"configuration": "other"})
 
 
 @pytest.mark.parametrize("field", ["step", "samples_per_step", "world_size", "format"])

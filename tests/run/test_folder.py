@@ -102,10 +102,10 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_folder_without_a_checkpoint_takes_another_configuration(folder: RunFolder):
-    with folder.held(config(seed=1)):
+    with folder.held(config(seed=1), print):
         assert json.loads(folder.config.read_text())["seed"] == 1
     with_a_checkpoint(folder)
-    with pytest.raises(UserError, match="seed: 1 there, 2 here"), folder.held(config(seed=2)):
+    with pytest.raises(UserError, match="seed: 1 there, 2 here"), folder.held(config(seed=2), print):
         pass
     assert json.loads(folder.config.read_text())["seed"] == 1
 
@@ -120,10 +120,10 @@ def test_a_start_that_was_killed_leaves_a_free_folder(tmp_path: Path):
 def test_a_run_keeps_others_out_of_its_folder(tmp_path: Path):
     folder = RunFolder(tmp_path / "run")
     folder.claim(config())
-    with held_by_another_process(folder.path), pytest.raises(UserError) as caught, folder.held(config()):
+    with held_by_another_process(folder.path), pytest.raises(UserError) as caught, folder.held(config(), print):
         pass
     assert "run: process " in str(caught.value) and "is training into it; wait for its end" in str(caught.value)
-    with folder.held(config()):
+    with folder.held(config(), print):
         pass
     assert not (folder.path / LOCK).exists()
 
@@ -170,3 +170,12 @@ def test_lines_that_cannot_be_read_are_counted_and_left_out(folder: RunFolder):
     folder.rewind(20, said.append)
     assert folder.metrics.read_bytes() == good
     assert said == [f"{folder.metrics}: 4 line(s) that cannot be read are left out"]
+
+
+def test_a_changed_learning_rate_is_told_and_kept(folder: RunFolder):
+    said: list[str] = []
+    with_a_checkpoint(folder)
+    with folder.held(config(denoiser_optimizer={"lr": 0.5}), said.append):
+        pass
+    assert said == ["denoiser_optimizer.lr: 0.0001 so far, 0.5 from here on"]
+    assert json.loads(folder.config.read_text())["denoiser_optimizer"]["lr"] == 0.5
