@@ -124,7 +124,7 @@ class DenoiserConfig(Block):
     name: str | None = Field(None, description='a published size, "DiT-S/4" .. "DiT-XL/2"; null: the four sizes below')
     patch_size: int = Field(4, ge=1, le=1024, description="side of the square that becomes one token")
     hidden_size: int = Field(128, ge=8, le=2**16, description="width of a token")
-    depth: int = Field(4, ge=1, le=1024, description="transformer blocks")
+    depth: int = Field(4, ge=1, le=256, description="transformer blocks")
     num_heads: int = Field(4, ge=1, le=2**14, description="attention heads of a block")
     num_classes: int | None = Field(None, ge=1, le=2**24, description="null: the number of classes in the data")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by the null class")
@@ -191,7 +191,7 @@ class GameConfig(Block):
     lambda_s: float = Field(0.3, ge=0, le=1e6, description="weight of S in the denoiser's loss")
     start_step: int = Field(0, ge=0, le=_MOST_STEPS, description="steps of plain training before the game starts")
     ramp_steps: int = Field(0, ge=0, le=_MOST_STEPS, description="steps over which lambda_s grows linearly from 0")
-    discriminator_steps: int = Field(1, ge=1, le=64, description="discriminator steps before each denoiser step")
+    discriminator_steps: int = Field(1, ge=1, le=16, description="discriminator steps before each denoiser step")
     scope: Literal["rank", "global"] = Field(
         "rank", description="rank: pairs inside one rank's micro-batch; global: pairs over all ranks"
     )
@@ -243,7 +243,7 @@ class ExponentialEMA(Block):
 class TrainConfig(Block):
     steps: int = Field(1500, ge=1, le=_MOST_STEPS, description="denoiser steps of the whole run")
     micro_batch: int = Field(128, ge=1, le=2**20, description="samples of one forward on one rank")
-    grad_accumulation: int = Field(1, ge=1, le=4096, description="micro-batches in a step")
+    grad_accumulation: int = Field(1, ge=1, le=1024, description="micro-batches in a step")
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "fp32",
         description="of weights and arithmetic, beside fp32 master weights; auto: bf16 if a matrix product is quicker"

@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sadm_fast.diffusion.process import Process, per_sample
 
@@ -13,20 +14,21 @@ from sadm_fast.diffusion.process import Process, per_sample
 @cache
 def _tables(num_steps: int, beta_start: float, beta_end: float) -> dict[str, Tensor]:
     """Tabulate alpha_t, sigma_t, the posterior q(x_{t-1} | x_t, x0) (Ho et al., eq. 6-7): float64 [num_steps] each."""
-    betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
-    bar = torch.cumprod(1.0 - betas, dim=0)
-    bar_before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
-    variance = betas * (1.0 - bar_before) / (1.0 - bar)
-    # The variance at t = 0 is 0 and has no logarithm: use that of t = 1, as improved DDPM does.
-    log_variance = torch.cat([variance[1:2], variance[1:]]).log()
-    return {
-        "alpha": bar.sqrt(),
-        "sigma": (1.0 - bar).sqrt(),
-        "log_beta": betas.log(),
-        "log_variance": log_variance,
-        "mean_x0": betas * bar_before.sqrt() / (1.0 - bar),
-        "mean_x_t": (1.0 - bar_before) * (1.0 - betas).sqrt() / (1.0 - bar),
-    }
+    with unset_fake_temporarily(), torch.device("cpu"):  # numbers, whatever the first caller counts with
+        betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+        bar = torch.cumprod(1.0 - betas, dim=0)
+        bar_before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+        variance = betas * (1.0 - bar_before) / (1.0 - bar)
+        # The variance at t = 0 is 0 and has no logarithm: use that of t = 1, as improved DDPM does.
+        log_variance = torch.cat([variance[1:2], variance[1:]]).log()
+        return {
+            "alpha": bar.sqrt(),
+            "sigma": (1.0 - bar).sqrt(),
+            "log_beta": betas.log(),
+            "log_variance": log_variance,
+            "mean_x0": betas * bar_before.sqrt() / (1.0 - bar),
+            "mean_x_t": (1.0 - bar_before) * (1.0 - betas).sqrt() / (1.0 - bar),
+        }
 
 
 @dataclass(frozen=True)

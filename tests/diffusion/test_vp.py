@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Normal, kl_divergence
 
 from sadm_fast.diffusion import VP
@@ -208,3 +209,12 @@ def test_bf16_outputs_are_taken_in_float32() -> None:
     x_t = process.add_noise(x0, noise, t)
     expected = process.to_x0(noise.bfloat16().float(), x_t, t)
     assert torch.equal(process.to_x0(noise.bfloat16(), x_t, t), expected)
+
+
+def test_the_tables_hold_numbers_also_if_the_planner_asks_first() -> None:
+    """The planner counts with tensors that have no numbers, in the same process that trains afterwards."""
+    process = VP(num_steps=7)  # nobody else's, so that its tables are not there yet
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
+        process.alpha_sigma(torch.tensor([3]))
+    alpha, _ = process.alpha_sigma(torch.tensor([0]))
+    assert alpha.item() == pytest.approx(math.sqrt(1 - 1e-4))
