@@ -4,7 +4,6 @@ engine_worker.py plays the cases of engine_cases.py under DeepSpeed; autograd_re
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -138,7 +137,7 @@ def test_weights_equal_plain_autograd(results: Results, world_size: int):
 def test_weights_equal_plain_autograd_in_all_the_matrix(tmp_path_factory: pytest.TempPathFactory, world_size: int):
     ranks = run_once(tmp_path_factory, "tests.support.matrix_worker", world_size, timeout=3600.0)
     problems = []
-    for case in matrix():
+    for case in matrix(world_size):
         weights = [found[case.name]["weights"] for found in ranks]
         assert all(difference(weights[0][p], other[p]) == 0.0 for other in weights for p in other), case.name
         assert_compiled_once(case, ranks[0][case.name])
@@ -183,7 +182,7 @@ def test_logged_losses_are_those_of_plain_autograd(results: Results):
 def test_the_fast_path_equals_the_reference_path(results: Results):
     compared = results(1)[0]["compared"]
     for fast, slow in (
-        ("plain-zero1-accumulation1", "reference-plain"),
+        ("plain-zero0-accumulation1", "reference-plain"),
         ("structure-zero2-accumulation1", "reference-structure"),
         ("sadm-zero0-accumulation1", "reference-sadm-zero0"),
         ("sadm-zero2-accumulation2", "reference-sadm-zero2-accumulation2"),
@@ -240,7 +239,7 @@ def test_a_nan_in_one_ranks_batch_stops_both_players_on_all_ranks(results: Resul
             assert outcome["raised"], name
             for player, weights in outcome["before"].items():
                 assert difference(weights, outcome["after"][player]) == 0.0, f"{name}: {player}"
-        for case in poisoned_cases():
+        for case in poisoned_cases(world_size):
             # The next steps are those of a run that never saw the bad batch.
             weights = found["poisoned"][case.name]["weights"]
             assert not weight_problems(case, weights, reference(case, world_size, first=1)), case.name
@@ -258,13 +257,6 @@ def test_a_gradient_that_is_nan_on_one_rank_is_a_step_of_neither_player(results:
                 assert difference(weights, outcome["spared"][player]) == 0.0, f"{name}: {player}"
             queued, spared = outcome["queued"]
             assert queued == spared and (queued > 0) == (name == "queue-zero2"), name
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_players_have_no_graph_break_and_compile_nothing_after_the_first_iteration(results: Results):
-    for case in cases(1):
-        assert_compiled_once(case, results(1)[0]["compared"][case.name])
 
 
 def assert_compiled_once(case: Case, outcome: dict[str, Any]) -> None:

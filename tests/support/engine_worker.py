@@ -1,6 +1,6 @@
 """One rank of test_players.py: plays every case through the engines and writes down what came out."""
 
-import os
+import gc
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,12 +24,12 @@ from tests.support.engine_cases import (
     BAD_PLAYER,
     CLASSES,
     ITERATIONS,
-    STAGES,
     Case,
     bad_gradient_cases,
     cases,
     micro_batch,
     poisoned_cases,
+    stages,
     starting_weights,
 )
 
@@ -222,15 +222,18 @@ def poison_of(player: str | None, last_rank: bool) -> Any:
 
 
 def main(folder: Path) -> None:
-    by_stage = [Case(f"zero{stage}-accumulation{a}", "sadm", stage, a) for stage in STAGES for a in (1, 2)]
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.parent / "inductor")
     with distributed() as place:
+        gc.freeze()  # ZeRO-3 collects garbage at each start; what the imports brought need not be searched
+        world_size = place.world_size
+        by_stage = [
+            Case(f"zero{stage}-accumulation{a}", "sadm", stage, a) for stage in stages(world_size) for a in (1, 2)
+        ]
         asked: list[tuple[Callable[[Case, Place], dict[str, Any]], list[Case]]] = [
-            (compared, cases(place.world_size)),
+            (compared, cases(world_size)),
             (isolated, by_stage),
             (interrupted, by_stage[::2]),
-            (poisoned, poisoned_cases()),
-            (bad_gradients, bad_gradient_cases()),
+            (poisoned, poisoned_cases(world_size)),
+            (bad_gradients, bad_gradient_cases(world_size)),
         ]
         found = {ask.__name__: {case.name: ask(case, place) for case in of} for ask, of in asked}
         torch.save(found, folder / f"rank-{place.rank}.pt")
