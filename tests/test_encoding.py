@@ -23,6 +23,7 @@ from sadm_fast.scales import pixels_to_float
 from tests.support.autoencoders import save_autoencoder
 from tests.support.programs import Program, start_line, tree
 from tests.support.ranks import ROOT
+from tests.test_files import held_by_another_process
 
 SCRIPT = ROOT / "sadm_fast" / "encode.py"
 CLASSES = ("circle", "square", "triangle")
@@ -146,6 +147,18 @@ def test_a_complete_cache_is_left_alone(config: Path, capfd: pytest.CaptureFixtu
     assert encoded(config) == first
     assert {path: path.stat().st_mtime_ns for path in (config.parent / "latents").rglob("*")} == times
     assert "complete already" in capfd.readouterr().out
+
+
+def test_a_second_process_does_not_encode_into_the_same_cache(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root = config.parent / "latents"
+    root.mkdir()
+    with held_by_another_process(root) as holder:
+        assert f"data.path={root}: process {holder} on " in (said := refusal(config, capfd))
+        assert "is encoding into it; wait for its end" in said
+    files = encoded(config)
+    assert ".lock" not in files
+    with held_by_another_process(root):  # which a complete cache does not need
+        assert encode.main(arguments(config)) == 0
 
 
 def test_only_missing_and_torn_shards_are_made_again(config: Path) -> None:

@@ -109,7 +109,7 @@ class TrainingLog:
         self._scalars("evaluation", line)
 
     def image(self, name: str, picture: Tensor, step: int) -> None:
-        """A picture [C, H, W] in [0, 1]."""
+        """A picture, uint8 [C, H, W]."""
         if self._writer is not None:
             self._writer.add_image(name, picture, step)
 
