@@ -120,6 +120,16 @@ def test_memory_of_a_rank_grows_with_the_batch_and_not_with_its_square(ranks) ->
         assert large < 3 * small  # it doubles with the columns; their square would be 4 times as large
 
 
+def test_where_no_rank_has_a_pair_that_counts_loss_and_gradients_are_zero(group) -> None:
+    assert not any(value.any() for results in group for value in results["no pair"])
+
+
+def test_only_ratios_of_all_ranks_weights_count(group) -> None:
+    """One rank's are zero here."""
+    for results in group:
+        assert all(torch.equal(a, b) for a, b in zip(results["small weight"], results["weight"], strict=True))
+
+
 def test_the_gradient_of_one_input_alone_is_complete(group) -> None:
     size = worker.SHARE * len(group)
     real, fake, *_ = worker.whole_batch(size)
