@@ -98,11 +98,12 @@ def play(group: Any, ranks: tuple[int, ...], impl: str) -> dict[Any, tuple[Tenso
     loss = structure_loss(f, fake, normalize="mean", group=group, impl=impl)
     (only_real,) = torch.autograd.grad(loss, f)
     results["real only"] = (loss.detach(), only_real)
-    for name, given in {
+    cases: dict[str, dict[str, Any]] = {
         "no pair": {"labels": torch.arange(SHARE) + own.start},
         "weight": {"weight": weight},
         "small weight": {"weight": weight * 2.0**-600},  # products would underflow in float64
-    }.items():
+    }
+    for name, given in cases.items():
         f, g = real.clone().requires_grad_(True), fake.clone().requires_grad_(True)
         loss = structure_loss(f, g, normalize="mean", group=group, impl=impl, **given)
         results[name] = (loss.detach(), *torch.autograd.grad(loss, (f, g)))

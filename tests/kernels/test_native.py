@@ -1,5 +1,6 @@
 """The C++ kernel: exactness, every instruction set, threads, memory, and what is said when it is missing."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -115,43 +116,18 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, size: int) -> 
             assert torch.equal(a, b)
 
 
-CHECK_INSTRUCTIONS = """
-import sys, torch, itertools
-from sadm_kernels import native, structure_loss
-assert native.instruction_set() == sys.argv[1], native.instruction_set()
-for size, d in ((5, 3), (70, 33), (150, 100)):
-    for dtype, unit in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2.0**-6)):
-        real, fake = torch.randn(2, size, d, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+def test_every_instruction_set_of_this_processor(instruction_set: str) -> None:
+    """One build serves them all; SADM_KERNELS_ISA chooses another one than the best."""
+    for size, d in ((5, 3), (70, 33), (150, 100)):
         weight, labels = torch.linspace(0.1, 1, size, dtype=torch.float64), torch.arange(size) % 2
-        for relation, penalty, normalize in itertools.product(
-            ("euclidean", "cosine", "gaussian"), ("squared", "huber"), ("unit", "mean", "none")
-        ):
-            options = dict(relation=relation, penalty=penalty, normalize=normalize, tau=3.0)
-            options |= dict(weight=weight, labels=labels)
-            values = []
-            for impl, kind in (("reference", torch.float64), ("native", dtype)):
-                f, g = real.to(kind, copy=True).requires_grad_(), fake.to(kind, copy=True).requires_grad_()
-                loss = structure_loss(f, g, impl=impl, **options)
-                values.append([loss.detach(), *torch.autograd.grad(loss, (f, g))])
-            for expected, found in zip(*values):
-                error = float((found.double() - expected).norm() / expected.norm())
-                assert error < unit, (size, d, dtype, relation, penalty, normalize, error)
-"""
-
-
-@needs_kernel
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "avx512bf16"])
-def test_every_instruction_set_of_this_processor(name: str) -> None:
-    """One build serves them all; SADM_KERNELS_ISA takes another than the best."""
-    environment = os.environ | {"SADM_KERNELS_ISA": name, "OMP_NUM_THREADS": "1"}
-    ask = [sys.executable, "-c", "from sadm_kernels import native; print(native.instruction_set())"]
-    found = subprocess.run(ask, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-    if found != name:
-        pytest.skip(f"this processor or build has no {name}")
-    check = [sys.executable, "-c", CHECK_INSTRUCTIONS, name]
-    done = subprocess.run(check, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        for dtype, unit in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2.0**-6)):
+            real, fake = features(size, d, dtype=dtype)
+            for relation, penalty, normalize in itertools.product(RELATIONS, ("squared", "huber"), NORMALIZATIONS):
+                options: dict[str, Any] = {"relation": relation, "penalty": penalty, "normalize": normalize}
+                options |= {"tau": 3.0, "weight": weight, "labels": labels}
+                exact = evaluate("reference", real.double(), fake.double(), **options)
+                for found, expected in zip(evaluate("native", real, fake, **options), exact, strict=True):
+                    assert float((found.double() - expected).norm() / expected.norm()) < unit, (size, dtype, options)
 
 
 @needs_kernel
@@ -219,12 +195,21 @@ def test_labels_beyond_32_bits_stay_apart() -> None:
     assert torch.equal(structure_loss(real, fake, labels=labels, impl="native"), expected)
 
 
-MEASURE_PEAK = """
-import pathlib, torch
+MEMORY = """
+import pathlib, resource, torch
 from sadm_kernels import structure_loss
 def status(name):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+real, fake = torch.randn(2, 20000, 64)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), before[1]))
+try:
+    structure_loss(real, fake, impl="native")
+except RuntimeError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, before)
 real, fake = torch.randn(2, 4096, 64)
 fake.requires_grad_(True)
 structure_loss(real[:64], fake[:64], impl="native").backward()
@@ -239,29 +224,11 @@ print(status("VmHWM") - before)
 @needs_kernel
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak counter")
-def test_no_matrix_of_all_pairs_is_stored() -> None:
-    done = subprocess.run([sys.executable, "-c", MEASURE_PEAK], capture_output=True, text=True, check=True)
-    assert 0 < int(done.stdout) < 4096 * 4096 * 4 / 3  # a third of one float32 matrix
-
-
-RUN_OUT = """
-import resource, torch
-from sadm_kernels import structure_loss
-real, fake = torch.randn(2, 20000, 64)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), used + (8 << 20)))
-try:
-    structure_loss(real, fake, impl="native")
-except RuntimeError as error:
-    print(error)
-"""
-
-
-@needs_kernel
-@pytest.mark.slow
-def test_too_little_memory_is_an_error_and_no_crash() -> None:
-    done = subprocess.run([sys.executable, "-c", RUN_OUT], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "structure_loss: not enough memory for 20000 rows of 64 features"
+def test_memory_is_no_matrix_of_all_pairs_and_too_little_of_it_is_an_error() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    error, peak = done.stdout.splitlines()
+    assert 0 < int(peak) < 4096 * 4096 * 4 / 3  # a third of one float32 matrix
+    assert error == "structure_loss: not enough memory for 20000 rows of 64 features"
 
 
 def test_without_the_library_the_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,11 @@ def budget() -> dict[str, dict[str, dict]]:
     return BUDGETS[triton.__version__]
 
 
-@pytest.mark.parametrize(("name", "capability"), cases)
+# One generation in `make test`; the others, a second or less for each kernel, in `make test-faults`.
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [pytest.param(*case, marks=[] if case[1] == 90 else pytest.mark.soak) for case in cases],
+)
 def test_a_kernel_takes_what_the_budget_says(budget, name: str, capability: int) -> None:
     assert aot.compile_variant(name, capability)._asdict() == budget[name][f"sm_{capability}"]
 
