@@ -193,8 +193,8 @@ def test_with_a_queue(place, monkeypatch, relation, normalize, strips) -> None:
 def test_where_no_pair_counts_loss_and_gradients_are_zero(place, dtype) -> None:
     real, fake = (x.requires_grad_(True) for x in features(place.size, place.d, dtype, place.device))
     one = (torch.arange(place.size, device=place.device) == 1).float()
-    for given in ({"labels": torch.arange(place.size, device=place.device)}, {"weight": one}):
-        loss = through_ops(real, fake, normalize="mean", **given)
+    for weight, labels in ((None, torch.arange(place.size, device=place.device)), (one, None)):
+        loss = through_ops(real, fake, normalize="mean", weight=weight, labels=labels)
         assert not loss.any() and not any(grad.any() for grad in torch.autograd.grad(loss, (real, fake)))
 
 
