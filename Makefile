@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/installed
 EXTRAS := dali,demo,diffusers,test,triton
 NATIVE := CMakeLists.txt $(wildcard kernels/native/*.h kernels/native/*.cpp)
 
-.PHONY: help install demo test test-fast test-faults benchmark lint format clean
+.PHONY: help install demo test test-fast test-gpu test-faults benchmark lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -42,10 +42,13 @@ demo: install ## train on the embedded digits; prints where pictures and report 
 	@$(BIN)/python sadm_fast/train.py --config $(CONFIG) || test $$? -eq 75 # stopped by Ctrl-C; goes on next time
 
 test: lint ## every check: ruff, mypy, pytest
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(TEST_PROCESSES) --dist worksteal -m 'not soak'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(TEST_PROCESSES) --dist worksteal -m 'not soak' --durations=25
 
 test-fast: install ## pytest without the tests that start training processes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(TEST_PROCESSES) --dist worksteal -m 'not slow and not soak'
+
+test-gpu: install ## the tests that need a GPU, on its device
+	@$(BIN)/python -m pytest -p no:benchmark -m gpu
 
 test-faults: install ## kill, stop and poison trainings at every point (half an hour); writes docs/faults.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark tests/faults tests -m soak --faults-table docs/faults.md
