@@ -9,10 +9,12 @@ import deepspeed
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sadm_fast.config import Config, ExponentialEMA, PowerEMA, check_config, json_schema, load_config
-from sadm_fast.config_tree import CHANGEABLE, LEARNING_RATES, RETIRED, flatten, without
+from sadm_fast.config_tree import CHANGEABLE, LEARNING_RATES, RETIRED, flatten, override, without
 from sadm_fast.diffusion import EDM, VP, Flow
 from sadm_fast.engine.optimizers import deepspeed_dict
 from sadm_fast.errors import UserError
@@ -224,6 +226,29 @@ def test_a_tilde_in_a_path_is_the_home_folder(file: Path, path: str, monkeypatch
     assert flatten(config.resolved())[path] == "/home/of/mine/x"
     with pytest.raises(UserError, match=rf'^{path}="~no-such-user/x": there is no home folder ~no-such-user; write it'):
         load_config(file, [*latents, f"{path}=~no-such-user/x"])
+
+
+FIELDS = sorted(flatten(config(data={"source": "latents", "resolution": 128}, latents={}).resolved()))
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from([-1, 0, 1, 3, 8, 512])
+    | st.integers(0, 340).map(lambda n: 2**n),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), ANYTHING, min_size=1, max_size=3))
+def test_whatever_stands_in_a_field_is_taken_or_refused_in_one_line(values: dict[str, Any]) -> None:
+    tree: dict[str, Any] = {"name": "test"}
+    try:
+        for path, value in values.items():
+            override(tree, f"{path}={json.dumps(value)}")
+        loaded = check_config(tree)
+    except UserError as error:
+        assert str(error).isprintable() and len(str(error)) < 1000
+    else:
+        assert check_config(json.loads(json.dumps(loaded.resolved()))) == loaded
 
 
 def test_of_several_mistakes_the_first_is_told_and_the_others_are_counted() -> None:

@@ -154,3 +154,25 @@ def test_the_text_names_flops_and_macs_apart():
     assert float(mac) == pytest.approx(1.41, rel=0.01)
     assert float(flop) == pytest.approx(2 * float(mac), abs=0.002)
     assert "1 samples (2 over 2 rank(s))" in text
+
+
+# The largest numbers that the configuration accepts, where tensors are as large as they say.
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {"data": {"resolution": 2**14}, "denoiser": {"patch_size": 16}, "game": {"mode": "plain"}},
+        {"denoiser": {"hidden_size": 2**16, "num_heads": 2**14}},
+        {"denoiser": {"num_classes": 2**24}},
+        {"structure_encoder": {"width": 2**13, "feature_dim": 2**16}},
+        {"game": {"queue": 2**24, "scope": "global"}},
+        {"train": {"micro_batch": 2**20}, "game": {"mode": "plain"}},
+        {"train": {"micro_batch": 2, "grad_accumulation": 1024}, "game": {"discriminator_steps": 16}},
+        {"latents": {"channels": 1024, "downsample": 1}, "data": {"source": "latents"}},
+    ],
+    ids=lambda blocks: " ".join(blocks),
+)
+def test_the_largest_numbers_can_be_planned(blocks: dict[str, Any]):
+    blocks = {"train": {"micro_batch": 2}, "sampling": {"rows": 1, "columns": 1}, "structure_encoder": {}} | blocks
+    blocks["structure_encoder"] = blocks["structure_encoder"] | {"pretrain": {"batch": 2}}
+    asked = config(evaluate={"batch": 1, "judge": {"batch": 1}}, **blocks)
+    assert "Memory of one rank" in describe(asked, asked.denoiser.num_classes or 10, 1)
