@@ -243,7 +243,10 @@ def test_whatever_stands_in_a_field_is_taken_or_refused_in_one_line(values: dict
     tree: dict[str, Any] = {"name": "test"}
     try:
         for path, value in values.items():
-            override(tree, f"{path}={json.dumps(value)}")
+            if path in FIELDS:
+                override(tree, f"{path}={json.dumps(value)}")
+            else:
+                tree[path] = value
         loaded = check_config(tree)
     except UserError as error:
         assert str(error).isprintable() and len(str(error)) < 1000
