@@ -57,11 +57,11 @@ def some_images(root: Path) -> None:
             image.convert("RGB").save(root / name / f"{name}_{i}.JPEG")
 
 
-# As it stands it compiles, which takes each rank a minute of C++.
-@pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.soak)])
+# As it stands it compiles, which takes each rank a minute of C++. Two ranks, stages and scopes: tests/engine.
+@pytest.mark.parametrize(("ranks", "compiled"), [(1, "false"), pytest.param(2, "true", marks=pytest.mark.soak)])
 @pytest.mark.slow
-def test_one_iteration_on_two_ranks_from_cached_latents(
-    compiled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_iteration_from_cached_latents(
+    ranks: int, compiled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "imagenet512"  # ZeRO-2 and accumulation; 256 has stage 1, which this trainer steps in the same way
     monkeypatch.setenv("SADM_CACHE", str(tmp_path / "cache"))
@@ -80,10 +80,13 @@ def test_one_iteration_on_two_ranks_from_cached_latents(
     arguments = ["--config", config_file(name), *(part for override in overrides for part in ("--set", override))]
     assert encode.main(arguments) == 0
     run = tmp_path / "run"
-    Program(start_line(SCRIPT, *arguments, "--run-dir", str(run), ranks=2), tmp_path).finish()
+    if ranks == 1:
+        assert train.main([*arguments, "--run-dir", str(run)]) == 0
+    else:
+        Program(start_line(SCRIPT, *arguments, "--run-dir", str(run), ranks=ranks), tmp_path).finish()
     (line,) = lines(run / "metrics.jsonl")
     accumulation = load_config(config_file(name)).train.grad_accumulation
-    assert line["step"] == 1 and line["samples_seen"] == 2 * 2 * accumulation and line["skipped_steps"] == 0
+    assert line["step"] == 1 and line["samples_seen"] == 2 * ranks * accumulation and line["skipped_steps"] == 0
     assert line["grad_norm_denoiser"] > 0 and line["grad_norm_discriminator"] > 0
     assert line["structure_distance"] is not None
-    assert json.loads((run / "checkpoints/step-000001/COMPLETE").read_text())["world_size"] == 2
+    assert json.loads((run / "checkpoints/step-000001/COMPLETE").read_text())["world_size"] == ranks

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sadm_fast import pretrain
 from sadm_fast.classifier import accuracy, train_classifier
+from sadm_fast.config import check_config
+from sadm_fast.console import Console
 from sadm_fast.data.batch import ImageBatch
 from sadm_fast.errors import UserError
 from sadm_fast.metrics.judges import ClassifierJudge
@@ -123,6 +127,16 @@ def test_accuracy_counts_right_answers_and_restores_the_mode():
     assert network.training
     with pytest.raises(ValueError, match="no images"):
         accuracy(network, head, images[:0], torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 7920, 2**64 - 7919, 2**64 - 1])
+def test_the_judge_has_a_seed_of_its_own_whatever_the_runs_is(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    config = check_config({"name": "seeds", "seed": seed})
+    monkeypatch.setattr(pretrain, "load_or_train", lambda path, build, *_: (build(), {"cached": True}))
+    images: Any = SimpleNamespace(fingerprint=lambda: "none")
+    judge, _ = pretrain.prepare_judge(config, images, Path(), torch.device("cpu"), Console(rank=1))
+    torch.manual_seed(seed)
+    assert not torch.equal(next(judge.parameters()), next(ClassifierJudge(1).parameters()))
 
 
 class Training:

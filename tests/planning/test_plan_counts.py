@@ -1,6 +1,6 @@
 """Memory and bytes of the plan against real runs: two ranks at every ZeRO stage, and one real forward."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from sadm_fast.build import build_denoiser, build_psi
 from sadm_fast.config import Config, check_config
 from sadm_fast.game import draw, frozen, predict
-from sadm_fast.planning.communication import LOG_LINE, VOTE, transfers
+from sadm_fast.planning.communication import LOG_LINE, VOTE, Transfer, transfers
 from sadm_fast.planning.cost import activations, meta_models
 from sadm_fast.planning.memory import Memory, rank_memory
 from sadm_fast.planning.players import players
@@ -28,21 +28,21 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_once(tmp_path_factory, "tests.support.plan_worker", WORLD_SIZE)
 
 
-def planned(config: Config) -> Memory:
-    models = meta_models(config, CLASSES)
-    return rank_memory(
-        config,
-        players(config, *models),
-        activations(config, *models),
-        WORLD_SIZE,
-        feature_dim=0 if models[1] is None else models[1].feature_dim,
-    )
+@cache
+def planned(name: str) -> tuple[Memory, list[Transfer]]:
+    """The memory of a case, and what an iteration of it sends."""
+    config = CASES[name].config
+    denoiser, psi = meta_models(config, CLASSES)
+    both, feature_dim = players(config, denoiser, psi), 0 if psi is None else psi.feature_dim
+    kept = activations(config, denoiser, psi)
+    memory = rank_memory(config, both, kept, WORLD_SIZE, feature_dim=feature_dim)
+    return memory, transfers(config, both, feature_dim, WORLD_SIZE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_rank_holds_what_is_planned(ranks: list[dict[str, Any]], name: str):
-    memory = planned(CASES[name].config)
+    memory, _ = planned(name)
     # As the denoiser's optimizer is about to step. The copies for pictures belong to the trainer, which is not here.
     held = [*memory.device.items(), *memory.host.items()]
     expected = sum(size for what, size in held if "pictures" not in what)
@@ -54,7 +54,7 @@ def test_a_rank_holds_what_is_planned(ranks: list[dict[str, Any]], name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_each_purpose_takes_what_is_planned(ranks: list[dict[str, Any]], name: str):
-    memory = planned(CASES[name].config)
+    memory, _ = planned(name)
     everything = [*memory.device.items(), *memory.host.items()]
     for rank in ranks:
         for purpose, size in rank[name]["held"].items():
@@ -65,7 +65,7 @@ def test_each_purpose_takes_what_is_planned(ranks: list[dict[str, Any]], name: s
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_buckets_are_as_large_as_planned(ranks: list[dict[str, Any]], name: str):
-    memory = planned(CASES[name].config)
+    memory, _ = planned(name)
     at_once = max(
         sum(size for what, size in (memory.device | moment).items() if memory.kinds[what] == "buckets")
         for moment in memory.moments.values()
@@ -80,10 +80,8 @@ def test_an_iteration_moves_what_is_planned(ranks: list[dict[str, Any]], name: s
     config = CASES[name].config
     if config.implementation == "fast" and config.game.scope == "global" and backends()["native"] != "ok":
         pytest.skip("the fused kernel is planned, and not built here")
-    denoiser, psi = meta_models(config, CLASSES)
     expected: dict[str, float] = {}
-    feature_dim = 0 if psi is None else psi.feature_dim
-    for transfer in transfers(config, players(config, denoiser, psi), feature_dim, WORLD_SIZE):
+    for transfer in planned(name)[1]:
         expected[transfer.operation] = expected.get(transfer.operation, 0) + transfer.payload
     # The trainer's part, which these ranks leave out; test_plan.py has its sizes.
     expected["all-reduce"] -= VOTE + LOG_LINE / config.train.log_every
