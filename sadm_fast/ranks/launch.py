@@ -1,6 +1,7 @@
 """Where this process runs: which rank of how many, on which device, however it was started."""
 
 import datetime
+import gc
 import logging
 import os
 import sys
@@ -107,6 +108,8 @@ def distributed() -> Iterator[Place]:
         ) from None
     with _silence():
         _start_deepspeed(backend)
+    # The imports stay for good, and DeepSpeed collects garbage whenever a ZeRO-3 engine starts: half a second saved.
+    gc.freeze()
     lost = False
     try:
         yield Place(rank, world_size, device)

@@ -1,6 +1,5 @@
 """One rank of test_players.py: plays every case through the engines and writes down what came out."""
 
-import gc
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -223,7 +222,6 @@ def poison_of(player: str | None, last_rank: bool) -> Any:
 
 def main(folder: Path) -> None:
     with distributed() as place:
-        gc.freeze()  # ZeRO-3 collects garbage at each start; what the imports brought need not be searched
         world_size = place.world_size
         by_stage = [
             Case(f"zero{stage}-accumulation{a}", "sadm", stage, a) for stage in stages(world_size) for a in (1, 2)
