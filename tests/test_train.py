@@ -242,7 +242,7 @@ def test_two_ranks_train_stop_and_continue_under_the_launcher(config: Path, tmp_
     assert_same_state(stopped / "checkpoints" / end, saved)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_goes_on_with_another_number_of_ranks_at_another_stage(config: Path, tmp_path: Path):
     def overrides(steps: int, accumulation: int, stage: int) -> list[str]:
         return [

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from sadm_fast.engine.masters import Fragment, gather
-from tests.support.engine_cases import STAGES
 from tests.support.ranks import run_once
-
-CASES = [f"zero{stage}-{precision}" for stage in STAGES for precision in ("fp32", "bf16")]
 
 
 @pytest.fixture(scope="session", params=[1, 2], ids=["one rank", "two ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank of masters_worker.py found, by case."""
-    return run_once(tmp_path_factory, "tests.support.masters_worker", request.param)
+    """What each rank of engine_worker.py found of the masters, by case."""
+    found = run_once(tmp_path_factory, "tests.support.engine_worker", request.param)
+    return [rank["masters"] for rank in found]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -26,7 +24,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.slow
 def test_the_masters_are_deepspeeds_own_and_train(ranks: list[dict[str, Any]]):
-    for case in CASES:
+    for case in ranks[0]:
         for found in (rank[case] for rank in ranks):
             before, *_, now = found["history"]
             moved = max(float((now[name] - before[name]).abs().max()) for name in now)
@@ -38,7 +36,7 @@ def test_the_masters_are_deepspeeds_own_and_train(ranks: list[dict[str, Any]]):
 
 @pytest.mark.slow
 def test_the_networks_weights_are_the_masters_rounded(ranks: list[dict[str, Any]]):
-    for case in CASES:
+    for case in ranks[0]:
         found = ranks[0][case]
         masters = found["history"][-1]
         if case.endswith("fp32"):
@@ -51,7 +49,7 @@ def test_the_networks_weights_are_the_masters_rounded(ranks: list[dict[str, Any]
 
 @pytest.mark.slow
 def test_a_rank_owns_its_share_and_the_fragments_stay_views(ranks: list[dict[str, Any]]):
-    for case in CASES:
+    for case in ranks[0]:
         total = sum(value.numel() for value in ranks[0][case]["history"][0].values())
         owned = [rank[case]["owned"] for rank in ranks]
         if case.startswith("zero0"):
@@ -76,7 +74,7 @@ def plain_average(history: list[dict[str, Tensor]], profile: str) -> dict[str, n
 
 @pytest.mark.slow
 def test_averages_of_fragments_equal_averages_of_full_weights(ranks: list[dict[str, Any]]):
-    for case in CASES:
+    for case in ranks[0]:
         found = ranks[0][case]
         assert found["updates"] == len(found["history"]) - 1
         for profile, average in found["averages"].items():
@@ -88,7 +86,7 @@ def test_averages_of_fragments_equal_averages_of_full_weights(ranks: list[dict[s
 @pytest.mark.slow
 def test_an_average_taken_from_full_weights_is_the_same_bit_for_bit(ranks: list[dict[str, Any]]):
     for rank in ranks:
-        for case in CASES:
+        for case in ranks[0]:
             assert same(rank[case]["loaded"], rank[case]["averages"]["power"]), case
 
 

@@ -55,7 +55,7 @@ def test_kills_cost_nothing_but_time(training: Make, tmp_path: Path, row: Row, n
         row(KILLS, fault, "yes" if fault in IN_A_SAVE else "no", f"run {number}, {variant}", 0, "none")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_kill_inside_a_save_costs_nothing_but_time(training: Make, tmp_path: Path):
     one, whole = training("zero2-bf16")
     renamed = Fault("sadm_fast.run.checkpoint_writer:Path.rename", when="after")

@@ -16,16 +16,20 @@ from sadm_fast.planning.cost import activations, meta_models
 from sadm_fast.planning.memory import Memory, rank_memory
 from sadm_fast.planning.players import players
 from sadm_kernels import backends
-from tests.support.plan_cases import CASES, CLASSES, WORLD_SIZE
+from tests.support.plan_cases import CASES, CLASSES, QUICK, WORLD_SIZE
 from tests.support.ranks import run_once
 
 WITHIN = 0.05  # what the planner promises
 
 
-@pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank of plan_worker.py found, by case."""
-    return run_once(tmp_path_factory, "tests.support.plan_worker", WORLD_SIZE)
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.soak) for name in CASES]
+
+
+@pytest.fixture
+def ranks(tmp_path_factory: pytest.TempPathFactory, name: str) -> list[dict[str, Any]]:
+    """What each rank of plan_worker.py found, by case; of the part of the cases that `name` belongs to."""
+    part = "quick" if name in QUICK else "rest"
+    return run_once(tmp_path_factory, "tests.support.plan_worker", WORLD_SIZE, part=part, timeout=1800.0)
 
 
 @cache
@@ -40,7 +44,7 @@ def planned(name: str) -> tuple[Memory, list[Transfer]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_rank_holds_what_is_planned(ranks: list[dict[str, Any]], name: str):
     memory, _ = planned(name)
     # As the denoiser's optimizer is about to step. The copies for pictures belong to the trainer, which is not here.
@@ -52,7 +56,7 @@ def test_a_rank_holds_what_is_planned(ranks: list[dict[str, Any]], name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_purpose_takes_what_is_planned(ranks: list[dict[str, Any]], name: str):
     memory, _ = planned(name)
     everything = [*memory.device.items(), *memory.host.items()]
@@ -63,7 +67,7 @@ def test_each_purpose_takes_what_is_planned(ranks: list[dict[str, Any]], name: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_buckets_are_as_large_as_planned(ranks: list[dict[str, Any]], name: str):
     memory, _ = planned(name)
     at_once = max(
@@ -75,7 +79,7 @@ def test_buckets_are_as_large_as_planned(ranks: list[dict[str, Any]], name: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_iteration_moves_what_is_planned(ranks: list[dict[str, Any]], name: str):
     config = CASES[name].config
     if config.implementation == "fast" and config.game.scope == "global" and backends()["native"] != "ok":

@@ -176,7 +176,7 @@ BEST = "namespaces" if namespaces_allowed() else "loopback"
 @pytest.fixture(
     scope="module",
     params=[
-        BEST,
+        pytest.param(BEST, marks=pytest.mark.soak),
         pytest.param("loopback-rank0", marks=pytest.mark.soak),
         pytest.param(
             "namespaces-silently",

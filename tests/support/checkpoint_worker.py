@@ -21,8 +21,8 @@ from sadm_fast.run import checkpoint
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
 from sadm_fast.run.manifest import MANIFEST, Manifest
 from sadm_fast.run.state import TrainState
-from tests.support.engine_cases import STAGES, Case
-from tests.support.engine_worker import Game
+from tests.support.engine_cases import STAGES, Case, stages
+from tests.support.engine_game import Game
 
 BEFORE, AFTER = 2, 2
 
@@ -36,6 +36,11 @@ CASES = [
 ]
 # It holds no whole number of steps: 8 samples on one rank, 16 on two.
 CASES.append(Case("queue", "sadm", 2, 2, game={"queue": 20, "gate_log_snr": 0.5, "same_class": True}))
+
+
+def cases_of(world_size: int) -> list[Case]:
+    """The cases that so many ranks save."""
+    return [case for case in CASES if case.stage in stages(world_size)]
 
 
 class Run:
@@ -156,21 +161,21 @@ def main(folder: Path, phase: str) -> None:
     with distributed() as place:
         mine = folder / f"rank-{place.rank}.pt"
         if phase == "elsewhere":  # with another number of ranks, at other stages
-            cases = [case for case in CASES if case.precision == "fp32"]
+            cases = [case for case in cases_of(1) if case.precision == "fp32"]
             moved = {case.name: resumed(restaged(case, place), folder, place) for case in cases}
             torch.save(moved, folder / f"elsewhere-{place.rank}.pt")
             dist.barrier()
             return
         if phase == "train":
-            found: dict[str, Any] = {case.name: trained(case, folder, place) for case in CASES}
+            found: dict[str, Any] = {case.name: trained(case, folder, place) for case in cases_of(place.world_size)}
         else:
             found = torch.load(mine, weights_only=True)
-            for case in CASES:
+            for case in cases_of(place.world_size):
                 found[case.name] |= {"resumed": resumed(case, folder, place)}
             found["disagreed"] = disagreed(place)
             if place.world_size == 1:
                 found["trapped"] = {
-                    case.name: trapped(case, folder, place) for case in CASES if case.precision == "fp32"
+                    case.name: trapped(case, folder, place) for case in cases_of(1) if case.precision == "fp32"
                 }
         torch.save(found, mine)
         dist.barrier()

@@ -1,4 +1,4 @@
-"""One rank of test_players.py: plays every case through the engines and writes down what came out."""
+"""One rank of test_players.py and test_masters.py: plays every case and writes down what came out."""
 
 import sys
 from collections.abc import Callable
@@ -13,62 +13,20 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from sadm_fast.build import build_denoiser, build_psi
 from sadm_fast.engine import players
-from sadm_fast.engine.masters import gather, local_masters, trainable_shapes
-from sadm_fast.engine.players import NotFinite, Outcome, Players, gradient_norm
-from sadm_fast.game import Batch
+from sadm_fast.engine.players import NotFinite
 from sadm_fast.ranks.launch import Place, distributed
 from tests.support.engine_cases import (
     BAD_PLAYER,
-    CLASSES,
     ITERATIONS,
     Case,
     bad_gradient_cases,
     cases,
-    micro_batch,
     poisoned_cases,
     stages,
-    starting_weights,
 )
-
-
-class Game:
-    """Players of one case, and what is asked of them after a step."""
-
-    def __init__(self, case: Case, place: Place, seeds: tuple[int, int] = (1, 2)) -> None:
-        self.config, self.place = case.config, place
-        denoiser, psi = build_denoiser(self.config, CLASSES), build_psi(self.config)
-        starting_weights(denoiser, seeds[0])
-        starting_weights(psi, seeds[1])
-        self.shapes = {"denoiser": trainable_shapes(denoiser), "discriminator": trainable_shapes(psi)}
-        self.players = Players(self.config, denoiser, psi if case.mode != "plain" else None, place.device)
-
-    def batches(self, iteration: int) -> list[Batch]:
-        return [
-            micro_batch(self.config, iteration, k, self.place.rank, self.place.world_size)
-            for k in range(self.config.train.grad_accumulation)
-        ]
-
-    def play(self, iteration: int, batches: list[Batch] | None = None) -> Outcome:
-        self.players.set_learning_rates(iteration)
-        return self.players.iteration(self.batches(iteration) if batches is None else batches, iteration)
-
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """Full parameters by player, from the fp32 masters."""
-        return {
-            name: {k: v.clone() for k, v in gather(list(local_masters(engine)), self.shapes[name]).items()}
-            for name, engine in self.players.engines.items()
-        }
-
-    @property
-    def queued(self) -> int:
-        """Samples in the feature queue."""
-        columns = None if self.players.queue is None else self.players.queue.columns
-        return 0 if columns is None else len(columns.real)
-
-    def norms(self) -> dict[str, float | None]:
-        return {name: gradient_norm(engine) for name, engine in self.players.engines.items()}
+from tests.support.engine_game import Game
+from tests.support.engine_masters import masters
 
 
 def gradient_left(module: nn.Module) -> float:
@@ -234,6 +192,7 @@ def main(folder: Path) -> None:
             (bad_gradients, bad_gradient_cases(world_size)),
         ]
         found = {ask.__name__: {case.name: ask(case, place) for case in of} for ask, of in asked}
+        found["masters"] = masters(place)
         torch.save(found, folder / f"rank-{place.rank}.pt")
         dist.barrier()
 

@@ -50,6 +50,12 @@ _NONE = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 _FEW = {"stage3_max_reuse_distance": 150_000, "stage3_max_live_parameters": 90_000}
 _TWICE = {"grad_accumulation": 2}
 
+# In `make test`; the others are in `make test-faults`.
+QUICK = (
+    *(f"zero{stage}" for stage in range(4)), "zero2-accumulation", "zero3-no-reuse", "zero3-prefetch", "zero2-overlap",
+    "zero3-offload", "zero2-checkpointing", "global", "queue",
+)  # fmt: skip
+
 CASES = {
     case.name: case
     for case in [

@@ -77,25 +77,31 @@ def _wait(ranks: list[subprocess.Popen[bytes]], deadline: float) -> None:
             next(process for process in ranks if process.returncode is None).wait(timeout=0.2)
 
 
-def folder_of_run(factory: pytest.TempPathFactory, module: str, world_size: int) -> Path:
+def folder_of_run(factory: pytest.TempPathFactory, module: str, world_size: int, part: str = "") -> Path:
     """Where `run_once` leaves what the ranks found; shared by all pytest processes."""
     root = factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    return root / f"{module}-{world_size}"
+    return root / f"{module}-{world_size}{part}"
 
 
 def run_once(
-    factory: pytest.TempPathFactory, module: str, world_size: int, phases: tuple[str, ...] = (), timeout: float = 900.0
+    factory: pytest.TempPathFactory,
+    module: str,
+    world_size: int,
+    phases: tuple[str, ...] = (),
+    timeout: float = 900.0,
+    part: str = "",
 ) -> list[dict[str, Any]]:
     """What every rank of `python -m module FOLDER` left in FOLDER/rank-N.pt; one launch for all pytest processes.
 
-    With `phases`, one launch each, in order, as `python -m module FOLDER PHASE`.
+    With `phases`, one launch each, in order, as `python -m module FOLDER PHASE`; with a `part` of the module's cases,
+    one launch as `python -m module FOLDER PART`.
     """
-    folder = folder_of_run(factory, module, world_size)
+    folder = folder_of_run(factory, module, world_size, part)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            for phase in [[phase] for phase in phases] or [[]]:
+            for phase in [[phase] for phase in phases] or [[part] if part else []]:
                 run_ranks(module, world_size, str(folder), *phase, timeout=timeout)
     # After a launch that failed, the files are not there, and every test that wants them says so.
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(world_size)]

@@ -1,20 +1,16 @@
-"""One rank of test_masters.py: trains a few steps at every stage and precision, and looks at the fp32 masters."""
+"""A part of engine_worker.py: trains a few steps at every stage and precision, and looks at the fp32 masters."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 from sadm_fast.config import ExponentialEMA, PowerEMA
 from sadm_fast.ema import EMA
 from sadm_fast.engine.masters import gather, local_masters
-from sadm_fast.ranks.launch import Place, distributed
-from tests.support.engine_cases import STAGES, Case
-from tests.support.engine_worker import Game
+from sadm_fast.ranks.launch import Place
+from tests.support.engine_cases import Case, stages
+from tests.support.engine_game import Game
 
 STEPS = 3
 
@@ -63,15 +59,10 @@ def looked_at(case: Case, place: Place) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
-    found = {}
-    with distributed() as place:
-        for stage in STAGES:
-            for precision in ("fp32", "bf16"):
-                found[f"zero{stage}-{precision}"] = looked_at(Case("", "plain", stage, precision=precision), place)
-        torch.save(found, folder / f"rank-{place.rank}.pt")
-        dist.barrier()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def masters(place: Place) -> dict[str, Any]:
+    """What is looked at in test_masters.py, by case."""
+    return {
+        f"zero{stage}-{precision}": looked_at(Case("", "plain", stage, precision=precision), place)
+        for stage in stages(place.world_size)
+        for precision in ("fp32", "bf16")
+    }
