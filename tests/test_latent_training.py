@@ -65,11 +65,10 @@ def trained(config: Path, run: Path, *overrides: str) -> int:
 
 @pytest.fixture(scope="module")
 def run(config: Path) -> Path:
-    """A run of four steps."""
+    """A run of four steps, trained by a program: DeepSpeed trains once in a process."""
     folder = config.parent / "short"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SADM_CACHE", str(config.parent / "cache"))
-        assert trained(config, folder, "train.steps=4") == 0
+    argv = start_line(SCRIPT, "--config", str(config), "--run-dir", str(folder), "--set", "train.steps=4")
+    Program(argv, config.parent, {"SADM_CACHE": str(config.parent / "cache")}).finish()
     return folder
 
 
