@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sadm_kernels.samples import Pairs
+from sadm_kernels.triton.rows import prepared
 
 
 class Tile(NamedTuple):
@@ -362,7 +363,7 @@ def distance_sums(p: Pairs, *, machine: Machine | None = None) -> Tensor:
     _check(p)
     machine = machine or machine_of(p.samples.real.device)
     with _device(p.samples.real.device):
-        return _pair_sums(_start(p, None, "sums", machine), "distances")
+        return _pair_sums(_start(prepared(p).pairs, None, "sums", machine), "distances")
 
 
 def slope_sums(p: Pairs, moments: Tensor, *, machine: Machine | None = None) -> Tensor:
@@ -370,7 +371,7 @@ def slope_sums(p: Pairs, moments: Tensor, *, machine: Machine | None = None) -> 
     _check(p)
     machine = machine or machine_of(p.samples.real.device)
     with _device(p.samples.real.device):
-        return _pair_sums(_start(p, moments, "sums", machine), "slopes")
+        return _pair_sums(_start(prepared(p).pairs, moments, "sums", machine), "slopes")
 
 
 def loss_and_gradients(
@@ -386,6 +387,8 @@ def loss_and_gradients(
     needed = (need_real, need_fake)
     b, n = len(p.own), len(p.samples.real)
     with _device(p.samples.real.device):
+        rows = prepared(p)
+        p = rows.pairs
         if not any(needed):
             return _pair_sums(_start(p, moments, "sums", machine), "loss"), None, None
         # Strips take W times X out of the kernel, so W must have the features' dtype and bfloat16's range: float16
@@ -397,6 +400,7 @@ def loss_and_gradients(
             run = _start(p, moments, "few" if b <= FEW_ROWS else "rows", machine)
             loss, gradients = _row_gradients(run, needed)
         sums = torch.stack([loss.sum(dtype=torch.float64), _denominator(run)])
-    d = p.samples.real.shape[1]
-    grad_real, grad_fake = (x if x is None else x[:, :d].contiguous() for x in gradients)
+        d = p.samples.real.shape[1]
+        unpadded = (x if x is None else x[:, :d].contiguous() for x in gradients)
+        grad_real, grad_fake = (rows.gradient(side, x) for side, x in enumerate(unpadded))
     return sums, grad_real, grad_fake

@@ -447,3 +447,32 @@ def test_why_missing_is_one_line() -> None:
     reason = why_missing()
     assert reason and "\n" not in reason
     assert torch.cuda.is_available() or reason != "ok"
+
+
+@pytest.mark.parametrize("relation", ["euclidean", "gaussian"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_a_mean_of_a_thousand_standard_deviations_costs_float32_little(place: Place, relation: str, normalize: str):
+    real, fake = features(place.size, place.d, FP32, place.device, mean=1000.0)
+    options = {"relation": relation, "normalize": normalize}
+    # Rows of length 1 are rounded to eps, which is a thousand times as much of their differences.
+    mean = math.sqrt(1000.0) if normalize == "unit" else 0.0
+    assert_as_exact_as_eager(real, fake, fused(real, fake, **options), mean=mean, **options)
+
+
+def test_rows_of_length_1_may_have_had_any_length(place: Place):
+    real, fake = features(place.size, place.d, FP32, place.device)
+    loss, grad_real, grad_fake = fused(real, fake)
+    factor = 2.0**66  # exact, and its square is beyond float32
+    again, of_real, of_fake = fused(real * factor, fake / factor)
+    assert torch.equal(again, loss)
+    assert torch.equal(of_real * factor, grad_real) and torch.equal(of_fake / factor, grad_fake)
+
+
+def test_rows_of_one_direction_are_one_point(place: Place):
+    real, _ = features(place.size, place.d, FP32, place.device)
+    lengths = torch.linspace(0.5, 3.0, place.size, device=place.device)[:, None]
+    fake = lengths * real[:1]  # of length 1 they differ by rounding
+    loss, _, grad_fake = fused(real, fake)
+    expected, _, of_fake = by_definition(real, fake, FP32)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert torch.equal(grad_fake.double(), torch.zeros_like(grad_fake).double()) and not of_fake.any()
