@@ -64,7 +64,7 @@ def real_grid(config: Config, source: Source, device: torch.device, autoencoder:
 
 
 class RelationView:
-    """What the discriminator sees: relations of a fixed real batch, and of its denoised counterpart."""
+    """What the discriminator sees: relations of a fixed real batch, and of its xhat0."""
 
     def __init__(self, config: Config, source: Source, device: torch.device) -> None:
         self._config = config
@@ -187,6 +187,10 @@ class Gallery:
     def _evaluate(self, step: int, log: TrainingLog) -> None:
         assert self._evaluation is not None and self._viewer is not None  # on every rank, where there are evaluations
         started = time.perf_counter()
-        scores = self._evaluation.score(self._viewer, step)
+        try:
+            scores = self._evaluation.score(self._viewer, step)
+        except ValueError as error:  # samples that are not finite, on all ranks alike: a diverged average
+            self._console.say(f"step {step}: no evaluation ({error}); training goes on")
+            return
         log.write_evaluation(scores)
         self._console.say(f"step {step}: {one_line(scores)} ({time.perf_counter() - started:.0f} s)")

@@ -1,9 +1,10 @@
-"""Pictures of a run whose data have no images of some classes: nothing is shown of these."""
+"""Pictures and evaluations of a run: classes without images, and scores that cannot be had."""
 
 import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 from PIL import Image
 
 from sadm_fast.config import Config, check_config
+from sadm_fast.console import Console
 from sadm_fast.data import open_images
 from sadm_fast.data.source import Source
-from sadm_fast.gallery import RelationView, grid_classes, real_grid
+from sadm_fast.gallery import Gallery, RelationView, grid_classes, real_grid
 
 
 def shards(path: Path, labels: Sequence[int]) -> Source:
@@ -59,3 +61,14 @@ def test_real_images_stand_under_their_own_class(config: Config, tmp_path: Path)
 def test_relations_of_a_subset_of_a_thousand_classes_are_looked_at(config: Config, tmp_path: Path) -> None:
     view = RelationView(config, shards(tmp_path / "subset.tar", [7, 99, 255] * 25), torch.device("cpu"))
     assert np.bincount(view._batch.labels)[[7, 99, 255]].tolist() == [20, 20, 20]
+
+
+def test_an_evaluation_that_cannot_be_made_ends_no_training(capfd: pytest.CaptureFixture[str]) -> None:
+    class Diverged:
+        def score(self, model: object, step: int) -> dict[str, Any]:
+            raise ValueError("the moments hold NaN or infinite values")
+
+    looking = Gallery.__new__(Gallery)
+    looking._evaluation, looking._viewer, looking._console = cast(Any, Diverged()), cast(Any, object()), Console()
+    looking._evaluate(7, cast(Any, None))  # writes no line
+    assert "step 7: no evaluation (the moments hold NaN or infinite values)" in capfd.readouterr().out

@@ -2,7 +2,7 @@
 
 Each player is compiled in place, so its engine and the other player's step run the same code. Shapes never change in a
 run, so they are taken as constants. The graphs are: the denoiser with gradient (and without, for accumulation's extra
-pass), Psi in its own step, and Psi frozen, over real and over restored samples. Nothing compiles after the first
+pass), Psi in its own step, and Psi frozen, over real and over xhat0. Nothing compiles after the first
 iteration of the game.
 """
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sadm_fast.config import Config
 from sadm_fast.data.source import Source
+from sadm_fast.errors import UserError
 from sadm_fast.feed import load_samples
 from sadm_fast.generation import generate
 from sadm_fast.metrics.evaluator import Evaluator
@@ -32,7 +33,10 @@ class RunEvaluation:
     def __init__(
         self, config: Config, images: Source, classifier: ClassifierJudge, classes: Sequence[int], device: torch.device
     ) -> None:
-        """Pass the real images through the judges. Collective: each rank takes its share of them."""
+        """Pass the real images through the judges. Collective: each rank takes its share of them.
+
+        UserError: there are too few of them.
+        """
         self._config, self._classes, self._device = config, torch.tensor(classes, device=device), device
         data, evaluate = config.data, config.evaluate
         rank, world = rank_and_world_size()
@@ -40,7 +44,13 @@ class RunEvaluation:
         mine = list(range(0, len(images), stride))[rank::world]
         real = (load_samples(config, images, mine[i : i + evaluate.batch]) for i in range(0, len(mine), evaluate.batch))
         judges = judges_of(data.channels, data.resolution, classifier)
-        self._evaluator = Evaluator.build(real, judges, seed=config.seed, device=device)
+        try:
+            self._evaluator = Evaluator.build(real, judges, seed=config.seed, device=device)
+        except ValueError as error:
+            raise UserError(
+                f"evaluate: {images.where} has {len(images)} images, too few to compare with ({error});"
+                " add images, or use evaluate.every=null"
+            ) from None
 
     def score(self, model: Denoiser, step: int) -> dict[str, Any]:
         """Score samples of `model`, the averaged denoiser at `step`: one line of evaluations.jsonl. Collective."""

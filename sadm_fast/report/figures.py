@@ -133,7 +133,7 @@ def relation_maps(key: str, item: Relations, class_names: Sequence[str], scales:
     real, fake = item.real[grid], item.fake[grid]
     panels = (
         ("R(F): the real images", real, "viridis", low, high),
-        ("R(G): the same images, denoised", fake, "viridis", low, high),
+        ("R(G): their estimates x̂0", fake, "viridis", low, high),
         ("difference R(G) − R(F)", fake - real, "PuOr_r", -largest, largest),
     )
     names = [_short(class_names, int(label)) for label in dict.fromkeys(labels.tolist())]

@@ -241,8 +241,8 @@ def _relation_caption(item: Relations) -> str:
         within = [show(float(matrix[same].mean())) for matrix in (item.real, item.fake)]
         between = [show(float(matrix[off_diagonal & ~same].mean())) for matrix in (item.real, item.fake)]
         sentences.append(
-            f"Mean relation inside a class: {within[0]} real, {within[1]} denoised; "
-            f"between classes: {between[0]} real, {between[1]} denoised."
+            f"Mean relation inside a class: {within[0]} of x0, {within[1]} of x̂0; "
+            f"between classes: {between[0]} of x0, {between[1]} of x̂0."
         )
     if np.isfinite(item.log_snr).all():
         sentences.append(

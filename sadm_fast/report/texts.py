@@ -66,7 +66,7 @@ DISTANCE: dict[str | None, str] = {
         "S, which the denoiser pushes down and the discriminator up. A slow fall or a plateau is healthy; a"
         " steady climb means that the discriminator learns too fast."
     ),
-    None: "S, the mean difference between the relations of real and of denoised images.",
+    None: "S, the mean difference between the relations of x0 and of x̂0.",
 }
 LOSS_DISCRIMINATOR = "The loss that the discriminator descends: minus S."
 GRADIENTS = "Length of each player's gradient before clipping. Growing spikes announce instability."
