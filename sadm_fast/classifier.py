@@ -1,4 +1,4 @@
-"""Train a feature extractor as a classifier, once, and keep the result.
+"""Train a feature extractor as a classifier.
 
 Used twice: Psi is "well trained" on the real data before the game starts, and the judge of `fid_classifier`
 is another network trained the same way with another seed.
@@ -18,8 +18,9 @@ from sadm_fast.ranks.collectives import broadcast_state, is_distributed, sum_ove
 def _average_over_ranks(
     parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor], loss: Tensor, samples: int
 ) -> Tensor:
-    """Average gradients, float buffers and the loss over ranks, each weighted by its samples; returns the
-    loss.
+    """Average gradients, float buffers and the loss over ranks, each weighted by its samples.
+
+    Returns the averaged loss, 0-d.
 
     The result equals that of one process holding every rank's batch, also when the batches differ in size.
     """
@@ -71,8 +72,9 @@ def train_classifier(
     device: torch.device | str,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> nn.Linear:
-    """Train `features` in place with cross-entropy on a linear head, and return the head; both end in eval
-    mode.
+    """Train `features` in place with cross-entropy on a linear head, and return the head.
+
+    Both end in eval mode.
 
     features: images float32 [B, C, H, W] in [-1, 1] to [B, feature_dim]; moved to `device`. batches: at least
     `steps` of (images, labels int64 [B], ...), for example ImageBatch; further fields are ignored. AdamW
@@ -135,8 +137,9 @@ def train_classifier(
 
 @torch.no_grad()
 def accuracy(features: nn.Module, head: nn.Module, images: Tensor, labels: Tensor, batch: int = 256) -> float:
-    """Fraction of images [N, C, H, W] in [-1, 1] whose class labels [N] are predicted; ValueError when N is
-    0.
+    """Fraction of images [N, C, H, W] in [-1, 1] whose class labels [N] are predicted.
+
+    Raises ValueError if N is 0.
 
     Local to the calling rank. Runs in eval mode on the device of the head and restores the mode of
     `features`.

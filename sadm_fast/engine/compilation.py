@@ -1,4 +1,4 @@
-"""torch.compile of both players, where it can be had.
+"""torch.compile of both players, where it works.
 
 Each player is compiled in place, so its engine and the other player's step run the same code. Shapes never change in a
 run, so they are taken as constants. The graphs are: the denoiser with gradient (and without, for accumulation's extra
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def why_not(stage: int, device: torch.device) -> str | None:
-    """Why torch.compile is of no use here, as the end of a sentence; None if it works (tried on a small function)."""
+    """Why torch.compile cannot be used, as a clause for a message; None if compiling a tiny function succeeds."""
     if stage == 3:
         return "ZeRO stage 3 gathers weights in hooks that break the graph at every layer; use stage 2"
     try:
@@ -25,6 +25,6 @@ def why_not(stage: int, device: torch.device) -> str | None:
 
 
 def compile_in_place(modules: Iterable[nn.Module]) -> None:
-    """The modules, compiled at their next call; names of parameters stay as they are."""
+    """Compile the modules at their next call. Parameter names do not change."""
     for module in modules:
         module.compile(dynamic=False)

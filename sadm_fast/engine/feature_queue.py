@@ -1,4 +1,4 @@
-"""The feature queue (game.queue): what Psi saw of the last samples, as more samples to compare a small batch with.
+"""The feature queue (game.queue): Psi's features of the last samples, which a small batch is compared with as well.
 
 It is one queue of the whole run: the samples of all ranks, by global sample number, the same on every rank whatever
 game.scope is. So it is saved once, and a run goes on with it on another number of ranks or micro-batches. Its features
@@ -36,7 +36,7 @@ class FeatureQueue:
 
     @property
     def columns(self) -> Queue | None:
-        """What is in the queue, without a copy; None while it is empty. The order is that of the ring."""
+        """Return views of the queue's samples, in the ring's order; None while it is empty."""
         filled = min(self._pushed, self._capacity)
         return Queue(**{name: values[:filled] for name, values in self._ring.items()}) if filled else None
 
@@ -53,11 +53,11 @@ class FeatureQueue:
             ring[at] = values.view(-1, *ring.shape[1:]).to(ring.dtype)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything, by name: views of the ring, and the number of samples pushed."""
+        """Return the tensors to save, by name: views of the ring, and the number of samples pushed."""
         return {**self._ring, "pushed": torch.tensor([self._pushed])}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Bring back a `state`, whoever saved it.
+        """Load what `state` returned, on any number of ranks.
 
         Raises:
             ValueError: it is that of a queue of another size.
@@ -71,13 +71,13 @@ class FeatureQueue:
 
 
 def _packed(samples: Queue) -> Tensor:
-    """A micro-batch as float32 [B, 2 d + 2], to travel in one piece; class numbers are far below 2^24, so exact."""
+    """Pack a micro-batch into one float32 tensor [B, 2 d + 2] to send. Labels below 2^24 stay exact."""
     assert samples.weight is not None and samples.labels is not None
     return torch.cat([x.float().view(len(samples.real), -1) for x in samples if x is not None], dim=1)
 
 
 def _of_all_ranks(rows: Tensor) -> Tensor:
-    """[micro-batches, B, n] of each rank to [samples, n], by global sample number: micro-batch, rank, sample."""
+    """All-gather [micro-batches, B, n] to [samples, n] in the order of the global sample number. Collective."""
     ranks = rank_and_world_size()[1]
     if ranks == 1:
         return rows.flatten(0, 1)
@@ -87,7 +87,7 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
 
 
 def check_queue(config: Config, world_size: int) -> None:
-    """UserError if the feature queue could not hold what all ranks push in one step."""
+    """Raise UserError if the queue is smaller than one step of all ranks."""
     samples = config.train.micro_batch * config.train.grad_accumulation * world_size
     if 0 < config.game.queue < samples:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The fp32 master weights a rank owns, wherever DeepSpeed keeps them, and whole parameters put together from them."""
+"""The fp32 master weights that a rank owns at each ZeRO stage, and whole parameters gathered from them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def _unsharded_masters(optimizer: Any) -> dict[Tensor, Tensor]:
 
 @torch.no_grad()
 def refresh_weights(engine: Any, master: Callable[[str, int], Tensor]) -> None:
-    """Make the network's weights the masters, rounded to its precision, after masters were changed. Collective.
+    """Copy changed masters into the network's weights, rounded to their precision. Collective.
 
     master(name, size): the whole flattened parameter, float32 [size], the same on every rank.
     """
@@ -81,7 +81,7 @@ def refresh_weights(engine: Any, master: Callable[[str, int], Tensor]) -> None:
 
 
 def refresh_whole_copies(engine: Any) -> None:
-    """Stage 3 keeps whole copies of small parameters: make them anew from all ranks' parts. Collective."""
+    """Rebuild the whole copies of small parameters that stage 3 keeps, from all ranks' parts. Collective."""
     persistent = getattr(engine.optimizer, "persistent_parameters", None)
     if persistent:
         persistent[0].partition(persistent)

@@ -1,4 +1,4 @@
-"""The optimizers of both players, what DeepSpeed is told of them, and their learning rates."""
+"""Both players' optimizers, their learning rates, and DeepSpeed's configuration dictionary."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -33,7 +33,7 @@ def deepspeed_dict(config: Config, optimizer: OptimizerConfig, world_size: int, 
 
 
 def check_optimizers(config: Config) -> None:
-    """UserError if an optimizer is asked for that is not to be had here."""
+    """Raise UserError if a configured optimizer is not installed here."""
     for player in ("denoiser_optimizer", "discriminator_optimizer"):
         if getattr(config, player).type == "apex_fused_adam":
             _fused_adam(f"{player}.type=apex_fused_adam")
@@ -93,7 +93,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, or none if a gradient is not finite."""
+        """Take one step; none if a gradient is not finite."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self._global_grad_norm = norm

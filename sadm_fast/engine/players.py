@@ -112,7 +112,7 @@ class Players:
 
     @property
     def engines(self) -> dict[str, Any]:
-        """The engines there are, by player."""
+        """The players' engines by name; without a discriminator only the denoiser's."""
         both = {"denoiser": self.denoiser, "discriminator": self.discriminator}
         return {name: engine for name, engine in both.items() if engine is not None}
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole, or not there.
+"""Checkpoints that are complete, or do not exist for a loader.
 
     checkpoints/step-000500/denoiser/rank-0.safetensors ...        what each player has learned (run/pieces.py)
     checkpoints/step-000500/discriminator/rank-0.safetensors ...

@@ -115,7 +115,7 @@ class CheckpointWriter:
         return not done, done and self._part.result() is not None
 
     def decide(self, writing: bool, failed: bool) -> None:
-        """After a vote: whether any rank is still writing, whether any has failed. Not collective."""
+        """Commit or drop the save after a vote on whether any rank is still `writing` or has `failed`. Not collective."""
         room = self._make_room()
         if room.done():
             room.result()  # no memory is an error now, and not at the first save
@@ -150,7 +150,7 @@ class CheckpointWriter:
             self._pool.submit(self._retire)
 
     def close(self) -> None:
-        """End the thread; what it is writing is written to the end."""
+        """Finish the write in progress and end the thread."""
         self._pool.shutdown()
 
     def _own_average(self) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ class CheckpointWriter:
         return {key(_EMA, name, start): value for name, start, value in self._average()}
 
     def _make_room(self) -> "Future[dict[str, dict[str, Tensor]]]":
-        """Memory for all copies: cleared once, page by page, by the thread, beside the first steps."""
+        """Allocate memory for all copies once, in the thread: clearing it takes seconds, beside the first steps."""
         if self._copies is None:
             like: dict[str, dict[str, Tensor]] = {_EMA: self._own_average()}
             for player, engine in self._engines.items():
@@ -175,14 +175,14 @@ class CheckpointWriter:
         return self._copies
 
     def _copy(self, player: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors in this rank's own memory, which stays as it is until the next save."""
+        """Copy the tensors to this rank's own memory, which does not change until the next save."""
         copies = self._make_room().result()[player]
         for there, value in tensors.items():
             copies[there].copy_(value, non_blocking=True)
         return {there: copies[there] for there in tensors}
 
     def _write(self, temporary: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-        """This rank's files and their hashes, on the disk; what went wrong."""
+        """Write and sync this rank's files and their hashes; returns what went wrong, or None."""
         try:
             hashes = {}
             for name, tensors in parts.items():
@@ -197,7 +197,7 @@ class CheckpointWriter:
         return None
 
     def _complete(self, step: int) -> str | None:
-        """Rank 0, all parts being there: the averaged model, the rename, COMPLETE, and what is no longer kept."""
+        """Complete a checkpoint on rank 0: write the averaged model, rename, write COMPLETE, delete old ones."""
         final = folder_of(self._checkpoints, step)
         temporary = final.with_suffix(".tmp")
         try:
@@ -243,7 +243,7 @@ class CheckpointWriter:
 
 
 def _empty_copies(like: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Zeros in the host's memory, where a GPU can write to them directly."""
+    """Allocate zeros in host memory; pinned where there is a GPU, which then copies without waiting."""
 
     def zeros(value: Tensor) -> Tensor:
         if value.device.type != "cuda":

@@ -1,4 +1,4 @@
-"""What a reader must know to trust a run's numbers: versions, machine, commit, sizes, accuracies."""
+"""The facts in run.json: versions, machine, commit, sizes, accuracies."""
 
 import importlib.metadata
 import math
@@ -42,7 +42,7 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name; its architecture where the name is not to be had."""
+    """The processor's name, or its architecture if the name is unknown."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""A run's folder: where everything lies, and whose it is."""
+"""A run's folder: its paths, and which run it belongs to."""
 
 import json
 import os
@@ -77,7 +77,7 @@ class RunFolder:
         return True
 
     def _kinds(self) -> None:
-        """UserError if a name that is a file of a run is a folder, or the other way round."""
+        """Raise UserError where a folder stands in a file's place, or a file in a folder's."""
         files = (self.config, self.facts, self.metrics, self.evaluations, self.broken, self.report, self.real_grid)
         folders = (self.tensorboard, self.samples, self.relations, self.pretrained, self.checkpoints)
         for path in (*files, *folders):

@@ -1,4 +1,4 @@
-"""What is known of the steps since the last log line, put together over ranks and written to metrics.jsonl."""
+"""The sums of the steps since the last log line, reduced over ranks and written to metrics.jsonl."""
 
 import resource
 import time
@@ -37,11 +37,11 @@ class Interval:
         self._game = torch.zeros(5, dtype=torch.float64, device=device)
 
     def waited(self, seconds: float) -> None:
-        """Time spent waiting for data."""
+        """Add seconds spent waiting for data."""
         self._waited += seconds
 
     def add(self, outcome: Outcome) -> None:
-        """One iteration that took place."""
+        """Add an iteration that took place."""
         quartile = (outcome.level * _QUARTILES).long().clamp(max=_QUARTILES - 1)
         self._loss.index_add_(0, quartile, outcome.loss_denoise.double())
         self._count.index_add_(0, quartile, torch.ones_like(outcome.level, dtype=torch.float64))
@@ -55,7 +55,7 @@ class Interval:
             self._game[4] += 1
 
     def step_done(self) -> None:
-        """One iteration went by, taken or skipped."""
+        """Count an iteration, taken or skipped."""
         self._steps += 1
 
     def reduce(self, samples_per_step: int, broken_images: int) -> dict[str, float | int | None]:
@@ -95,21 +95,21 @@ class TrainingLog:
             self._writer = SummaryWriter(str(folder.tensorboard), purge_step=purge_step or None)
 
     def write(self, line: dict[str, Any]) -> None:
-        """One logged step."""
+        """Write one logged step."""
         if self._writer is None:
             return
         append_json(self._folder.metrics, line)
         self._scalars("train", line)
 
     def write_evaluation(self, line: dict[str, Any]) -> None:
-        """One evaluation."""
+        """Write one evaluation."""
         if self._writer is None:
             return
         append_json(self._folder.evaluations, line)
         self._scalars("evaluation", line)
 
     def image(self, name: str, picture: Tensor, step: int) -> None:
-        """A picture, uint8 [C, H, W]."""
+        """Write a picture, uint8 [C, H, W], to TensorBoard."""
         if self._writer is not None:
             self._writer.add_image(name, picture, step)
 

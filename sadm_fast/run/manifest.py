@@ -25,11 +25,11 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Damaged(Exception):
-    """What is wrong with a checkpoint, as the end of a sentence."""
+    """A checkpoint is damaged; the message is a clause that says how."""
 
 
 class OtherFormat(Exception):
-    """The number of a checkpoint's format that this code does not read."""
+    """A checkpoint has a format that this code does not read; the message is its number."""
 
 
 class Manifest(BaseModel):
