@@ -115,7 +115,7 @@ class CheckpointWriter:
         return not done, done and self._part.result() is not None
 
     def decide(self, writing: bool, failed: bool) -> None:
-        """Commit or drop the save, told by a vote whether any rank is still `writing` or has `failed`. Not collective."""
+        """Commit or drop the save, once a vote has said whether any rank is still writing or has failed."""
         room = self._make_room()
         if room.done():
             room.result()  # no memory is an error now, and not at the first save
