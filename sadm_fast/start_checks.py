@@ -21,8 +21,8 @@ from sadm_fast.planning.memory import Activations, rank_memory
 from sadm_fast.planning.players import players
 from sadm_fast.planning.storage import checkpoint_bytes, checkpoints_at_once
 from sadm_fast.pretrain import JUDGE_FILE, PSI_FILE, hold_out
-from sadm_fast.run.checkpoint import completed
 from sadm_fast.run.folder import RunFolder
+from sadm_fast.run.manifest import completed
 from sadm_fast.train_once import require_own
 
 _LEFT_FREE = 1 << 20  # bytes of disk for logs and pictures

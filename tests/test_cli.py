@@ -131,3 +131,12 @@ def test_of_several_ranks_one_does_what_takes_only_one(
     assert cli.is_sole_worker("sample.py") == (rank == 0)
     expected = "sample.py uses one rank: the other 3 of 4 have nothing to do\n"
     assert capsys.readouterr().err == (expected if rank == 0 else "")
+
+
+@pytest.mark.slow
+def test_what_trains_nothing_does_without_deepspeed() -> None:
+    """Importing it probes compilers and prints, also into the JSON of --dry-run."""
+    modules = "sadm_fast.start_checks, sadm_fast.generation, sadm_fast.planning.dry_run, sadm_fast.planning.plan"
+    code = f"import sys, {modules}; print('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert done.stdout == "False\n" and done.stderr == ""

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
 from sadm_fast.ranks.collectives import rank_and_world_size
@@ -30,6 +29,8 @@ def local_masters(engine: Any) -> Iterator[Fragment]:
         if not parameter.requires_grad:
             continue
         if hasattr(parameter, "ds_id"):  # stage 3: equal parts, the last one padded
+            from deepspeed.utils import safe_get_local_fp32_param  # importing it prints, and sampling needs none of it
+
             part = safe_get_local_fp32_param(parameter)
             start = part.numel() * dist.get_rank(parameter.ds_process_group)
             size = min(part.numel(), parameter.ds_numel - start)
