@@ -47,6 +47,7 @@ COLUMNS = (
 
 def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) -> tuple[dict[str, list[float]], Row]:
     """Time each save: seconds by purpose, and how much was saved."""
+    from sadm_fast.build import build_denoiser
     from sadm_fast.ema import EMA
     from sadm_fast.engine.masters import local_masters, trainable_shapes
     from sadm_fast.run.checkpoint_writer import CheckpointWriter
@@ -56,7 +57,7 @@ def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) ->
         micro_batch=2, denoiser={**DENOISER, "num_classes": CLASSES}, zero_optimization={"stage": stage}
     )
     players = made_up_players(config, device)
-    shapes = trainable_shapes(players.denoiser.module)
+    shapes = trainable_shapes(build_denoiser(config, CLASSES))
     ema = EMA(lambda: list(local_masters(players.denoiser)), config.train.ema)
     play = partial(players.iteration, [made_up(config, 0)], 0)
 

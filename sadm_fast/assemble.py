@@ -10,7 +10,7 @@ from sadm_fast.console import Console
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.source import Source
 from sadm_fast.ema import EMA
-from sadm_fast.engine.masters import local_masters, trainable_shapes
+from sadm_fast.engine.masters import named, owned, trainable_shapes
 from sadm_fast.engine.players import Players, samples_compared, samples_per_step
 from sadm_fast.files import write_json
 from sadm_fast.gallery import Gallery, grid_classes, real_grid
@@ -90,7 +90,8 @@ def assemble(
     fixed = {name: p.detach().clone() for name, p in denoiser.named_parameters() if not p.requires_grad}
     with Watchdog(config.train.patience, rank, "starting the engines"):
         players = Players(config, denoiser, psi, device)
-        ema = EMA(lambda: list(local_masters(players.denoiser)), config.train.ema)
+        engine = players.denoiser
+        ema = EMA(lambda: list(owned(engine)), config.train.ema, lambda fragments: named(engine.module, fragments))
         writer = CheckpointWriter(
             folder.checkpoints,
             players.engines,

@@ -4,7 +4,7 @@ ZeRO divides the masters over ranks. Each rank averages its own fragments, witho
 the whole. Full weights are gathered only for pictures and checkpoints.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,22 +36,33 @@ class EMA:
     """The average of this rank's fragments.
 
     Args:
-        fragments: returns the masters that this rank owns. It is called at each update, because an engine may replace
-            its tensors.
+        fragments: returns the masters that this rank owns, the fewer the faster. It is called at each update, because
+            an engine may replace its tensors.
         ema: the profile.
+        named: tells fragments of these as fragments of the network's weights, views of the same memory.
     """
 
-    def __init__(self, fragments: Callable[[], Sequence[Fragment]], ema: PowerEMA | ExponentialEMA) -> None:
-        self._fragments, self._decay = fragments, decay_schedule(ema)
-        self.average = [f._replace(value=f.value.detach().clone()) for f in fragments()]
+    def __init__(
+        self,
+        fragments: Callable[[], Sequence[Fragment]],
+        ema: PowerEMA | ExponentialEMA,
+        named: Callable[[Iterable[Fragment]], Iterable[Fragment]] = iter,
+    ) -> None:
+        self._fragments, self._decay, self._named = fragments, decay_schedule(ema), named
+        self._average = [f._replace(value=f.value.detach().clone()) for f in fragments()]
         self.updates = 0
+
+    @property
+    def average(self) -> list[Fragment]:
+        """The average by the network's names; views that the next update changes."""
+        return list(self._named(self._average))
 
     @torch.no_grad()
     def update(self) -> None:
         """Add the weights after an optimizer step to the average."""
         self.updates += 1
         masters = [f.value.detach() for f in self._fragments()]
-        torch._foreach_lerp_([f.value for f in self.average], masters, 1.0 - self._decay(self.updates))
+        torch._foreach_lerp_([f.value for f in self._average], masters, 1.0 - self._decay(self.updates))
 
     @torch.no_grad()
     def load(self, full: Mapping[str, Tensor], updates: int) -> None:

@@ -1,12 +1,13 @@
 """The fp32 master weights that a rank owns at each ZeRO stage, and whole parameters gathered from them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sadm_fast.engine.flat import Flat
 from sadm_fast.ranks.collectives import rank_and_world_size
 
 
@@ -19,11 +20,26 @@ class Fragment(NamedTuple):
 
 
 def local_masters(engine: Any) -> Iterator[Fragment]:
-    """The fp32 fragments this rank owns; over all ranks they cover every trainable parameter.
+    """The fp32 fragments this rank owns, by the network's names; over all ranks they cover every trained weight.
 
-    Without ZeRO every rank owns everything. A parameter may be absent on a rank at stages 1-3. Ask anew after a
+    Without ZeRO every rank owns everything. A weight may be absent on a rank at stages 1-3. Ask anew after a
     checkpoint was loaded: the engine may have replaced its tensors.
     """
+    return named(engine.module, owned(engine))
+
+
+def named(module: nn.Module, fragments: Iterable[Fragment]) -> Iterator[Fragment]:
+    """Fragments of the module's parameters as fragments of its network's weights: views of the same memory."""
+    if not isinstance(module, Flat):
+        yield from fragments
+        return
+    for name, start, value in fragments:
+        for place, low, high in module.within(name, start, value.numel()):
+            yield Fragment(place.name, low - place.start, value[low - start : high - start])
+
+
+def owned(engine: Any) -> Iterator[Fragment]:
+    """As `local_masters`, but fragments of the parameters that the engine sees, which may be flat: few and large."""
     unsharded = _unsharded_masters(engine.optimizer)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
@@ -62,7 +78,7 @@ def _unsharded_masters(optimizer: Any) -> dict[Tensor, Tensor]:
 def refresh_weights(engine: Any, master: Callable[[str, int], Tensor]) -> None:
     """Copy changed masters into the network's weights, rounded to their precision. Collective.
 
-    master(name, size): the whole flattened parameter, float32 [size], the same on every rank.
+    master(name, size): the whole flattened weight of that name in the network, float32 [size], the same on every rank.
     """
     masters = _unsharded_masters(engine.optimizer)
     for low, high in masters.items():
@@ -77,7 +93,11 @@ def refresh_weights(engine: Any, master: Callable[[str, int], Tensor]) -> None:
             if size > 0:
                 part[:size].copy_(master(name, parameter.ds_numel)[start : start + size])
         elif hasattr(parameter, "_hp_mapping"):
-            parameter.copy_(master(name, parameter.numel()).view(parameter.shape))
+            if isinstance(engine.module, Flat):
+                for place, first, end in engine.module.within(name, 0, parameter.numel()):
+                    parameter[first:end].copy_(master(place.name, end - first))
+            else:
+                parameter.copy_(master(name, parameter.numel()).view(parameter.shape))
     refresh_whole_copies(engine)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sadm_fast.config import Config, OptimizerConfig
 from sadm_fast.engine.compilation import compile_in_place, why_not
 from sadm_fast.engine.feature_queue import FeatureQueue, check_queue
+from sadm_fast.engine.flat import Flat, network_of
 from sadm_fast.engine.masters import undo_trial_step
 from sadm_fast.engine.optimizers import build_optimizer, deepspeed_dict, is_guarded, learning_rate
 from sadm_fast.engine.sharing import SharedComparison
@@ -80,7 +81,7 @@ class Players:
         self.queue: FeatureQueue | None = None
         if config.game.queue:
             check_queue(config, self.world_size)
-            self.queue = FeatureQueue(config.game.queue, self.psi.feature_dim, device)
+            self.queue = FeatureQueue(config.game.queue, network_of(self.psi).feature_dim, device)
 
     def _comparison(self) -> Comparison:
         """S as the configuration wants it, over this rank's samples or those of all."""
@@ -101,6 +102,9 @@ class Players:
         return Comparison(**fields)
 
     def _initialize(self, module: nn.Module, optimizer: OptimizerConfig) -> Any:
+        zero = self.config.deepspeed.zero_optimization
+        if self.config.implementation == "fast" and zero.stage < 3:
+            module = Flat(module, zero.buckets(self._device_type)["reduce_bucket_size"])
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(optimizer, module, is_guarded(self.config)),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sadm_fast.engine.flat import network_of
 from sadm_fast.engine.masters import local_masters, refresh_weights, refresh_whole_copies
 
 MASTER, BUFFER = "master", "buffer"
@@ -45,7 +46,7 @@ def pieces(engine: Any) -> Iterator[Piece]:
         for moment, part in owners.moments(value).items():
             yield Piece(moment, name, start, part)
     if engine.global_rank == 0:
-        for name, buffer in engine.module.named_buffers():
+        for name, buffer in network_of(engine.module).named_buffers():
             if buffer.numel():
                 yield Piece(BUFFER, name, 0, buffer)
 
@@ -69,7 +70,7 @@ def restore(engine: Any, read: Reader, steps: int) -> None:
         for moment, part in owners.moments(value).items():
             part.copy_(read(moment, name, start, value.numel()))
     refresh_weights(engine, lambda name, size: read(MASTER, name, 0, size))
-    for name, buffer in engine.module.named_buffers():
+    for name, buffer in network_of(engine.module).named_buffers():
         if buffer.numel():
             buffer.copy_(read(BUFFER, name, 0, buffer.numel()).view(buffer.shape))
 

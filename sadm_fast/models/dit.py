@@ -72,7 +72,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_frequencies(t).to(self.mlp.get_parameter("0.weight").dtype))
+        first: Any = self.mlp[0]
+        return self.mlp(timestep_frequencies(t).to(first.weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

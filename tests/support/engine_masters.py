@@ -3,16 +3,29 @@
 from typing import Any
 
 from deepspeed.utils import safe_get_full_fp32_param
-from torch import Tensor
+from torch import Tensor, nn
 
 from sadm_fast.config import ExponentialEMA, PowerEMA
 from sadm_fast.ema import EMA
+from sadm_fast.engine.flat import Flat
 from sadm_fast.engine.masters import gather, local_masters
 from sadm_fast.ranks.launch import Place
 from tests.support.engine_cases import Case, stages
 from tests.support.engine_game import Game
 
 STEPS = 3
+
+
+def weights_in(module: nn.Module, of: Any = lambda parameter: parameter) -> dict[str, Tensor]:
+    """What `of` gives of each trained parameter, [its shape], by the network's names: cut apart where it is flat."""
+    found = {name: of(p) for name, p in module.named_parameters() if p.requires_grad}
+    if not isinstance(module, Flat):
+        return found
+    return {
+        place.name: found[name][low:high].view(place.shape)
+        for name in found
+        for place, low, high in module.within(name, 0, found[name].numel())
+    }
 
 
 def looked_at(case: Case, place: Place) -> dict[str, Any]:
@@ -38,15 +51,17 @@ def looked_at(case: Case, place: Place) -> dict[str, Any]:
     full = {name: gather(average.average, shapes) for name, average in averages.items()}
     again = EMA(own, profiles["power"])
     again.load(full["power"], averages["power"].updates)
-    low = {}
-    for name, parameter in engine.module.named_parameters():
-        if name in shapes:
-            if hasattr(parameter, "ds_id"):
-                parameter.all_gather([parameter])
-            low[name] = parameter.detach().float().clone()
-            if hasattr(parameter, "ds_id"):
-                parameter.partition([parameter])
-    deepspeeds = {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters() if name in shapes}
+
+    def whole(parameter: Any) -> Tensor:
+        if hasattr(parameter, "ds_id"):
+            parameter.all_gather([parameter])
+        value = parameter.detach().float().clone()
+        if hasattr(parameter, "ds_id"):
+            parameter.partition([parameter])
+        return value
+
+    low = weights_in(engine.module, whole)
+    deepspeeds = weights_in(engine.module, safe_get_full_fp32_param) if case.stage else {}
     return {
         "owned": sum(fragment.value.numel() for fragment in own()),
         "views": all(a.value.data_ptr() == b.value.data_ptr() for a, b in zip(first, own(), strict=True)),
@@ -55,7 +70,7 @@ def looked_at(case: Case, place: Place) -> dict[str, Any]:
         "loaded": gather(again.average, shapes),
         "updates": again.updates,
         "module": low,
-        "deepspeed": {name: None if value is None else value.clone() for name, value in deepspeeds.items()},
+        "deepspeed": {name: value.clone() for name, value in deepspeeds.items()},
     }
 
 

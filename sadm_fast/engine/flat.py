@@ -1,0 +1,83 @@
+"""A network whose trained weights are views of a few large parameters, which is all that its engine sees.
+
+DeepSpeed and optimizers run some twenty small kernels for each parameter, and a DiT-XL/2 has 291. Here `forward` cuts
+each flat parameter by one `split`, whose backward is one `cat`, and puts the views where the layers look for their
+weights. Stage 3 gathers a layer's weights when it runs, so it keeps the network's own parameters.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Place(NamedTuple):
+    """Where a weight of the network lies in its flat parameter."""
+
+    name: str  # in the network
+    shape: torch.Size
+    start: int  # the first element
+    end: int  # one after the last
+
+
+class Flat(nn.Module):
+    """`network`, called as before, with its trained weights in `flat`; what is not trained stays where it is.
+
+    Args:
+        network: its trained parameters leave it. It has no values of them until the next forward.
+        size: the most elements of a flat parameter, unless one weight alone is larger. Several flat parameters let
+            the reduction of late layers' gradients begin while early layers are still in their backward.
+    """
+
+    def __init__(self, network: nn.Module, size: int) -> None:
+        super().__init__()
+        trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        groups: list[list[tuple[str, nn.Parameter]]] = []
+        room = 0
+        for name, parameter in trained:
+            if parameter.numel() > room:
+                groups.append([])
+                room = size
+            groups[-1].append((name, parameter))
+            room -= parameter.numel()
+        self.flat = nn.ParameterList(
+            nn.Parameter(torch.cat([p.detach().flatten() for _, p in group])) for group in groups
+        )
+        self.places: list[list[Place]] = []
+        self._sizes: list[list[int]] = []
+        self._homes: list[list[tuple[nn.Module, str, torch.Size]]] = []  # (layer, attribute, shape) of each view
+        for group in groups:
+            start, places, homes = 0, [], []
+            for name, parameter in group:
+                owner, _, attribute = name.rpartition(".")
+                layer = network.get_submodule(owner)
+                del layer._parameters[attribute]
+                places.append(Place(name, parameter.shape, start, start + parameter.numel()))
+                homes.append((layer, attribute, parameter.shape))
+                start += parameter.numel()
+            self.places.append(places)
+            self._sizes.append([place.end - place.start for place in places])
+            self._homes.append(homes)
+        self.network = network
+
+    def forward(self, *arguments: Any) -> Any:
+        for flat, sizes, homes in zip(self.flat, self._sizes, self._homes, strict=True):
+            for part, (layer, attribute, shape) in zip(flat.split(sizes), homes, strict=True):
+                setattr(layer, attribute, part.view(shape))
+        return self.network(*arguments)
+
+    def within(self, name: str, start: int, count: int) -> Iterator[tuple[Place, int, int]]:
+        """The weights that lie in elements start .. start + count of this module's parameter `name`, cut to that range.
+
+        Yields (place, low, high): elements low .. high of the flat parameter belong to the weight at `place`.
+        """
+        for place in self.places[int(name.rpartition(".")[2])]:
+            low, high = max(start, place.start), min(start + count, place.end)
+            if low < high:
+                yield place, low, high
+
+
+def network_of(module: Any) -> Any:
+    """The network itself, of a module that may be a `Flat` of it."""
+    return module.network if isinstance(module, Flat) else module
