@@ -5,22 +5,35 @@ Upper limits lie beyond what any machine holds: a larger number is a typing mist
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from sadm_fast.config_errors import explain, refuse_deepspeed_format
 from sadm_fast.config_tree import CHANGEABLE, LEARNING_RATES, override, read_object, without, without_retired
 from sadm_fast.diffusion import EDM, VP, Flow, Process
-from sadm_fast.diffusion.samplers import find_sampler
+from sadm_fast.diffusion.process import Steps
+from sadm_fast.diffusion.samplers import SAMPLERS, options_of, sampler_name
 from sadm_fast.errors import UserError
 from sadm_fast.files import expand_home
 from sadm_fast.models.dit import parse_name
 
 _MOST_STEPS = 10**9
+_MOST_SAMPLER_STEPS = 10**5
 _MOST_TOKENS = 2**20  # of one image
 _MOST_BYTES = 2**40  # of one layer's output, in fp32
 
@@ -272,14 +285,79 @@ class TrainConfig(Block):
         return step % every == 0 or step == self.steps
 
 
-class SamplingConfig(Block):
-    """The sample grids of a run, and the defaults of sample.py."""
+def _steps(value: Any) -> Steps:
+    """Check sampler steps: 18, "18", "ddim50", "10,15,20" or [10, 15, 20]."""
+    counts: Any = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    numbers: list[Any] = [
+        int(n) if isinstance(n, str) and re.fullmatch(r"[0-9]{1,6}", n.strip()) else n for n in counts
+    ]
+    if isinstance(value, str) and re.fullmatch("ddim[1-9][0-9]{0,5}", value):
+        return value
+    if not all(type(n) is int and 1 <= n <= _MOST_SAMPLER_STEPS for n in numbers) or not 1 <= len(numbers) <= 1000:
+        raise PydanticCustomError(
+            "steps",
+            'must be a whole number from 1 to {most}, "ddimN", or a list of such numbers',
+            {"most": _MOST_SAMPLER_STEPS},
+        )
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
-    sampler: Literal["auto", "heun", "ddim"] = Field("auto", description="auto: heun for edm and flow, ddim for vp")
-    steps: int = Field(18, ge=1, le=10**5, description="steps of the deterministic sampler")
-    guidance_scale: float = Field(1.0, ge=0, le=1e6, description="classifier-free guidance on all channels; 1: none")
+
+SamplerSteps = Annotated[
+    Steps,
+    PlainValidator(_steps),
+    PlainSerializer(lambda steps: list(steps) if isinstance(steps, tuple) else steps),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": _MOST_SAMPLER_STEPS},
+                {"type": "string"},
+                {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1},
+            ]
+        }
+    ),
+]
+
+
+class SamplingConfig(Block):
+    """How samples are drawn: the grids of a run, its evaluations (but for steps and guidance), sample.py's defaults."""
+
+    sampler: Literal["auto", "heun", "ddim", "euler", "dpmpp_2m", "ddpm", "sde"] = Field(
+        "auto", description="auto: heun for edm and flow, ddim for vp"
+    )
+    steps: SamplerSteps = Field(
+        18,
+        description="sampler steps; vp also: [10, 15, 20], so many of each third of the schedule, or ddim50, every 20th"
+        " step from 0 (improved DDPM's respacing)",
+    )
+    guidance_scale: float = Field(1.0, ge=0, le=1e6, description="classifier-free guidance; 1: none")
+    guidance_channels: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="guide so many channels, the first ones; null: all; DiT's release guides 3 of 4",
+    )
+    guidance_interval: tuple[float, float] | None = Field(
+        None,
+        strict=False,
+        description="guide from the first to the second noise level only; edm: sigma, flow: t in 0..1, vp: t in 0..999",
+    )
+    clip_denoised: bool = Field(False, description="bring each estimate of the clean image into [-1, 1]; pixels only")
+    eta: float = Field(0.0, ge=0, le=1, description="ddim: share of the noise that each step draws anew")
+    variance: Literal["auto", "learned", "small", "large"] = Field(
+        "auto", description="ddpm: of a step; auto: learned with diffusion.learn_sigma, else large"
+    )
+    churn: float = Field(0.0, ge=0, le=1e6, description="heun on edm: EDM's S_churn; 0: deterministic")
+    churn_t_min: float = Field(0.0, ge=0, le=1e6, description="heun on edm: EDM's S_tmin, a sigma")
+    churn_t_max: float = Field(1e6, ge=0, le=1e6, description="heun on edm: EDM's S_tmax, a sigma")
+    churn_noise: float = Field(1.0, ge=0, le=10, description="heun on edm: EDM's S_noise")
+    sde_noise: float = Field(1.0, ge=0, le=100, description="sde: its diffusion coefficient w(t) = sde_noise t; as SiT")
+    sde_last_step: float = Field(0.04, gt=0, lt=1, description="sde: length of the last step, which adds no noise")
     columns: int = Field(10, ge=1, le=10**3, description="most classes in the grid")
     rows: int = Field(8, ge=1, le=10**3, description="samples of each class in the grid")
+
+    def options(self, sampler: str) -> dict[str, Any]:
+        """The settings that the sampler of this name (not "auto") takes."""
+        return {name: getattr(self, name) for name in options_of(SAMPLERS[sampler][0])}
 
 
 class EvaluateConfig(Block):
@@ -390,10 +468,8 @@ class Config(Block):
                 "evaluate.every: the judges compare pixels; with data.source=latents it must be null"
                 " (sample.py --folder writes images for other evaluators)"
             )
-        try:
-            find_sampler(self.sampling.sampler, self.process)
-        except ValueError as error:
-            raise ValueError(f"sampling.sampler={error}") from None
+        if (problem := _sampling_problem(self)) is not None:
+            raise ValueError(problem)
         if self.game.mode != "plain" and self.train.micro_batch < 2 and not self.game.queue:
             raise ValueError(
                 "train.micro_batch=1: the game compares pairs, so it needs at least 2"
@@ -439,6 +515,44 @@ class Config(Block):
 
 def _digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _sampling_problem(config: Config) -> str | None:
+    """Say which setting of the sampler fits neither it nor the process; None if all do."""
+    sampling, process = config.sampling, config.process
+    try:
+        name = sampler_name(sampling.sampler, process)
+    except ValueError as error:
+        return f"sampling.sampler={error}"
+    for key, steps in (("sampling", sampling.steps), ("evaluate", config.evaluate.steps)):
+        try:
+            process.sampling_levels(steps)
+        except ValueError as error:
+            return f"{key}.steps={error}"
+    taken = sampling.options(name)
+    for other, (sampler, _) in SAMPLERS.items():
+        for option in options_of(sampler):
+            value = getattr(sampling, option)
+            if option not in taken and value != SamplingConfig.model_fields[option].default:
+                return f"sampling.{option}={value}: is for sampling.sampler={other}, here it is {name}"
+    if sampling.churn and not isinstance(process, EDM):
+        return f"sampling.churn={sampling.churn:g}: raises the noise level sigma of edm; here the process is flow"
+    learned = isinstance(process, VP) and process.learn_sigma
+    if sampling.variance == "learned" and not learned:
+        return "sampling.variance=learned: needs diffusion.learn_sigma=true"
+    channels = config.sample_shape[0]
+    if sampling.guidance_channels is not None and sampling.guidance_channels > channels:
+        return f"sampling.guidance_channels={sampling.guidance_channels}: a sample has {channels}"
+    if (
+        sampling.guidance_interval is not None
+        and not 0 <= sampling.guidance_interval[0] < sampling.guidance_interval[1]
+    ):
+        return (
+            f"sampling.guidance_interval={list(sampling.guidance_interval)}: must be two noise levels, the lower first"
+        )
+    if sampling.clip_denoised and config.latents is not None:
+        return "sampling.clip_denoised=true: clips pixels to [-1, 1]; latents have no such range"
+    return None
 
 
 def _size_problem(config: Config) -> str | None:

@@ -2,7 +2,7 @@
 
 The noise of global sample n is the same on any rank, number of ranks, division into micro-batches and device. The
 generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in torch's integer
-operations. Counter words: (block, purpose, low half of n, high half of n); key: the two halves of the seed.
+operations. Counter words: (block, purpose + 256 step, low half of n, high half of n); key: the two halves of the seed.
 """
 
 import math
@@ -18,6 +18,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_PURPOSE_BITS = 8  # of their counter word; the step of a sampler has the other 24
 _CPU_CHUNK = 1 << 18  # numbers drawn at once on a CPU; their integers fit into its caches
 
 
@@ -32,6 +33,8 @@ class Purpose(IntEnum):
     LATENT = 5  # the draw from a cached posterior
     SAMPLE_NOISE = 6  # starting noise of generated samples
     SPLIT = 7  # which of two sets an image belongs to
+    STEP_NOISE = 8  # what a stochastic sampler adds at one of its steps
+    SAMPLE_LABEL = 9  # the class of a generated sample, where it is drawn
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,12 +51,12 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     return c0, c1, c2, c3
 
 
-def _words(seed: int, purpose: int, sample_ids: Tensor, count: int) -> Tensor:
-    """Draw `count` 32-bit words for each sample: int64 [B, count]."""
+def _words(seed: int, stream: int, sample_ids: Tensor, count: int) -> Tensor:
+    """Draw `count` 32-bit words for each sample: int64 [B, count]. stream: purpose + 256 step."""
     blocks = -(-count // 4)
     n = sample_ids.to(torch.int64).view(-1, 1)
     block = torch.arange(blocks, device=n.device)
-    counter = (block, torch.full_like(n[:1], int(purpose)), n & _MASK, (n >> 32) & _MASK)
+    counter = (block, torch.full_like(n[:1], int(stream)), n & _MASK, (n >> 32) & _MASK)
     words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :count]
 
@@ -63,30 +66,33 @@ def uniform(seed: int, purpose: Purpose, sample_ids: Tensor, count: int = 1) -> 
     return (_words(seed, purpose, sample_ids, count).double() + 0.5) * 2.0**-32
 
 
-def normal(seed: int, purpose: Purpose, sample_ids: Tensor, shape: Sequence[int]) -> Tensor:
-    """Draw standard normal numbers (Box-Muller): float32 [B, *shape] for int64 sample_ids [B]."""
-    count = math.prod(shape)
+def normal(seed: int, purpose: Purpose, sample_ids: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
+    """Draw standard normal numbers (Box-Muller): float32 [B, *shape] for int64 sample_ids [B].
+
+    step: 0 <= step < 2^24; a sample's numbers of different steps are independent.
+    """
+    count, stream = math.prod(shape), int(purpose) + (step << _PURPOSE_BITS)
     at_once = max(1, _CPU_CHUNK // count) if sample_ids.device.type == "cpu" else len(sample_ids)
-    parts = [_normal(seed, purpose, part, count) for part in sample_ids.split(max(1, at_once))]
+    parts = [_normal(seed, stream, part, count) for part in sample_ids.split(max(1, at_once))]
     z = parts[0] if len(parts) == 1 else torch.cat(parts)
     return z.reshape(-1, *shape)
 
 
-def _normal(seed: int, purpose: Purpose, sample_ids: Tensor, count: int) -> Tensor:
+def _normal(seed: int, stream: int, sample_ids: Tensor, count: int) -> Tensor:
     """Draw normal numbers float32 [B, count]."""
     half = -(-count // 2)
-    u = _uniform32(seed, purpose, sample_ids, 2 * half)
+    u = _uniform32(seed, stream, sample_ids, 2 * half)
     # fp32 rounds the largest words up to 1.0; the logarithm is then 0, which is finite and a fair sample.
     radius = u[:, :half].log().mul_(-2.0).sqrt_()
     angle = u[:, half:] * (2.0 * math.pi)
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
 
 
-def _uniform32(seed: int, purpose: Purpose, sample_ids: Tensor, count: int) -> Tensor:
+def _uniform32(seed: int, stream: int, sample_ids: Tensor, count: int) -> Tensor:
     """Return (word + 1/2) 2^-32 as float32 [B, count]; C++ and tensor operations give the same bits."""
     if sample_ids.device.type == "cpu" and has_streams():
-        return philox_uniform(seed, int(purpose), sample_ids, count)
-    return _words(seed, purpose, sample_ids, count).float().add_(0.5).mul_(2.0**-32)
+        return philox_uniform(seed, stream, sample_ids, count)
+    return _words(seed, stream, sample_ids, count).float().add_(0.5).mul_(2.0**-32)
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:

@@ -13,6 +13,8 @@ from sadm_fast.build import Undrawn, build_denoiser, load_weights
 from sadm_fast.config import Config, check_config
 from sadm_fast.counters import Purpose, normal
 from sadm_fast.diffusion import guided, sample
+from sadm_fast.diffusion.process import Steps
+from sadm_fast.diffusion.samplers import sampler_name
 from sadm_fast.errors import UserError
 from sadm_fast.files import parse_json
 from sadm_fast.models import Denoiser
@@ -89,11 +91,41 @@ def to_images(samples: Tensor, autoencoder: Autoencoder | None) -> Tensor:
     return torch.cat([autoencoder.decode(part) for part in samples.split(_DECODED_AT_ONCE)])
 
 
-@torch.no_grad()
 def generate(
-    config: Config, model: Denoiser, labels: Tensor, ids: Tensor, *, steps: int, guidance_scale: float
+    config: Config,
+    model: Denoiser,
+    labels: Tensor,
+    ids: Tensor,
+    *,
+    steps: Steps,
+    guidance_scale: float,
+    guide: Denoiser | None = None,
 ) -> Tensor:
-    """Samples of `labels` [B] from starting noise that is a function of (seed, id): float32 [B, C, H, W]."""
-    noise = normal(config.seed, Purpose.SAMPLE_NOISE, ids, config.sample_shape)
-    denoise = guided(config.process, model, labels, model.null_class, guidance_scale)
-    return sample(config.process, denoise, noise, steps, config.sampling.sampler)
+    """Samples of `labels` [B], drawn as config.sampling says but for steps and guidance: float32 [B, C, H, W].
+
+    All noise, the steps' too, is a function of (seed, id): a sample is the same in any batch and on any rank.
+
+    guide: of autoguidance; None: guidance is classifier-free.
+    """
+    sampling, process, shape = config.sampling, config.process, config.sample_shape
+    denoise = guided(
+        process,
+        model,
+        labels,
+        model.null_class,
+        guidance_scale,
+        channels=sampling.guidance_channels,
+        interval=sampling.guidance_interval,
+        guide=guide,
+        clip=sampling.clip_denoised,
+    )
+    name = sampler_name(sampling.sampler, process)
+    return sample(
+        process,
+        denoise,
+        normal(config.seed, Purpose.SAMPLE_NOISE, ids, shape),
+        steps,
+        name,
+        lambda step: normal(config.seed, Purpose.STEP_NOISE, ids, shape, step),
+        **sampling.options(name),
+    )

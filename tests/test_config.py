@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sadm_fast.config import Config, ExponentialEMA, PowerEMA, check_config, json_schema, load_config
+from sadm_fast.config import Config, ExponentialEMA, PowerEMA, SamplingConfig, check_config, json_schema, load_config
 from sadm_fast.config_tree import CHANGEABLE, LEARNING_RATES, RETIRED, flatten, override, without
 from sadm_fast.diffusion import EDM, VP, Flow
 from sadm_fast.engine.optimizers import deepspeed_dict
@@ -41,6 +41,16 @@ def test_every_example_is_valid(path: Path) -> None:
     loaded = load_config(path)
     assert loaded.name == path.stem
     assert loaded.schema_file is not None and (path.parent / loaded.schema_file).resolve() == SCHEMA.resolve()
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [(18, 18), ("250", 250), ([250], 250), ("ddim50", "ddim50"), ([10, 15, 20], (10, 15, 20)), ("9, 9", (9, 9))],
+)
+def test_sampler_steps_are_a_number_sections_or_a_stride(given: Any, steps: Any) -> None:
+    loaded = config(diffusion={"process": "vp"}, sampling={"steps": given})
+    assert loaded.sampling.steps == steps
+    assert check_config(json.loads(json.dumps(loaded.resolved()))) == loaded
 
 
 def test_there_are_examples() -> None:
@@ -163,7 +173,41 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
         ),
         (
             {"diffusion": {"process": "vp"}, "sampling": {"sampler": "heun"}},
-            "sampling.sampler=heun: does not fit VP; must be one of auto, ddim",
+            "sampling.sampler=heun: does not fit VP; must be one of auto, ddim, dpmpp_2m, ddpm",
+        ),
+        *(
+            ({"diffusion": {"process": process}, "sampling": sampling}, f"sampling.{message}")
+            for process, sampling, message in (
+                ("vp", {"steps": 1001}, "steps=1001: the schedule has 1000 steps"),
+                ("vp", {"steps": [10, 400, 10]}, "steps=400: section 2 of 3 has 333 steps"),
+                ("vp", {"steps": "ddim300"}, "steps=ddim300: no whole stride takes 300 of 1000 steps"),
+                ("edm", {"steps": "ddim50"}, "steps=ddim50: chooses from a schedule, which only vp has"),
+                ("edm", {"steps": 0}, 'steps=0: must be a whole number from 1 to 100000, "ddimN", or a list of'),
+                ("edm", {"steps": "ddim"}, 'steps="ddim": must be a whole number'),
+                ("edm", {"steps": True}, "steps=true: must be a whole number"),
+                (
+                    "edm",
+                    {"sampler": "ddim", "churn": 40.0},
+                    "churn=40.0: is for sampling.sampler=heun, here it is ddim",
+                ),
+                ("flow", {"churn": 40.0}, "churn=40: raises the noise level sigma of edm; here the process is flow"),
+                ("vp", {"sampler": "ddpm", "eta": 0.5}, "eta=0.5: is for sampling.sampler=ddim, here it is ddpm"),
+                (
+                    "vp",
+                    {"sampler": "ddpm", "variance": "learned"},
+                    "variance=learned: needs diffusion.learn_sigma=true",
+                ),
+                ("vp", {"guidance_channels": 3}, "guidance_channels=3: a sample has 1"),
+                ("vp", {"guidance_interval": [700, 100]}, "guidance_interval=[700.0, 100.0]: must be two noise levels"),
+            )
+        ),
+        (
+            {"diffusion": {"process": "vp"}, "evaluate": {"steps": 1001}},
+            "evaluate.steps=1001: the schedule has 1000 steps",
+        ),
+        (
+            {"data": {"source": "latents", "resolution": 64}, "latents": {}, "sampling": {"clip_denoised": True}},
+            "sampling.clip_denoised=true: clips pixels to [-1, 1]; latents have no such range",
         ),
         ({"game": {"queue": 64, "mode": "plain"}}, "game.queue=64: game.mode=plain compares nothing; it must be 0"),
         (
@@ -469,6 +513,7 @@ def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(bloc
         assert (other.fingerprint() == base.fingerprint()) == changeable, path
     # Another tag or name would need other keys beside it; those are told apart by the next test.
     alone = {"diffusion.process", "train.ema.profile", "denoiser.name", "latents", "data.source", "evaluate.every"}
+    alone |= {f"sampling.{setting}" for setting in SamplingConfig.model_fields}  # most fit one sampler only
     assert set(flatten(resolved)) - seen <= alone
 
 

@@ -127,6 +127,13 @@ def test_streams_differ() -> None:
     assert len(rows.flatten().unique()) == rows.numel()
 
 
+def test_a_samplers_steps_differ_and_step_0_is_the_purposes_own_stream() -> None:
+    n = torch.arange(64)
+    rows = torch.stack([normal(3, Purpose.STEP_NOISE, n, (), step) for step in (0, 1, 2, 2**24 - 1)])
+    assert torch.equal(rows[0], normal(3, Purpose.STEP_NOISE, n, ())) and len(rows.flatten().unique()) == rows.numel()
+    assert max(Purpose) < 2**8  # the step has the other bits of their word
+
+
 @quick
 @given(seeds, seeds)
 def test_seeds_of_64_bits_differ(first: int, second: int) -> None:

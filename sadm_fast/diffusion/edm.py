@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sadm_fast.diffusion.process import Process, per_sample
+from sadm_fast.diffusion.process import Process, Steps, count_of, per_sample
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class EDM(Process):
         sigma = t.float()
         return (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
 
-    def sampling_levels(self, steps: int) -> Tensor:
+    def sampling_levels(self, steps: Steps) -> Tensor:
         """Return sigmas from sigma_max to sigma_min, evenly spaced in sigma^(1/rho) (eq. 5): float64 [steps]."""
-        fraction = torch.linspace(0, 1, steps, dtype=torch.float64)
+        fraction = torch.linspace(0, 1, count_of(steps), dtype=torch.float64)
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         return (high + fraction * (low - high)) ** self.rho
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sadm_fast.diffusion.process import Process, per_sample
+from sadm_fast.diffusion.process import Process, Steps, count_of, per_sample
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,6 @@ class Flow(Process):
         """Return 1 / t^2: ||x0 - xhat0||^2 = t^2 ||v - vhat||^2, so the weighted error is the error of the velocity."""
         return t.float().reciprocal().square()
 
-    def sampling_levels(self, steps: int) -> Tensor:
+    def sampling_levels(self, steps: Steps) -> Tensor:
         """Return t from 1, evenly spaced: float64 [steps]."""
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+        return torch.linspace(1, 0, count_of(steps) + 1, dtype=torch.float64)[:-1]

@@ -7,9 +7,12 @@ Images are float tensors [B, C, H, W]; t is [B]; alpha, sigma, weights come back
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor
+
+# A sampler's steps: their number, or, of a discrete schedule, a choice of its steps (VP.sampling_levels).
+Steps: TypeAlias = int | str | tuple[int, ...]
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
@@ -48,10 +51,10 @@ class Process(ABC):
         """Return w(t) [B], chosen so that w ||x0 - xhat0||^2 is the usual training loss of the process."""
 
     @abstractmethod
-    def sampling_levels(self, steps: int) -> Tensor:
-        """Return the t [steps] that a sampler visits, from most noise to least; float64, or int64 for integer steps.
+    def sampling_levels(self, steps: Steps) -> Tensor:
+        """Return the t [number of steps] that a sampler visits, from most noise to least: float64, or int64 for VP.
 
-        The end of the path, x0 without noise, is not among them.
+        The end of the path, x0 without noise, is not among them. Raises ValueError if the process has no such steps.
         """
 
     def start(self, noise: Tensor, t: Tensor) -> Tensor:
@@ -71,3 +74,10 @@ class Process(ABC):
     def variance_loss(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
         """Return the loss [B] of a learned variance; None if the network predicts xhat0 only."""
         return None
+
+
+def count_of(steps: Steps) -> int:
+    """Return `steps`, a number; ValueError if it names steps of a schedule, which only VP has."""
+    if not isinstance(steps, int):
+        raise ValueError(f"{steps}: chooses from a schedule, which only vp has; must be a number")
+    return steps

@@ -3,32 +3,77 @@
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sadm_fast.diffusion.process import Process, per_sample
+from sadm_fast.diffusion.process import Process, Steps, per_sample
+
+
+class Posterior(NamedTuple):
+    """q(x_before | x_t, x0) = N(mean_x0 x0 + mean_x_t x_t, variance) (Ho et al., eq. 6-7): float64 [n], a value a t."""
+
+    mean_x0: Tensor
+    mean_x_t: Tensor
+    log_variance: Tensor  # the lower bound of a learned variance; at the first t, where it is 0, that of the second
+    log_beta: Tensor  # the upper one
+
+
+def _posterior(betas: Tensor, bar: Tensor) -> Posterior:
+    """Tabulate the posterior of a schedule of rising t: betas [n], bar = cumprod(1 - betas) = alpha^2 [n]."""
+    bar_before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+    variance = betas * (1.0 - bar_before) / (1.0 - bar)
+    return Posterior(
+        mean_x0=betas * bar_before.sqrt() / (1.0 - bar),
+        mean_x_t=(1.0 - bar_before) * (1.0 - betas).sqrt() / (1.0 - bar),
+        log_variance=torch.cat([variance[1:2] if len(variance) > 1 else betas, variance[1:]]).log(),
+        log_beta=betas.log(),
+    )
 
 
 @cache
 def _tables(num_steps: int, beta_start: float, beta_end: float) -> dict[str, Tensor]:
-    """Tabulate alpha_t, sigma_t, the posterior q(x_{t-1} | x_t, x0) (Ho et al., eq. 6-7): float64 [num_steps] each."""
+    """Tabulate alpha_t, sigma_t and the posterior: float64 [num_steps] each."""
     with unset_fake_temporarily(), torch.device("cpu"):  # numbers, whatever the first caller counts with
         betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
         bar = torch.cumprod(1.0 - betas, dim=0)
-        bar_before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
-        variance = betas * (1.0 - bar_before) / (1.0 - bar)
-        # The variance at t = 0 is 0 and has no logarithm: use that of t = 1, as improved DDPM does.
-        log_variance = torch.cat([variance[1:2], variance[1:]]).log()
-        return {
-            "alpha": bar.sqrt(),
-            "sigma": (1.0 - bar).sqrt(),
-            "log_beta": betas.log(),
-            "log_variance": log_variance,
-            "mean_x0": betas * bar_before.sqrt() / (1.0 - bar),
-            "mean_x_t": (1.0 - bar_before) * (1.0 - betas).sqrt() / (1.0 - bar),
-        }
+        return {"alpha": bar.sqrt(), "sigma": (1.0 - bar).sqrt(), "bar": bar, **_posterior(betas, bar)._asdict()}
+
+
+def kept_steps(num_steps: int, steps: Steps) -> list[int]:
+    """Choose from a schedule's steps 0 .. num_steps - 1 as improved DDPM does (Nichol & Dhariwal 2021); rising.
+
+    steps: a number, evenly spread from the first to the last; a number for each of several sections of equal length,
+    as a tuple; or "ddimN", every k-th from 0, with the smallest k that gives N. One step alone is the last.
+
+    Raises ValueError if there are too few steps, or no k.
+    """
+    if isinstance(steps, str):
+        asked = int(steps.removeprefix("ddim"))
+        for stride in range(1, num_steps):
+            if len(range(0, num_steps, stride)) == asked:
+                return list(range(0, num_steps, stride))
+        raise ValueError(f"{steps}: no whole stride takes {asked} of {num_steps} steps")
+    if isinstance(steps, int):
+        if steps == 1:
+            return [num_steps - 1]
+        steps = (steps,)
+    kept: list[int] = []
+    start = 0
+    for i, count in enumerate(steps):
+        size = num_steps // len(steps) + (i < num_steps % len(steps))
+        if count > size:
+            what = "the schedule has" if len(steps) == 1 else f"section {i + 1} of {len(steps)} has"
+            raise ValueError(f"{count}: {what} {size} steps")
+        # Strides are added up in floating point: where one lands on a half, its rounding decides, there as here.
+        step = (size - 1) / max(1, count - 1)
+        places = accumulate(repeat(step, count - 1), initial=0.0)
+        kept += [start + round(place) for place in places]
+        start += size
+    return kept
 
 
 @dataclass(frozen=True)
@@ -71,9 +116,15 @@ class VP(Process):
         alpha, sigma = self.alpha_sigma(t)
         return (alpha / sigma).square()
 
-    def sampling_levels(self, steps: int) -> Tensor:
-        """Return `steps` integers from num_steps-1 to 0, evenly spread: int64 [steps]."""
-        return torch.linspace(self.num_steps - 1, 0, steps, dtype=torch.float64).round().long()
+    def sampling_levels(self, steps: Steps) -> Tensor:
+        """Return the kept steps (`kept_steps`), from the last to the first: int64."""
+        return torch.tensor(kept_steps(self.num_steps, steps)[::-1])
+
+    def posterior_along(self, levels: Tensor) -> Posterior:
+        """Tabulate the posterior of a process that visits only `levels` [n], falling, in their order."""
+        bar = _tables(self.num_steps, self.beta_start, self.beta_end)["bar"][levels.flip(0)]
+        betas = 1.0 - bar / torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+        return Posterior(*(values.flip(0) for values in _posterior(betas, bar)))
 
     def variance_loss(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor | None:
         """Compute the variational bound, in bits a dimension [B], with the mean detached: it trains v only.

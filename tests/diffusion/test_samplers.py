@@ -8,21 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from sadm_fast.config import SamplingConfig
-from sadm_fast.diffusion import EDM, VP, Flow, Process, denoise, guided, sample
-from sadm_fast.diffusion.process import per_sample
-from sadm_fast.diffusion.samplers import SAMPLERS, Denoise, find_sampler, heun_along
+from sadm_fast.diffusion import EDM, VP, Flow, Process, guided, sample
+from sadm_fast.diffusion.guidance import Denoise
+from sadm_fast.diffusion.process import Steps, per_sample
+from sadm_fast.diffusion.samplers import SAMPLERS, find_sampler, heun_along, options_of
 
 MEAN, STD = 0.3, 0.5
 PROCESSES: list[Process] = [EDM(sigma_data=STD), Flow(), VP()]
 every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 
 
-def gaussian(process: Process) -> Denoise:
-    """E[x0 | x_t] for x0 ~ N(MEAN, STD^2): (alpha STD^2 x_t + sigma^2 MEAN) / (alpha^2 STD^2 + sigma^2)."""
+def gaussian(process: Process, mean: float = MEAN, std: float = STD) -> Denoise:
+    """E[x0 | x_t] for x0 ~ N(mean, std^2): (alpha std^2 x_t + sigma^2 mean) / (alpha^2 std^2 + sigma^2)."""
 
     def call(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = (per_sample(c.double(), x) for c in process.alpha_sigma(t))
-        return (alpha * STD**2 * x + sigma**2 * MEAN) / (alpha**2 * STD**2 + sigma**2)
+        return (alpha * std**2 * x + sigma**2 * mean) / (alpha**2 * std**2 + sigma**2)
 
     return call
 
@@ -155,61 +156,6 @@ def test_heun_without_a_last_zero_stays_second_order() -> None:
     assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.1)
 
 
-class Recorder(nn.Module):
-    """A network whose answer is a known function of image, time and label; remembers its calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        self.calls.append((x, time, labels))
-        channel = torch.arange(1.0, x.shape[1] + 1).view(1, -1, 1, 1)
-        return 0.1 * x + channel * per_sample(labels.float(), x) + 1e-3 * per_sample(time, x)
-
-
-def start_of(process: Process, size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.randn(size, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    t = torch.full((size,), 400) if isinstance(process, VP) else torch.full((size,), 0.4)
-    return x, t, torch.tensor([0, 2, 5])
-
-
-@every_process
-def test_denoise_is_the_process_around_the_network(process: Process) -> None:
-    network = Recorder()
-    x, t, labels = start_of(process)
-    found = denoise(process, network, x, t, labels)
-    images, time = process.model_input(x, t)
-    torch.testing.assert_close(found, process.to_x0(network(images, time, labels), x, t), rtol=0, atol=0)
-    assert torch.equal(network.calls[0][1], time) and torch.equal(network.calls[0][2], labels)
-
-
-@every_process
-def test_guidance_of_scale_1_is_the_conditional_answer_in_one_call(process: Process) -> None:
-    network = Recorder()
-    x, t, labels = start_of(process)
-    found = guided(process, network, labels, 9, 1.0)(x, t)
-    assert len(network.calls) == 1 and len(network.calls[0][0]) == len(x)
-    assert torch.equal(network.calls[0][2], labels)
-    assert torch.equal(found, denoise(process, Recorder(), x, t, labels))
-
-
-@every_process
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.5, 4.0])
-def test_guidance_extrapolates_every_channel_from_the_null_class(process: Process, scale: float) -> None:
-    network = Recorder()
-    x, t, labels = start_of(process)
-    found = guided(process, network, labels, 9, scale)(x, t)
-    assert len(network.calls) == 1 and network.calls[0][2].tolist() == [0, 2, 5, 9, 9, 9]
-    conditional = denoise(process, Recorder(), x, t, labels)
-    free = denoise(process, Recorder(), x, t, torch.full_like(labels, 9))
-    expected = free + scale * (conditional - free)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
-    if scale != 0:
-        difference = (found - free).abs().amax(dim=(0, 2, 3))
-        assert (difference > 0.1).all(), f"some channels are not guided: {difference.tolist()}"
-
-
 def test_sampling_keeps_no_graph() -> None:
     network = nn.Conv2d(1, 1, 1)
     images = sample(EDM(), lambda x, t: network(x), torch.randn(2, 1, 4, 4), 3)
@@ -234,8 +180,8 @@ class Unknown(Process):
     def loss_weight(self, t: Tensor) -> Tensor:
         return t
 
-    def sampling_levels(self, steps: int) -> Tensor:
-        return torch.ones(steps)
+    def sampling_levels(self, steps: Steps) -> Tensor:
+        return torch.ones(3)
 
 
 def test_a_process_without_a_sampler_is_named() -> None:
@@ -244,12 +190,21 @@ def test_a_process_without_a_sampler_is_named() -> None:
 
 
 def test_a_sampler_that_does_not_fit_is_refused_with_those_that_do() -> None:
-    with pytest.raises(ValueError, match="heun: does not fit VP; must be one of auto, ddim"):
+    with pytest.raises(ValueError, match="heun: does not fit VP; must be one of auto, ddim, dpmpp_2m, ddpm"):
         find_sampler("heun", VP())
 
 
-def test_the_configuration_offers_every_sampler() -> None:
+def test_the_configuration_offers_every_sampler_and_its_options_with_their_defaults() -> None:
     assert get_args(SamplingConfig.model_fields["sampler"].annotation) == ("auto", *SAMPLERS)
+    for name, (sampler, _) in SAMPLERS.items():
+        assert list(SamplingConfig().options(name)) == options_of(sampler)
+        process = next(p for p in PROCESSES if isinstance(p, SAMPLERS[name][1]))
+        x = torch.ones(1, 1, 1, 1)
+        drawn = [
+            sample(process, gaussian(process), x, 5, name, lambda _: torch.ones(1, 1, 1, 1), **options)
+            for options in ({}, SamplingConfig().options(name))
+        ]
+        assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("process", [EDM(sigma_data=STD), Flow()], ids=["EDM", "Flow"])
@@ -259,3 +214,187 @@ def test_ddim_follows_the_flow_of_every_process_in_first_order(process: Process)
         float((sample(process, gaussian(process), z, n, "ddim") - exact(process, z)).abs().max()) for n in (100, 200)
     ]
     assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.25) and errors[1] < 0.05
+
+
+def moments(
+    process: Process, denoise_fn: Denoise, steps: Steps, sampler: str, **options: float | str
+) -> tuple[float, float]:
+    """Mean and deviation of a sampler's images, exactly, where denoise_fn is affine: no image is drawn.
+
+    The image is then affine in the starting noise and in each step's. Sample 0 gets none, sample 1 the starting noise
+    1, sample 2 + i the noise 1 at step i: the squares of their differences from sample 0 add up to the variance.
+    """
+    count = len(process.sampling_levels(steps))
+    unit = torch.eye(count + 2, dtype=torch.float64).view(count + 2, count + 2, 1, 1, 1)
+    images = sample(process, denoise_fn, unit[1], steps, sampler, lambda i: unit[2 + i], **options).flatten()
+    return float(images[0]), float((images - images[0]).square().sum().sqrt())
+
+
+def with_true_variance(process: VP, steps: Steps) -> Denoise:
+    """The ideal network of a Gaussian: [xhat0 | v], v of the variance of x_before given x_t."""
+    levels = process.sampling_levels(steps)
+    posterior = process.posterior_along(levels)
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        x0, place = gaussian(process)(x, t), levels.tolist().index(int(t[0]))
+        alpha, sigma = (float(c[0].double()) for c in process.alpha_sigma(t))
+        of_x0 = STD**2 * sigma**2 / (alpha**2 * STD**2 + sigma**2)
+        mean_x0, _, small, large = (float(values[place]) for values in posterior)
+        true = math.exp(small) + mean_x0**2 * of_x0
+        return torch.cat([x0, torch.full_like(x, 2 * (math.log(true) - small) / (large - small) - 1)], dim=1)
+
+    return call
+
+
+@pytest.mark.parametrize("steps", [7, 50, 250, 1000, "ddim50", (10, 15, 20)], ids=str)
+def test_ddpm_with_the_true_variance_has_the_marginals_of_the_data_at_any_respacing(steps: Steps) -> None:
+    process = VP(learn_sigma=True)
+    mean, std = moments(process, with_true_variance(process, steps), steps, "ddpm")
+    # It starts from N(0, 1), not from the last level's own N(alpha MEAN, ...); it ends with E[x0 | x] at the first.
+    alpha, sigma = (c.double().item() for c in process.alpha_sigma(process.sampling_levels(steps)[-1:]))
+    shrinks = alpha * STD / math.sqrt(alpha**2 * STD**2 + sigma**2)
+    far = process.alpha_sigma(process.sampling_levels(steps)[:1])[0].item()
+    assert mean == pytest.approx(MEAN, abs=far * MEAN + 1e-6)
+    assert std == pytest.approx(STD * shrinks, rel=far + 1e-5)
+
+
+@pytest.mark.parametrize("steps", [5, 250])
+def test_the_fixed_variances_of_ddpm_are_right_for_noise_and_for_a_point(steps: int) -> None:
+    """Ho et al. 2020, section 3.2: beta for x0 ~ N(0, 1), the posterior's for x0 at one point."""
+    process = VP()
+    alpha = process.alpha_sigma(torch.tensor([0]))[0].item()
+    assert moments(process, gaussian(process, 0.0, 1.0), steps, "ddpm")[1] == pytest.approx(alpha, rel=1e-6)
+    small = moments(process, gaussian(process, 0.0, 1.0), steps, "ddpm", variance="small")[1]
+    assert small < alpha * (1 - 1e-3)
+    # Of a point every x_t on the way is alpha point + sigma noise.
+    levels = process.sampling_levels(steps)
+    seen: list[Tensor] = []
+
+    def point(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.full_like(x, MEAN)
+
+    moments(process, point, steps, "ddpm", variance="small")
+    for x, level in zip(seen, levels, strict=True):
+        alpha, sigma = (c.double().item() for c in process.alpha_sigma(level[None]))
+        found = (x - x[0]).square().sum().sqrt().item()
+        assert found == pytest.approx(sigma, rel=1e-4)  # at the start it is 1, and 1 - sigma = 2e-5
+
+
+def test_ddim_with_eta_1_is_ddpm_with_the_small_variance() -> None:
+    process, start = VP(), noise(16)
+    fresh = torch.randn(50, *start.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for steps in ("ddim50", 20):
+        drawn = [
+            sample(process, gaussian(process), start, steps, name, lambda i: fresh[i], **options)
+            for name, options in (("ddim", {"eta": 1.0}), ("ddpm", {"variance": "small"}))
+        ]
+        # alpha and sigma are float32, and sigma^2 - (alpha / alpha')^2 sigma'^2 loses three digits of them.
+        torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@every_process
+def test_ddim_keeps_the_marginals_whatever_is_drawn_anew(process: Process, eta: float) -> None:
+    steps = (250, 500)
+    errors = [abs(moments(process, gaussian(process), n, "ddim", eta=eta)[1] - STD) for n in steps]
+    assert errors[1] < 0.02 * STD and errors[1] < 0.7 * errors[0]  # first order
+
+
+@pytest.mark.parametrize("churn", [5.0, 40.0])
+def test_heun_with_churn_keeps_the_marginals_in_second_order(churn: float) -> None:
+    process = EDM(sigma_data=STD)
+
+    def found(steps: int, **options: float) -> tuple[float, float]:
+        return moments(process, gaussian(process), steps, "heun", churn=churn, **options)
+
+    # EDM starts at mean 0 instead of MEAN; churn forgets some of it.
+    assert found(100)[0] == pytest.approx(MEAN, abs=MEAN * STD / 80 + 1e-3)
+    errors = [abs(found(steps)[1] - STD) for steps in (200, 400)]
+    assert errors[1] < 1e-3 * STD and errors[0] / errors[1] == pytest.approx(4.0, rel=0.25)
+    assert found(100, churn_t_min=90.0) == moments(process, gaussian(process), 100, "heun")
+    assert found(100, churn_noise=1.01)[1] > found(100)[1]
+
+
+def test_churn_raises_the_level_by_gamma_at_most_root_2_and_only_inside_its_interval() -> None:
+    process, seen = EDM(), []
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(float(t[0]))
+        return 0.5 * x
+
+    def visited(**options: float) -> list[float]:
+        """The level that each step starts from."""
+        seen.clear()
+        x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        sample(process, call, x, 10, "heun", lambda _: torch.ones_like(x), **options)
+        return seen[::2]
+
+    levels = process.sampling_levels(10).tolist()
+    assert visited(churn=2.0) == pytest.approx([1.2 * t for t in levels], rel=1e-9)
+    assert visited(churn=1e6) == pytest.approx([math.sqrt(2) * t for t in levels], rel=1e-9)
+    inside = [1.2 * t if 0.1 <= t <= 10 else t for t in levels]
+    assert visited(churn=2.0, churn_t_min=0.1, churn_t_max=10.0) == pytest.approx(inside, rel=1e-9)
+
+
+@pytest.mark.parametrize("process", [EDM(sigma_data=STD), Flow()], ids=["EDM", "Flow"])
+def test_dpmpp_2m_is_of_second_order_with_a_call_a_step(process: Process) -> None:
+    z, calls = noise(64), []
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        return gaussian(process)(x, t)
+
+    errors = [float((sample(process, call, z, n, "dpmpp_2m") - exact(process, z)).abs().max()) for n in (64, 128)]
+    assert len(calls) == 64 + 128
+    # The last step, of first order, is from sigma_min of EDM, 1/n of flow: not the term that counts.
+    assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.3)
+
+
+def test_dpmpp_2m_needs_a_fraction_of_ddims_steps_on_vp() -> None:
+    process, z = VP(), noise(64)
+    target = sample(process, gaussian(process), z, 1000, "ddim")
+    ddim, dpmpp = (
+        float((sample(process, gaussian(process), z, 20, name) - target).abs().max()) for name in ("ddim", "dpmpp_2m")
+    )
+    assert dpmpp < ddim / 3
+
+
+@pytest.mark.parametrize("process", [EDM(sigma_data=STD), Flow()], ids=["EDM", "Flow"])
+def test_euler_is_ddim(process: Process) -> None:
+    z = noise(64)
+    drawn = [sample(process, gaussian(process), z, 20, name) for name in ("euler", "ddim")]
+    # ddim takes alpha and sigma in float32; its first eps, of EDM, is of images 80 times as large.
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=80 * 4 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("sde_noise", [0.0, 1.0, 3.0])
+def test_the_sde_of_flow_keeps_the_marginals_whatever_its_noise(sde_noise: float) -> None:
+    process = Flow()
+    found = [
+        moments(process, gaussian(process), n, "sde", sde_noise=sde_noise, sde_last_step=1 / n) for n in (200, 400)
+    ]
+    errors = [abs(mean - MEAN) + abs(std - STD) for mean, std in found]
+    assert errors[1] < 0.02 and errors[0] / errors[1] == pytest.approx(2.0, rel=0.25)  # Euler-Maruyama: weak order 1
+
+
+def test_the_last_step_of_the_sde_adds_no_noise_and_is_as_long_as_asked() -> None:
+    asked: list[int] = []
+    times: list[float] = []
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        times.append(float(t[0]))
+        return x
+
+    def fresh(step: int) -> Tensor:
+        asked.append(step)
+        return torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+
+    sample(Flow(), call, torch.ones(1, 1, 1, 1, dtype=torch.float64), 5, "sde", fresh)
+    assert asked == [0, 1, 2, 3] and times == pytest.approx([1.0, 0.76, 0.52, 0.28, 0.04])
+
+
+@pytest.mark.parametrize(("process", "name"), [(VP(), "ddpm"), (Flow(), "sde")], ids=["ddpm", "sde"])
+def test_a_stochastic_sampler_asks_for_its_noise(process: Process, name: str) -> None:
+    with pytest.raises(ValueError, match="needs step_noise"):
+        sample(process, gaussian(process), noise(2), 3, name)
