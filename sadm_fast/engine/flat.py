@@ -1,11 +1,16 @@
 """A network whose trained weights are views of a few large parameters, which is all that its engine sees.
 
-DeepSpeed and optimizers run some twenty small kernels for each parameter, and a DiT-XL/2 has 291. Here `forward` cuts
-each flat parameter by one `split`, whose backward is one `cat`, and puts the views where the layers look for their
+DeepSpeed and optimizers run some twenty small kernels for each parameter, and a DiT-XL/2 has 291. Here each flat
+parameter is cut by one `split`, whose backward is one `cat`, and the views are put where the layers look for their
 weights. Stage 3 gathers a layer's weights when it runs, so it keeps the network's own parameters.
+
+A flat parameter is cut when the first block that needs it is called. Autograd runs what was recorded last first: so
+its `cat` runs as soon as that block's backward has ended, and not after the whole network's, as it would if everything
+were cut at the beginning. Then its reduction overlaps the backward of the blocks before, and the views' gradients are
+free.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,17 +32,23 @@ class Flat(nn.Module):
     Args:
         network: its trained parameters leave it. It has no values of them until the next forward.
         size: the most elements of a flat parameter, unless one weight alone is larger. Several flat parameters let
-            the reduction of late layers' gradients begin while early layers are still in their backward.
+            the reduction of late blocks' gradients begin while early blocks are still in their backward.
+        blocks: parts of the network, in the order in which it calls them. The rest has flat parameters of its own.
     """
 
-    def __init__(self, network: nn.Module, size: int) -> None:
+    def __init__(self, network: nn.Module, size: int, blocks: Iterable[nn.Module] = ()) -> None:
         super().__init__()
-        trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        block_of = {parameter: block for block in blocks for parameter in block.parameters()}
         groups: list[list[tuple[str, nn.Parameter]]] = []
+        firsts: list[nn.Module | None] = []  # the first block that needs the group; None: outside of all blocks
         room = 0
-        for name, parameter in trained:
-            if parameter.numel() > room:
+        for name, parameter in network.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            block = block_of.get(parameter)
+            if parameter.numel() > room or (block is None) != (firsts[-1] is None):
                 groups.append([])
+                firsts.append(block)
                 room = size
             groups[-1].append((name, parameter))
             room -= parameter.numel()
@@ -59,13 +70,22 @@ class Flat(nn.Module):
             self.places.append(places)
             self._sizes.append([place.end - place.start for place in places])
             self._homes.append(homes)
+        self._outside = [index for index, first in enumerate(firsts) if first is None]
+        for index, first in enumerate(firsts):
+            if first is not None:
+                first.register_forward_pre_hook(lambda *_, index=index: self._cut(index))
         self.network = network
 
     def forward(self, *arguments: Any) -> Any:
-        for flat, sizes, homes in zip(self.flat, self._sizes, self._homes, strict=True):
-            for part, (layer, attribute, shape) in zip(flat.split(sizes), homes, strict=True):
-                setattr(layer, attribute, part.view(shape))
+        for index in self._outside:
+            self._cut(index)
         return self.network(*arguments)
+
+    def _cut(self, index: int) -> None:
+        """Put the views of a flat parameter into the layers."""
+        parts = self.flat[index].split(self._sizes[index])
+        for part, (layer, attribute, shape) in zip(parts, self._homes[index], strict=True):
+            setattr(layer, attribute, part.view(shape))
 
     def within(self, name: str, start: int, count: int) -> Iterator[tuple[Place, int, int]]:
         """The weights that lie in elements start .. start + count of this module's parameter `name`, cut to that range.

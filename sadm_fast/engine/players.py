@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sadm_fast.config import Config, OptimizerConfig
-from sadm_fast.engine.compilation import compile_in_place, why_not
+from sadm_fast.engine.compilation import blocks_of, compile_in_place, why_not
 from sadm_fast.engine.feature_queue import FeatureQueue, check_queue
 from sadm_fast.engine.flat import Flat, network_of
 from sadm_fast.engine.masters import undo_trial_step
@@ -76,7 +76,8 @@ class Players:
         if config.train.compile:
             self.not_compiled = why_not(config.deepspeed.zero_optimization.stage, device)
             if self.not_compiled is None:
-                compile_in_place([self.denoiser.module, *([] if self.psi is None else [self.psi])])
+                for module in [self.denoiser.module, *([] if self.psi is None else [self.psi])]:
+                    compile_in_place(network_of(module))
         self.compare = self._comparison()
         self.queue: FeatureQueue | None = None
         if config.game.queue:
@@ -104,7 +105,7 @@ class Players:
     def _initialize(self, module: nn.Module, optimizer: OptimizerConfig) -> Any:
         zero = self.config.deepspeed.zero_optimization
         if self.config.implementation == "fast" and zero.stage < 3:
-            module = Flat(module, zero.buckets(self._device_type)["reduce_bucket_size"])
+            module = Flat(module, zero.buckets(self._device_type)["reduce_bucket_size"], blocks_of(module))
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(optimizer, module, is_guarded(self.config)),

@@ -13,6 +13,8 @@ class Denoiser(nn.Module):
         in_channels, out_channels: C of the images or latents, and of the output (process.output_channels(C)).
         input_size: H and W.
         num_classes: labels are 0 .. num_classes - 1; `null_class` stands for "no class".
+        blocks: called one after another by `forward`, alike in code and shapes. Each is a unit: of compilation, of the
+            reduction of gradients, and of recomputation.
         activation_checkpointing: `blocks` keep only their inputs for the backward pass, which computes the rest anew.
     """
 
@@ -20,6 +22,7 @@ class Denoiser(nn.Module):
     out_channels: int
     input_size: int
     num_classes: int
+    blocks: nn.ModuleList
     activation_checkpointing: bool
 
     @property
@@ -32,14 +35,9 @@ class Denoiser(nn.Module):
         """The label that stands for "no class": one more than there are classes."""
         return self.num_classes
 
-    @property
-    @abstractmethod
-    def checkpointed(self) -> Sequence[nn.Module]:
-        """The blocks that activation checkpointing recomputes, in the order of their calls; alike in size."""
-
     @abstractmethod
     def block_inputs(self, samples: int) -> Sequence[tuple[int, ...]]:
-        """Shapes of the tensors that one of `checkpointed` is called with, for the planner's memory count."""
+        """Shapes of the tensors that one of `blocks` is called with, for the planner's memory count."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

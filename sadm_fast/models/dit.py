@@ -63,7 +63,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, T, D]
+        # Contiguous: every sum along the residual stream would keep the layout that a convolution leaves, D before T.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # [B, C, H, W] -> [B, T, D]
 
 
 class TimestepEmbedder(nn.Module):
@@ -210,10 +211,6 @@ class DiT(Denoiser):
             num_classes=num_classes,
             activation_checkpointing=activation_checkpointing,
         )
-
-    @property
-    def checkpointed(self) -> Sequence[nn.Module]:
-        return list(self.blocks)
 
     def block_inputs(self, samples: int) -> Sequence[tuple[int, ...]]:
         _, tokens, hidden_size = self.pos_embed.shape

@@ -90,7 +90,7 @@ def activations(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> Ac
         with _checkpointing(denoiser, False):
             whole = _kept(denoiser, lambda denoise: predict(process, denoise, batch))
         inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in denoiser.block_inputs(samples)]
-        block = _kept(denoiser.checkpointed[0], lambda block: block(*inputs))
+        block = _kept(denoiser.blocks[0], lambda block: block(*inputs))
         block -= sum(x.untyped_storage().nbytes() for x in inputs)
         with _checkpointing(denoiser, True):
             checkpointed = _kept(denoiser, lambda denoise: predict(process, denoise, batch)) + block

@@ -35,7 +35,7 @@ def test_with_a_compiler_it_works_and_names_stay() -> None:
     assert why_not(1, CPU) is None
     module = nn.Linear(3, 3)
     before = list(module.state_dict())
-    compile_in_place([module])
+    compile_in_place(module)
     assert list(module.state_dict()) == before
     expected = nn.functional.linear(torch.ones(2, 3), module.weight, module.bias)
     torch.testing.assert_close(module(torch.ones(2, 3)), expected)

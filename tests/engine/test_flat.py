@@ -23,17 +23,18 @@ class Network(nn.Module):
         return self.inner(self.first(x).tanh()) * self.scale * self.fixed + self.shift
 
 
-def both(size: int) -> tuple[Network, Flat]:
+def both(size: int, in_blocks: bool = False) -> tuple[Network, Flat]:
     torch.manual_seed(0)
     plain = Network()
     torch.manual_seed(0)
-    return plain, Flat(Network(), size)
+    network = Network()
+    return plain, Flat(network, size, [network.first, network.inner] if in_blocks else [])
 
 
 @settings(max_examples=20, deadline=None)
-@given(size=st.integers(1, 200))
-def test_values_and_gradients_are_the_networks_own(size: int):
-    plain, flat = both(size)
+@given(size=st.integers(1, 200), in_blocks=st.booleans())
+def test_values_and_gradients_are_the_networks_own(size: int, in_blocks: bool):
+    plain, flat = both(size, in_blocks)
     x = torch.randn(3, 5)
     expected, found = plain(x), flat(x)
     assert found.equal(expected)
@@ -76,3 +77,21 @@ def test_a_frozen_network_gets_no_gradient_and_another_precision_is_followed():
     assert x.grad is not None and all(p.grad is None for p in flat.parameters())
     assert flat.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     assert network_of(flat) is flat.network and network_of(flat.network) is flat.network
+
+
+def test_a_flat_parameter_has_its_gradient_when_the_first_block_in_it_has_run_backward():
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(3)]
+    flat = Flat(nn.Sequential(nn.Linear(4, 4), *blocks, nn.Linear(4, 4)), 60, blocks)
+    assert [[place.name for place in places] for places in flat.places] == [
+        ["0.weight", "0.bias"],
+        ["1.0.weight", "1.0.bias", "1.2.weight", "1.2.bias", "2.0.weight", "2.0.bias"],
+        ["2.2.weight", "2.2.bias", "3.0.weight", "3.0.bias", "3.2.weight", "3.2.bias"],
+        ["4.weight", "4.bias"],
+    ]
+    events: list[str] = []
+    for index, block in enumerate(blocks, start=1):
+        block.register_full_backward_hook(lambda *_, index=index: events.append(f"block {index}"))
+    for index, parameter in enumerate(flat.flat):
+        parameter.register_post_accumulate_grad_hook(lambda _, index=index: events.append(f"gradient {index}"))
+    flat(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert events == ["block 3", "block 2", "gradient 2", "block 1", "gradient 1", "gradient 3", "gradient 0"]

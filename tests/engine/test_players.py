@@ -27,6 +27,7 @@ from tests.support.engine_cases import (
     STAGES,
     Case,
     cases,
+    compiled_cases,
     matrix,
     micro_batch,
     poisoned_cases,
@@ -59,7 +60,7 @@ _TRACES: dict[str, Trace] = {}
 
 def reference(case: Case, world_size: int, first: int = 0) -> Trace:
     """Plain autograd's answer to iterations `first` .. ITERATIONS-1; it knows neither stages nor implementations."""
-    settings = [case.mode, case.clipping, case.game, case.precision, case.accumulation, world_size, first]
+    settings = [case.mode, case.clipping, case.game, case.precision, case.accumulation, case.depth, world_size, first]
     key = json.dumps(settings)
     if key not in _TRACES:
         config = case.config
@@ -257,6 +258,22 @@ def test_a_gradient_that_is_nan_on_one_rank_is_a_step_of_neither_player(results:
                 assert difference(weights, outcome["spared"][player]) == 0.0, f"{name}: {player}"
             queued, spared = outcome["queued"]
             assert queued == spared and (queued > 0) == (name == "queue-zero2"), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_one_graph_serves_all_blocks_and_each_way_of_calling_psi_has_one(results: Results, world_size: int):
+    graphs = {}
+    for case in compiled_cases():
+        outcome = results(world_size)[0]["compared"][case.name]
+        assert outcome["breaks"] == [] and outcome["not_compiled"] is None, case.name
+        graphs[case.name] = outcome["graphs"]
+    assert graphs == {
+        # The trial, a block, Psi in its own step, frozen on real samples, and frozen with the gradient of xhat0.
+        "compiled": [5, 5, 5],
+        "compiled-accumulation2": [6, 6, 6],  # and a block without gradient
+        "compiled-bf16": [4, 4, 4],  # Psi is always frozen
+    }
 
 
 def assert_compiled_once(case: Case, outcome: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def test_counting_leaves_the_models_as_they_were():
     denoiser, psi = meta_models(asked, 10)
     first = activations(asked, denoiser, psi)
     assert activations(asked, denoiser, psi) == first
-    assert not any("forward" in vars(block) for block in denoiser.checkpointed)
+    assert not any("forward" in vars(block) for block in denoiser.blocks)
 
 
 def test_attention_keeps_no_matrix_of_all_pairs():

@@ -33,6 +33,7 @@ class Case:
     game: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False  # of activations
+    depth: int = 1
 
     @property
     def config(self) -> Config:
@@ -49,7 +50,7 @@ class Case:
                 "denoiser": {
                     "patch_size": 4,
                     "hidden_size": 16,
-                    "depth": 1,
+                    "depth": self.depth,
                     "num_heads": 2,
                     "num_classes": CLASSES,
                 },
@@ -112,8 +113,19 @@ def cases(world_size: int) -> list[Case]:
         Case("overlap-zero1", "sadm", 1, zero={"overlap_comm": True, "reduce_bucket_size": 1000}),
         Case("overlap-zero2-accumulation2", "sadm", 2, 2, zero={"overlap_comm": True, "reduce_bucket_size": 1000}),
         Case("bf16-clipped-accumulation2", "sadm", 2, 2, precision="bf16", clipping=CLIP),
+        *compiled_cases(),
     ]
     return [case for case in everything if case.stage in stages(world_size)]
+
+
+def compiled_cases() -> list[Case]:
+    """Cases of `cases` with train.compile; their worker compiles without Inductor, that of `matrix` with it."""
+    small = {"reduce_bucket_size": 2000}  # a flat parameter is smaller than a block
+    return [
+        Case("compiled", "sadm", 2, compiled=True, depth=3, zero=small),
+        Case("compiled-accumulation2", "sadm", 0, 2, compiled=True, depth=3, zero=small, checkpointing=True),
+        Case("compiled-bf16", "structure", 2, 1, "bf16", compiled=True, depth=3),
+    ]
 
 
 def stages(world_size: int) -> tuple[int, ...]:
