@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -253,6 +254,11 @@ class ExponentialEMA(Block):
     decay: float = Field(0.9999, gt=0, lt=1, description="share of the average that stays in a step")
 
 
+def _on_or_off(value: Any) -> Any:
+    """`train.compile` was a truth value once."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class TrainConfig(Block):
     steps: int = Field(1500, ge=1, le=_MOST_STEPS, description="denoiser steps of the whole run")
     micro_batch: int = Field(128, ge=1, le=2**20, description="samples of one forward on one rank")
@@ -262,7 +268,14 @@ class TrainConfig(Block):
         description="of weights and arithmetic, beside fp32 master weights; auto: bf16 if a matrix product is quicker"
         " in it where the run starts",
     )
-    compile: bool = Field(False, description="torch.compile both players; minutes at the start, then faster")
+    compile: Annotated[
+        Literal["off", "on", "graphs"],
+        BeforeValidator(_on_or_off, json_schema_input_type=Literal["off", "on", "graphs"] | bool),
+    ] = Field(
+        "off",
+        description="on: torch.compile both players, a minute at the start, then faster; graphs: also replay them as"
+        " CUDA graphs, not yet seen on a device; true and false are on and off",
+    )
     activation_checkpointing: bool = Field(
         False, description="compute each denoiser block anew in the backward pass: less memory, a third more FLOPs"
     )
@@ -480,8 +493,10 @@ class Config(Block):
             raise ValueError(f"game.queue={self.game.queue}: game.mode=plain compares nothing; it must be 0")
         if 0 < self.game.queue < samples:  # with several ranks engine.feature_queue.check_queue asks for more
             raise ValueError(f"game.queue={self.game.queue}: must be 0, or at least the {samples} samples of a step")
-        if self.train.compile and self.implementation == "reference":
-            raise ValueError("train.compile=true: implementation=reference is eager; use fast, or train.compile=false")
+        if self.train.compile != "off" and self.implementation == "reference":
+            raise ValueError(
+                f"train.compile={self.train.compile}: implementation=reference is eager; use fast, or train.compile=off"
+            )
         if (problem := _size_problem(self)) is not None:
             raise ValueError(problem)
         return self

@@ -13,6 +13,7 @@ import torch
 from sadm_fast.build import check_denoiser_weights, check_psi_weights
 from sadm_fast.config import Config
 from sadm_fast.data.source import Source
+from sadm_fast.engine.compilation import check_compilation
 from sadm_fast.engine.feature_queue import check_queue
 from sadm_fast.engine.optimizers import check_optimizers
 from sadm_fast.errors import UserError
@@ -32,6 +33,7 @@ def check_start(config: Config, source: Source, num_classes: int, folder: RunFol
     """Check everything that does not depend on the device; the run's folder itself has been checked before."""
     check_weights(config, num_classes)
     check_optimizers(config)
+    check_compilation(config)
     check_queue(config, world_size)
     if config.game.mode != "plain" and config.structure_encoder.weights is None:
         _check_classes(
@@ -91,7 +93,7 @@ def check_memory(config: Config, num_classes: int, world_size: int, device: torc
     """
     denoiser, psi = meta_models(config, num_classes)
     # Compiled passes keep less than the planner counts.
-    kept = Activations(0, 0, 0, 0) if config.train.compile else activations(config, denoiser, psi)
+    kept = Activations(0, 0, 0, 0) if config.train.compile != "off" else activations(config, denoiser, psi)
     memory = rank_memory(
         config,
         players(config, denoiser, psi),

@@ -156,7 +156,7 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
         ({"data": {"source": "latents"}}, "data.source=latents: needs a latents block"),
         (
             {"implementation": "reference", "train": {"compile": True}},
-            "train.compile=true: implementation=reference is eager; use fast, or train.compile=false",
+            "train.compile=on: implementation=reference is eager; use fast, or train.compile=off",
         ),
         (
             {"latents": {}, "data": {"resolution": 32}},
@@ -475,7 +475,7 @@ def other_values(value: Any) -> list[Any]:
     if isinstance(value, list):
         return [[v / 2 for v in value]]
     words = ["bf16", "reference", "torch", "apex_fused_adam", "resnet18", "small", "frozen", "structure", "global"]
-    words += ["cosine", "absolute", "none", "cpu", "skip", "webdataset", "float32", "ddim", "text"]
+    words += ["cosine", "absolute", "none", "cpu", "skip", "webdataset", "float32", "ddim", "text", "on"]
     return words if isinstance(value, str) else [5, 0.5, "text", True, {"device": "cpu"}]
 
 

@@ -34,7 +34,7 @@ def test_they_are_what_the_paper_trains(name: str) -> None:
     config = load_config(config_file(name))
     zero = config.deepspeed.zero_optimization
     assert config.denoiser.name == "DiT-XL/2" and config.data.source == "latents" and config.game.mode == "sadm"
-    assert config.train.precision == "bf16" and config.train.compile and config.game.scope == "global"
+    assert config.train.precision == "bf16" and config.train.compile == "on" and config.game.scope == "global"
     assert zero.stage >= 1 and zero.overlap_comm
 
 

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from sadm_fast.config import Config
+from sadm_fast.errors import UserError
 from sadm_fast.models.denoiser import Denoiser
+
+
+def check_compilation(config: Config) -> None:
+    """Raise UserError if CUDA graphs are asked for and there is no CUDA device."""
+    if config.train.compile == "graphs" and not torch.cuda.is_available():
+        raise UserError("train.compile=graphs: needs a CUDA device, and there is none; use on")
 
 
 def why_not(stage: int, device: torch.device) -> str | None:

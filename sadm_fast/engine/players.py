@@ -13,6 +13,7 @@ from sadm_fast.config import Config, OptimizerConfig
 from sadm_fast.engine.compilation import blocks_of, compile_in_place, why_not
 from sadm_fast.engine.feature_queue import FeatureQueue, check_queue
 from sadm_fast.engine.flat import Flat, network_of
+from sadm_fast.engine.graphs import graph_in_place
 from sadm_fast.engine.masters import undo_trial_step
 from sadm_fast.engine.optimizers import build_optimizer, deepspeed_dict, is_guarded, learning_rate
 from sadm_fast.engine.sharing import SharedComparison
@@ -73,11 +74,13 @@ class Players:
                 dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
                 self.psi = psi.to(device=device, dtype=dtype).requires_grad_(False)
         self.not_compiled: str | None = None
-        if config.train.compile:
+        if config.train.compile != "off":
             self.not_compiled = why_not(config.deepspeed.zero_optimization.stage, device)
             if self.not_compiled is None:
                 for module in [self.denoiser.module, *([] if self.psi is None else [self.psi])]:
                     compile_in_place(network_of(module))
+                    if config.train.compile == "graphs":
+                        graph_in_place(module)
         self.compare = self._comparison()
         self.queue: FeatureQueue | None = None
         if config.game.queue:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from sadm_fast.engine.compilation import compile_in_place, why_not
+from sadm_fast.config import check_config
+from sadm_fast.engine.compilation import check_compilation, compile_in_place, why_not
+from sadm_fast.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -16,6 +18,13 @@ CPU = torch.device("cpu")
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch._dynamo.reset()
+
+
+def test_graphs_without_a_cuda_device_are_refused_in_one_line() -> None:
+    for value in (False, True, "off", "on"):
+        check_compilation(check_config({"name": "a", "train": {"compile": value}}))
+    with pytest.raises(UserError, match=r"^train.compile=graphs: needs a CUDA device, and there is none; use on$"):
+        check_compilation(check_config({"name": "a", "train": {"compile": "graphs"}}))
 
 
 def test_stage_3_stays_eager() -> None:

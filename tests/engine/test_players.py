@@ -273,6 +273,8 @@ def test_one_graph_serves_all_blocks_and_each_way_of_calling_psi_has_one(results
         "compiled": [5, 5, 5],
         "compiled-accumulation2": [6, 6, 6],  # and a block without gradient
         "compiled-bf16": [4, 4, 4],  # Psi is always frozen
+        "graphs": [5, 5, 5],
+        "graphs-accumulation2": [6, 6, 6],
     }
 
 

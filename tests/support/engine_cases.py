@@ -29,7 +29,7 @@ class Case:
     precision: str = "fp32"
     implementation: str = "fast"
     clipping: float = 0.0
-    compiled: bool = False
+    compiled: bool | str = False  # train.compile
     game: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False  # of activations
@@ -125,6 +125,8 @@ def compiled_cases() -> list[Case]:
         Case("compiled", "sadm", 2, compiled=True, depth=3, zero=small),
         Case("compiled-accumulation2", "sadm", 0, 2, compiled=True, depth=3, zero=small, checkpointing=True),
         Case("compiled-bf16", "structure", 2, 1, "bf16", compiled=True, depth=3),
+        Case("graphs", "sadm", 2, compiled="graphs", game={"discriminator_steps": 2}),
+        Case("graphs-accumulation2", "sadm", 0, 2, compiled="graphs"),
     ]
 
 

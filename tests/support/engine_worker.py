@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from sadm_fast.engine import players
 from sadm_fast.engine.players import NotFinite
 from sadm_fast.ranks.launch import Place, distributed
+from tests.support.cuda_graphs import recorded_on_cpu
 from tests.support.engine_cases import (
     BAD_PLAYER,
     ITERATIONS,
@@ -182,7 +183,7 @@ def poison_of(player: str | None, last_rank: bool) -> Any:
 def main(folder: Path) -> None:
     # Inductor takes a minute for what is the same graphs; the matrix is played with it.
     quickly = mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    with distributed() as place, quickly:
+    with distributed() as place, quickly, mock.patch("sadm_fast.engine.graphs.record", recorded_on_cpu):
         world_size = place.world_size
         by_stage = [
             Case(f"zero{stage}-accumulation{a}", "sadm", stage, a) for stage in stages(world_size) for a in (1, 2)
