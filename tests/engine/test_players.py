@@ -32,6 +32,7 @@ from tests.support.engine_cases import (
     micro_batch,
     poisoned_cases,
     starting_weights,
+    traced_cases,
 )
 from tests.support.ranks import run_once
 
@@ -276,6 +277,16 @@ def test_one_graph_serves_all_blocks_and_each_way_of_calling_psi_has_one(results
         "graphs": [5, 5, 5],
         "graphs-accumulation2": [6, 6, 6],
     }
+
+
+@pytest.mark.slow
+def test_reduction_starts_while_earlier_blocks_are_still_in_their_backward(results: Results):
+    for found in results(2):
+        for case in traced_cases(2):
+            events = found["traced"][case.name]
+            assert [event for event in events if event != "reduce"] == ["block 3", "block 2", "block 1", "block 0"]
+            # A flat parameter is smaller than a block, so each block completes one; the next one sends it off.
+            assert events[2] == events[4] == "reduce", f"{case.name}: {events}"
 
 
 def assert_compiled_once(case: Case, outcome: dict[str, Any]) -> None:

@@ -159,6 +159,17 @@ def poisoned_cases(world_size: int) -> list[Case]:
     return [*found, Case("queue", "sadm", 2, 2, game={"queue": 20})]
 
 
+def traced_cases(world_size: int) -> list[Case]:
+    """Cases whose reductions are watched: four blocks of 4,700 weights, with and without compilation."""
+    buckets = {"reduce_bucket_size": 5000, "overlap_comm": True}
+    return [
+        Case(f"zero{stage}{'-compiled' * compiled}", "plain", stage, compiled=compiled, depth=4, zero=buckets)
+        for stage in (1, 2)
+        for compiled in (False, True)
+        if world_size > 1
+    ]
+
+
 # Whose gradient is NaN in each iteration: the first one finds no moments yet.
 BAD_PLAYER = ("denoiser", None, "discriminator", "denoiser", None)
 

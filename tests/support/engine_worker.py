@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from sadm_fast.engine import players
+from sadm_fast.engine.flat import network_of
 from sadm_fast.engine.players import NotFinite
 from sadm_fast.ranks.launch import Place, distributed
 from tests.support.cuda_graphs import recorded_on_cpu
@@ -26,6 +28,7 @@ from tests.support.engine_cases import (
     cases,
     poisoned_cases,
     stages,
+    traced_cases,
 )
 from tests.support.engine_game import Game
 from tests.support.engine_masters import masters
@@ -180,6 +183,28 @@ def poison_of(player: str | None, last_rank: bool) -> Any:
     return mock.patch(f"sadm_fast.engine.players.{name}", bad)
 
 
+def traced(case: Case, place: Place) -> list[str]:
+    """Ends of the blocks' backwards and starts of reductions, in their order in one iteration."""
+    game = Game(case, place)
+    events: list[str] = []
+    for index, block in enumerate(network_of(game.players.denoiser.module).blocks):
+        block.register_full_backward_hook(lambda *_, index=index: events.append(f"block {index}"))
+
+    def seen(name: str) -> Any:
+        real = getattr(deepspeed.comm, name)
+
+        def reduce(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+            if tensor.numel() > 1:  # not a norm or a flag
+                events.append("reduce")
+            return real(tensor, *arguments, **options)
+
+        return mock.patch.object(deepspeed.comm, name, reduce)
+
+    with seen("reduce"), seen("all_reduce"):
+        game.play(0)
+    return events
+
+
 def main(folder: Path) -> None:
     # Inductor takes a minute for what is the same graphs; the matrix is played with it.
     quickly = mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -188,12 +213,13 @@ def main(folder: Path) -> None:
         by_stage = [
             Case(f"zero{stage}-accumulation{a}", "sadm", stage, a) for stage in stages(world_size) for a in (1, 2)
         ]
-        asked: list[tuple[Callable[[Case, Place], dict[str, Any]], list[Case]]] = [
+        asked: list[tuple[Callable[[Case, Place], Any], list[Case]]] = [
             (compared, cases(world_size)),
             (isolated, by_stage),
             (interrupted, by_stage[::2]),
             (poisoned, poisoned_cases(world_size)),
             (bad_gradients, bad_gradient_cases(world_size)),
+            (traced, traced_cases(world_size)),
         ]
         found = {ask.__name__: {case.name: ask(case, place) for case in of} for ask, of in asked}
         found["masters"] = masters(place)
