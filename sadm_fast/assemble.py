@@ -4,7 +4,7 @@ import copy
 from contextlib import nullcontext
 from typing import Any
 
-from sadm_fast.build import Undrawn, build_denoiser, resolve_classes, start_from_weights
+from sadm_fast.build import Undrawn, build_denoiser, resolve_classes
 from sadm_fast.config import Config
 from sadm_fast.console import Console
 from sadm_fast.data.latents import LatentSource
@@ -12,6 +12,7 @@ from sadm_fast.data.source import Source
 from sadm_fast.ema import EMA
 from sadm_fast.engine.masters import named, owned, trainable_shapes
 from sadm_fast.engine.players import Players, samples_compared, samples_per_step
+from sadm_fast.exchange.starting import start_from_weights
 from sadm_fast.files import write_json
 from sadm_fast.gallery import Gallery, grid_classes, real_grid
 from sadm_fast.metrics.run_evaluation import RunEvaluation

@@ -126,9 +126,14 @@ class FlowConfig(Block):
     process: Literal["flow"]
     t_mean: float = Field(0.0, ge=-50, le=50, description="mean of logit t in training")
     t_std: float = Field(0.0, ge=0, le=50, description="standard deviation of logit t in training; 0: uniform t")
+    direction: Literal["noise", "data"] = Field(
+        "noise",
+        description="what the network is given and predicts; noise: 1000 t and eps - x0; data: 1 - t and x0 - eps, as"
+        " SiT",
+    )
 
     def build(self) -> Process:
-        return Flow(t_mean=self.t_mean, t_std=self.t_std)
+        return Flow(t_mean=self.t_mean, t_std=self.t_std, to_data=self.direction == "data")
 
 
 DENOISER_SIZES = ("patch_size", "hidden_size", "depth", "num_heads")  # given in numbers or by a name
@@ -144,8 +149,19 @@ class DenoiserConfig(Block):
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by the null class")
     weights: FilePath | None = Field(
         None,
-        description="safetensors file to start from, for fine-tuning: a DiT, or a run's ema.safetensors;"
-        " the label table starts anew if it is for another number of classes",
+        description="what to start from, for fine-tuning: safetensors or .pt with DiT's names, as DiT and SiT publish"
+        " them, or a run's folder; the label table starts anew if it is for another number of classes, and a learned"
+        " variance that is not asked for is left out",
+    )
+    weights_entry: Literal["ema", "model"] = Field(
+        "ema", description="what to take of a train.py's .pt: the averaged weights, or those of its last step"
+    )
+    position_grid: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="weights of another resolution: positions are stretched from a grid of so many tokens a side, the"
+        " one of the weights; null: tokens are counted",
     )
 
     @model_validator(mode="after")

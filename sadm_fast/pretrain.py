@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from sadm_fast.build import build_psi, load_psi
+from sadm_fast.build import build_psi
 from sadm_fast.classifier import accuracy, train_classifier
 from sadm_fast.config import ClassifierTraining, Config
 from sadm_fast.console import Console
 from sadm_fast.data import MicroBatchPlan, make_loader
 from sadm_fast.data.source import Source, split
+from sadm_fast.exchange.starting import load_psi
 from sadm_fast.feed import load_samples, loader_spec
 from sadm_fast.metrics.judges import ClassifierJudge
 from sadm_fast.models import StructureEncoder

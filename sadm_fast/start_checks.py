@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from sadm_fast.build import check_denoiser_weights, check_psi_weights
 from sadm_fast.config import Config
 from sadm_fast.data.source import Source
 from sadm_fast.engine.compilation import check_compilation
 from sadm_fast.engine.feature_queue import check_queue
 from sadm_fast.engine.optimizers import check_optimizers
 from sadm_fast.errors import UserError
+from sadm_fast.exchange.starting import check_denoiser_weights, check_psi_weights
 from sadm_fast.planning.cost import activations, meta_models
 from sadm_fast.planning.memory import Activations, rank_memory
 from sadm_fast.planning.players import players

@@ -1,24 +1,9 @@
-"""What is built before the game, and the weights it starts from; whole runs are in test_train.py."""
+"""What is built before the game; whole runs are in test_train.py."""
 
-from pathlib import Path
-from typing import Any
-
-import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from sadm_fast.build import (
-    Undrawn,
-    build_denoiser,
-    build_psi,
-    check_denoiser_weights,
-    check_psi_weights,
-    load_psi,
-    start_from_weights,
-)
-from sadm_fast.config import Config, check_config
-from sadm_fast.errors import UserError
+from sadm_fast.build import Undrawn, build_denoiser
+from sadm_fast.config import check_config
 
 CLASSES = 10
 CONFIG = {
@@ -27,15 +12,6 @@ CONFIG = {
     "denoiser": {"hidden_size": 32, "depth": 1, "num_heads": 2},
     "structure_encoder": {"width": 8, "feature_dim": 8},
 }
-TABLE = "y_embedder.embedding_table.weight"
-BIAS = "x_embedder.proj.bias"
-
-
-def changed(**blocks: dict[str, Any]) -> Config:
-    tree: dict[str, Any] = {name: dict(block) if isinstance(block, dict) else block for name, block in CONFIG.items()}
-    for name, block in blocks.items():
-        tree[name] |= block
-    return check_config(tree)
 
 
 def test_weights_that_will_be_loaded_are_not_drawn_and_all_others_are_right() -> None:
@@ -52,108 +28,3 @@ def test_weights_that_will_be_loaded_are_not_drawn_and_all_others_are_right() ->
     assert kept
     for name in kept:  # the others come from the checkpoint
         assert torch.equal(drawn.state_dict()[name], undrawn.state_dict()[name])
-
-
-def state(classes: int = CLASSES, **blocks: dict[str, Any]) -> dict[str, Tensor]:
-    """A denoiser's state in which no number is 0."""
-    weights = build_denoiser(changed(**blocks), classes).state_dict()
-    return {name: torch.full_like(value, 0.5) for name, value in weights.items()}
-
-
-def started(weights: dict[str, Tensor], tmp_path: Path, **blocks: dict[str, Any]) -> dict[str, Tensor]:
-    """The state of a denoiser that starts from `weights`, by way of a file."""
-    path = tmp_path / "weights.safetensors"
-    save_file(weights, path)
-    config = changed(**blocks, denoiser={"weights": str(path)})
-    with torch.device("meta"):
-        check_denoiser_weights(config, build_denoiser(config, CLASSES))
-    denoiser = build_denoiser(config, CLASSES)
-    start_from_weights(config, denoiser)
-    return dict(denoiser.state_dict())
-
-
-def test_a_denoiser_starts_from_a_whole_state(tmp_path: Path) -> None:
-    assert all((value == 0.5).all() for value in started(state(), tmp_path).values())
-
-
-def test_labels_of_another_number_of_classes_start_anew(tmp_path: Path) -> None:
-    found = started(state(classes=3), tmp_path)
-    drawn = build_denoiser(check_config(CONFIG), CLASSES).state_dict()
-    assert torch.equal(found[TABLE], drawn[TABLE])
-    assert all((value == 0.5).all() for name, value in found.items() if name != TABLE)
-
-
-def test_what_is_fixed_may_be_absent(tmp_path: Path) -> None:
-    weights = state()
-    del weights["pos_embed"]
-    found = started(weights, tmp_path)
-    assert torch.equal(found["pos_embed"], build_denoiser(check_config(CONFIG), CLASSES).state_dict()["pos_embed"])
-    assert (found[TABLE] == 0.5).all()
-
-
-def without_name(weights: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
-    return {name: value for name, value in weights.items() if name not in names}
-
-
-BAD_STATES = {
-    "another network": ({"conv1.weight": torch.ones(3)}, "(it lacks blocks.0.adaLN_modulation.1.bias and "),
-    "a name less": (without_name(state(), BIAS), f"(it lacks {BIAS})"),
-    "a name more": (state() | {"blocks.7.x": torch.ones(1)}, "(it has the unknown blocks.7.x)"),
-    "other sizes": (state(denoiser={"depth": 2}), "(it has the unknown blocks.1.adaLN_modulation.1.bias and "),
-    "another width": (
-        state() | {"x_embedder.proj.bias": torch.ones(8)},
-        "x_embedder.proj.bias is [8], here it is [32]",
-    ),
-    "another table": (state() | {TABLE: torch.ones(11, 8)}, "embedding_table.weight is [11, 8], here it is [11, 32]"),
-    "another resolution": (
-        state(data={"resolution": 56}),
-        "its pos_embed is for 14 x 14 tokens, here are 7 x 7; use data.resolution=56, or a copy of the file without",
-    ),
-    "whole numbers": (state() | {BIAS: torch.ones(32, dtype=torch.int64)}, f"{BIAS} holds I64, not"),
-    "not finite": (
-        state() | {"x_embedder.proj.bias": torch.full((32,), torch.nan)},
-        "x_embedder.proj.bias holds values",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_STATES)
-def test_weights_that_do_not_fit_are_one_line(tmp_path: Path, case: str) -> None:
-    weights, message = BAD_STATES[case]
-    with pytest.raises(UserError) as caught:
-        started(weights, tmp_path)
-    text = str(caught.value)
-    assert text.startswith(f"denoiser.weights={tmp_path}/weights.safetensors: ") and message in text
-    assert "\n" not in text
-
-
-@pytest.mark.parametrize("content", [b"", b"1234567", b"\xff" * 64, b"\x80" + bytes(200), None])
-def test_a_file_that_is_no_safetensors_is_one_line(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "x.safetensors"
-    path.mkdir() if content is None else path.write_bytes(content)
-    config = changed(denoiser={"weights": str(path)}, structure_encoder={"weights": str(path)})
-    with pytest.raises(UserError, match=rf"^denoiser.weights={path}: cannot be read as safetensors \(.+\)$"):
-        check_denoiser_weights(config, build_denoiser(config, CLASSES))
-    with pytest.raises(UserError, match=rf"^structure_encoder.weights={path}: cannot be read as safetensors \(.+\)$"):
-        check_psi_weights(config, build_psi(config))
-
-
-def test_a_file_that_is_cut_is_found_by_its_header(tmp_path: Path) -> None:
-    path = tmp_path / "cut.safetensors"
-    save_file(state(), path)
-    path.write_bytes(path.read_bytes()[:-4])
-    config = changed(denoiser={"weights": str(path)})
-    with pytest.raises(UserError, match="cannot be read as safetensors"):
-        check_denoiser_weights(config, build_denoiser(config, CLASSES))
-
-
-def test_psi_loads_without_the_classifier_of_its_file(tmp_path: Path) -> None:
-    path = tmp_path / "psi.safetensors"
-    weights = build_psi(changed()).state_dict()
-    save_file({**{name: torch.ones_like(value) for name, value in weights.items()}, "fc.bias": torch.ones(3)}, path)
-    config = changed(structure_encoder={"weights": str(path)})
-    psi = load_psi(config, str(path))
-    assert not psi.training and all((value == 1).all() for value in psi.state_dict().values())
-    save_file(without_name(dict(weights), "head.bias"), path)
-    with pytest.raises(UserError, match=r"^structure_encoder.weights=.*does not fit SmallCNN \(it lacks head.bias\);"):
-        load_psi(config, str(path))

@@ -475,7 +475,20 @@ def other_values(value: Any) -> list[Any]:
     if isinstance(value, list):
         return [[v / 2 for v in value]]
     words = ["bf16", "reference", "torch", "apex_fused_adam", "resnet18", "small", "frozen", "structure", "global"]
-    words += ["cosine", "absolute", "none", "cpu", "skip", "webdataset", "float32", "ddim", "text", "on"]
+    words += [
+        "cosine",
+        "absolute",
+        "none",
+        "cpu",
+        "skip",
+        "webdataset",
+        "float32",
+        "ddim",
+        "text",
+        "on",
+        "model",
+        "data",
+    ]
     return words if isinstance(value, str) else [5, 0.5, "text", True, {"device": "cpu"}]
 
 

@@ -17,6 +17,7 @@ FLOORS = (  # lowest first; rooms of one floor do not know each other
     "config",
     "feed build engine precision",
     "run ema planning encoding",
+    "exchange",
     "generation",
     "metrics",
     "pretrain report",

@@ -147,8 +147,9 @@ def test_fine_tuning_starts_from_weights_and_takes_another_number_of_classes(
     config: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     averaged = load_file(run / "checkpoints/step-000004/ema.safetensors")
-    from sadm_fast.build import build_denoiser, start_from_weights
+    from sadm_fast.build import build_denoiser
     from sadm_fast.config import load_config
+    from sadm_fast.exchange.starting import start_from_weights
 
     before = build_denoiser(load_config(config), 3).state_dict() | averaged
     save_file({name: value.contiguous() for name, value in before.items()}, tmp_path / "weights.safetensors")

@@ -11,7 +11,9 @@ from sadm_fast.diffusion.process import Process, Steps, count_of, per_sample
 
 @dataclass(frozen=True)
 class Flow(Process):
-    """x_t = (1 - t) x0 + t eps with t in (0, 1); the network predicts the velocity v = eps - x0.
+    """x_t = (1 - t) x0 + t eps with t in (0, 1); the network is given 1000 t and predicts the velocity eps - x0.
+
+    With `to_data` it is given 1 - t and predicts x0 - eps, as SiT (Ma et al. 2024), whose time runs to the data.
 
     In training t is logit-normal (Esser et al. 2024) with mean `t_mean` and deviation `t_std`, or uniform if `t_std` is
     0.
@@ -21,6 +23,7 @@ class Flow(Process):
 
     t_mean: float = 0.0
     t_std: float = 0.0
+    to_data: bool = False
 
     def sample_t(self, u: Tensor) -> Tensor:
         u = u.double()
@@ -33,10 +36,11 @@ class Flow(Process):
         return 1.0 - t, t
 
     def model_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return x_t, self.time_scale * t.float()
+        return x_t, 1.0 - t.float() if self.to_data else self.time_scale * t.float()
 
     def to_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return x_t.float() - per_sample(t.float(), x_t) * model_output.float()
+        step = per_sample(t.float(), x_t) * model_output.float()
+        return x_t.float() + step if self.to_data else x_t.float() - step
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """Return 1 / t^2: ||x0 - xhat0||^2 = t^2 ||v - vhat||^2, so the weighted error is the error of the velocity."""

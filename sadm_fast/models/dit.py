@@ -31,9 +31,13 @@ def sincos_1d(positions: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_2d(dim: int, grid: int) -> Tensor:
-    """Return the position embedding of a grid x grid image, row-major, float32 [grid^2, dim]; column before row."""
-    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+def sincos_2d(dim: int, grid: int, stretched_from: int | None = None) -> Tensor:
+    """Return the position embedding of a grid x grid image, row-major, float32 [grid^2, dim]; column before row.
+
+    stretched_from: positions are those of an image of so many tokens a side, at the tokens' centres; None: of this one.
+    """
+    positions = (torch.arange(grid, dtype=torch.float64) + 0.5) * ((stretched_from or grid) / grid) - 0.5
+    rows, columns = torch.meshgrid(positions, positions, indexing="ij")
     halves = [sincos_1d(axis.flatten(), dim // 2) for axis in (columns, rows)]
     return torch.cat(halves, dim=1).float()
 
@@ -150,6 +154,8 @@ class DiT(Denoiser):
         in_channels: C of the images.
         out_channels: C of the output; None: 2 x in_channels, for a learned variance, as in the release.
         num_classes: labels are 0 .. num_classes-1; `null_class` is the label for "no class".
+        position_grid: positions are stretched from an image of so many tokens a side, for weights of another
+            resolution; None: they are this image's.
         activation_checkpointing: keep only each block's inputs for the backward pass, which recomputes the rest.
 
     Raises:
@@ -167,6 +173,7 @@ class DiT(Denoiser):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
+        position_grid: int | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -182,7 +189,7 @@ class DiT(Denoiser):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         grid = input_size // patch_size
-        self.pos_embed = nn.Parameter(sincos_2d(hidden_size, grid)[None], requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_2d(hidden_size, grid, position_grid)[None], requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._initialize()
@@ -196,6 +203,7 @@ class DiT(Denoiser):
         num_classes: int = 1000,
         in_channels: int = 4,
         out_channels: int | None = None,
+        position_grid: int | None = None,
         activation_checkpointing: bool = False,
     ) -> "DiT":
         """Build a published size: "DiT-{S,B,L,XL}/{2,4,8}"; ValueError for any other name."""
@@ -209,6 +217,7 @@ class DiT(Denoiser):
             depth=depth,
             num_heads=num_heads,
             num_classes=num_classes,
+            position_grid=position_grid,
             activation_checkpointing=activation_checkpointing,
         )
 

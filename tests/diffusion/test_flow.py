@@ -85,3 +85,18 @@ def test_there_is_nothing_else_to_train() -> None:
     x0, noise, output = batch(2)
     assert Flow().variance_loss(output, x0, noise, torch.full((2,), 0.5)) is None
     assert Flow().output_channels(4) == 4
+
+
+@quick
+@given(ts=times, seed=st.integers(0, 99))
+def test_a_network_whose_time_runs_to_the_data_gives_the_same_x0(ts: list[float], seed: int) -> None:
+    process, t = Flow(to_data=True), torch.tensor(ts)
+    x0, noise, _ = batch(len(ts), seed)
+    x_t = process.add_noise(x0, noise, t)
+    x_in, tau = process.model_input(x_t, t)
+    assert torch.equal(x_in, x_t) and torch.equal(tau, 1 - t)
+    # SiT's path and target: x = tau data + (1 - tau) noise, dx/dtau = data - noise.
+    share = tau.view(-1, 1, 1, 1)
+    torch.testing.assert_close(x_t, share * x0 + (1 - share) * noise, rtol=4 * EPS, atol=4 * EPS)
+    found = process.to_x0(x0 - noise, x_t, t)
+    assert ((found - x0).abs() <= 8 * EPS * (x0.abs() + noise.abs())).all()
