@@ -93,6 +93,8 @@ def assemble(
         players = Players(config, denoiser, psi, device)
         engine = players.denoiser
         ema = EMA(lambda: list(owned(engine)), config.train.ema, lambda fragments: named(engine.module, fragments))
+        if players.fused:
+            ema.join(players.fused["denoiser"])
         writer = CheckpointWriter(
             folder.checkpoints,
             players.engines,

@@ -12,7 +12,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from sadm_kernels.streams import has_streams, philox_uniform
+from sadm_kernels.streams import draws_on, has_streams, philox_draw, philox_first, philox_uniform
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -51,19 +51,44 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     return c0, c1, c2, c3
 
 
+def _key(seed: int) -> tuple[int, int]:
+    return seed & _MASK, (seed >> 32) & _MASK
+
+
 def _words(seed: int, stream: int, sample_ids: Tensor, count: int) -> Tensor:
     """Draw `count` 32-bit words for each sample: int64 [B, count]. stream: purpose + 256 step."""
     blocks = -(-count // 4)
     n = sample_ids.to(torch.int64).view(-1, 1)
     block = torch.arange(blocks, device=n.device)
     counter = (block, torch.full_like(n[:1], int(stream)), n & _MASK, (n >> 32) & _MASK)
-    words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
+    words = philox4x32(counter, _key(seed))
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :count]
 
 
 def uniform(seed: int, purpose: Purpose, sample_ids: Tensor, count: int = 1) -> Tensor:
     """Draw uniform numbers in the open interval (0, 1): float64 [B, count] for int64 sample_ids [B]."""
     return (_words(seed, purpose, sample_ids, count).double() + 0.5) * 2.0**-32
+
+
+def uniform_for(seed: int, purposes: Sequence[Purpose], sample_ids: Tensor) -> Tensor:
+    """Draw what `uniform` draws first for each purpose, at once: float64 [len(purposes), B] for sample_ids [B]."""
+    if sample_ids.device.type == "cpu" and has_streams():
+        return philox_first(seed, [int(purpose) for purpose in purposes], sample_ids)
+    n = sample_ids.to(torch.int64)
+    streams = torch.tensor([[int(purpose)] for purpose in purposes], device=n.device)
+    first, *_ = philox4x32((torch.zeros_like(n), streams, n & _MASK, (n >> 32) & _MASK), _key(seed))
+    return (first.double() + 0.5) * 2.0**-32
+
+
+def normal_and_uniform_for(
+    seed: int, purpose: Purpose, shape: Sequence[int], others: tuple[Purpose, Purpose], sample_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `normal` draws for one purpose and `uniform_for` for two others; one launch on a GPU with Triton."""
+    if draws_on(sample_ids.device):
+        first, second = others
+        drawn = philox_draw(seed, int(purpose), (int(first), int(second)), sample_ids, math.prod(shape))
+        return drawn[0].view(-1, *shape), drawn[1]
+    return normal(seed, purpose, sample_ids, shape), uniform_for(seed, others, sample_ids)
 
 
 def normal(seed: int, purpose: Purpose, sample_ids: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:

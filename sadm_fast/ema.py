@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sadm_fast.config import ExponentialEMA, PowerEMA
+from sadm_fast.engine.fused_step import FusedStep
 from sadm_fast.engine.masters import Fragment
 
 
@@ -51,6 +52,16 @@ class EMA:
         self._fragments, self._decay, self._named = fragments, decay_schedule(ema), named
         self._average = [f._replace(value=f.value.detach().clone()) for f in fragments()]
         self.updates = 0
+        self._joined = False
+
+    def join(self, step: FusedStep) -> None:
+        """Be moved by the optimizer's own pass over the masters; `update` then only counts."""
+        step.average(
+            [f.value for f in self._average],
+            [f.value for f in self._fragments()],
+            lambda: self._decay(self.updates + 1),
+        )  # fmt: skip
+        self._joined = True
 
     @property
     def average(self) -> list[Fragment]:
@@ -61,6 +72,8 @@ class EMA:
     def update(self) -> None:
         """Add the weights after an optimizer step to the average."""
         self.updates += 1
+        if self._joined:
+            return
         masters = [f.value.detach() for f in self._fragments()]
         torch._foreach_lerp_([f.value for f in self._average], masters, 1.0 - self._decay(self.updates))
 

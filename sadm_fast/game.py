@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sadm_fast.counters import Purpose, normal, uniform
+from sadm_fast.counters import Purpose, normal_and_uniform_for
 from sadm_fast.diffusion import Process
 from sadm_kernels import Queue, structure_loss
 
@@ -72,10 +72,11 @@ def draw(
     label_dropout: float,
 ) -> Batch:
     """Draw noise, noise level and label dropout of each sample, as functions of (seed, sample_ids int64 [B])."""
-    noise = normal(seed, Purpose.NOISE, sample_ids, x0.shape[1:])
-    level = uniform(seed, Purpose.TIME, sample_ids)[:, 0]
-    dropped = uniform(seed, Purpose.LABEL_DROP, sample_ids)[:, 0] < label_dropout
-    return Batch(x0, labels, torch.where(dropped, null_class, labels), noise, process.sample_t(level), level)
+    noise, (level, drop) = normal_and_uniform_for(
+        seed, Purpose.NOISE, x0.shape[1:], (Purpose.TIME, Purpose.LABEL_DROP), sample_ids
+    )
+    condition = torch.where(drop < label_dropout, null_class, labels)
+    return Batch(x0, labels, condition, noise, process.sample_t(level), level)
 
 
 def predict(process: Process, denoiser: Callable[..., Tensor], batch: Batch) -> Prediction:

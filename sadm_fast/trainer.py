@@ -16,7 +16,7 @@ from sadm_fast.data.batch import Loader
 from sadm_fast.data.source import Source
 from sadm_fast.ema import EMA
 from sadm_fast.engine.optimizers import learning_rate
-from sadm_fast.engine.players import NotFinite, Players, gradient_norm, samples_per_step
+from sadm_fast.engine.players import Outcome, Players, gradient_norm, samples_per_step
 from sadm_fast.errors import UserError
 from sadm_fast.feed import loader_spec
 from sadm_fast.files import append_json
@@ -62,7 +62,8 @@ class Trainer:
         self.null_class, self.device, self.console = null_class, device, console
         self.rank, self.world_size = rank_and_world_size()
         self.samples_per_step = samples_per_step(config, self.world_size)
-        self.state = TrainState()
+        self.state = TrainState()  # without the iteration that is on its way
+        self._on_its_way: tuple[Outcome, Interval] | None = None  # launched, but not known to be taken or skipped
         self._saved_step = 0
         self._finite_step = 0  # the last one that was taken, or the one of the checkpoint that the run goes on from
         self._resumed_step = 0
@@ -80,8 +81,8 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Iterations so far, taken or skipped."""
-        return self.state.step
+        """Iterations so far, taken, skipped or on their way."""
+        return self.state.step + (self._on_its_way is not None)
 
     @property
     def seconds(self) -> float:
@@ -108,6 +109,8 @@ class Trainer:
                     self._iteration(loader, interval)
                     stop, writing, write_failed = vote.ask()
                     self.writer.decide(writing, write_failed)
+                    if stop or self._due():
+                        self._settle()
                     if train.due(self.step, train.log_every):
                         self._note_broken(loader)
                         line = self._log_line(interval, len(loader.broken))
@@ -121,6 +124,7 @@ class Trainer:
                     due = train.due(self.step, train.checkpoint_every) and self.step < train.steps
                     if due and not self._skipped_in_a_row:
                         self._save()
+                        vote.start_anew()  # nobody has been asked about this save yet
                         interval = Interval(self.device)
                 if stop:
                     self.console.say(f"asked to stop: saving a checkpoint of step {self.step}")
@@ -183,19 +187,31 @@ class Trainer:
             for batch in micro_batches
         ]
         self.players.set_learning_rates(self.step)
-        try:
-            outcome = self.players.iteration(batches, self.step)
-        except NotFinite:
-            self.state.advance(self.samples_per_step, taken=False)
-            self._skipped()
-        else:
-            self.ema.update()
-            self.state.advance(self.samples_per_step, taken=True)
-            self._skipped_in_a_row = 0
-            self._finite_step = self.step
-            self.writer.followed(self.step)
-            interval.add(outcome)
+        outcome = self.players.launch(batches, self.step, self._settle)
+        self._on_its_way = outcome, interval
         interval.step_done()
+
+    def _due(self) -> bool:
+        """Whether something is made or saved after this step, so that its end must be known."""
+        train, evaluate = self.config.train, self.config.evaluate
+        each = (train.log_every, train.sample_every, train.checkpoint_every, evaluate.every)
+        return any(every is not None and train.due(self.step, every) for every in each)
+
+    def _settle(self) -> None:
+        """Count the iteration on its way, once the device has told whether it is taken or skipped. Collective."""
+        if self._on_its_way is None:
+            return
+        (outcome, interval), self._on_its_way = self._on_its_way, None
+        taken = self.players.settle(outcome)
+        self.state.advance(self.samples_per_step, taken=taken)
+        if not taken:
+            self._skipped()
+            return
+        self.ema.update()
+        self._skipped_in_a_row = 0
+        self._finite_step = self.step
+        self.writer.followed(self.step)
+        interval.add(outcome)
 
     def _skipped(self) -> None:
         self._skipped_in_a_row += 1

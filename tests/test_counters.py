@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sadm_fast.counters import Purpose, normal, permutation, philox4x32, uniform
+from sadm_fast import counters
+from sadm_fast.counters import Purpose, normal, permutation, philox4x32, uniform, uniform_for
 
 quick = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**64 - 1)
@@ -73,6 +74,19 @@ def test_shapes_and_dtypes(seed: int, ids: list[int], shape: list[int]) -> None:
     assert numbers.shape == (len(ids), 3) and numbers.dtype == torch.float64
     assert noise.shape == (len(ids), *shape) and noise.dtype == torch.float32
     assert noise.isfinite().all()
+
+
+@pytest.mark.parametrize("by", ["C++ where it is built", "tensor operations"])
+@quick
+@given(seed=seeds, ids=sample_ids, purposes=st.lists(st.sampled_from(list(Purpose)), min_size=1, max_size=4))
+def test_numbers_for_several_purposes_are_those_of_each(by: str, seed: int, ids: list[int], purposes: list[Purpose]):
+    samples = torch.tensor(ids)
+    with pytest.MonkeyPatch.context() as patch:
+        if by == "tensor operations":
+            patch.setattr(counters, "has_streams", lambda: False)
+        found = uniform_for(seed, purposes, samples)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, torch.stack([uniform(seed, purpose, samples)[:, 0] for purpose in purposes]))
 
 
 def test_an_empty_batch_gets_no_numbers() -> None:

@@ -1,5 +1,6 @@
 """The loop with players that do not play."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -12,7 +13,6 @@ from PIL import Image
 from sadm_fast.config import check_config
 from sadm_fast.console import Console
 from sadm_fast.data import open_images
-from sadm_fast.engine.players import NotFinite
 from sadm_fast.errors import UserError
 from sadm_fast.ranks.stopping import StopRequest
 from sadm_fast.run.folder import RunFolder
@@ -22,7 +22,7 @@ from sadm_fast.trainer import Trainer
 
 @pytest.fixture
 def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    """Of three steps, whose iterations `trainer.players.iteration` decides about."""
+    """Of three steps, whose players `iterations` tells what to do."""
     (tmp_path / "images" / "only").mkdir(parents=True)
     for i in range(4):
         Image.fromarray(np.full((8, 8), 60 * i, np.uint8)).save(tmp_path / "images" / "only" / f"{i}.png")
@@ -46,12 +46,20 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     )  # fmt: skip
 
 
-def iterations(trainer: Trainer, *outcomes: Any) -> None:
-    trainer.players.iteration.side_effect = outcomes  # type: ignore[attr-defined]
+def iterations(trainer: Trainer, *taken: bool) -> None:
+    """Iterations that are taken or skipped, as the device tells when they are settled."""
+    players: Any = trainer.players
+
+    def launch(batches: object, step: int, meanwhile: Callable[[], None]) -> object:
+        meanwhile()
+        return MagicMock()
+
+    players.launch.side_effect = launch
+    players.settle.side_effect = taken
 
 
 def test_a_run_in_which_every_step_was_skipped_is_an_error(trainer: Trainer) -> None:
-    iterations(trainer, *[NotFinite()] * 3)
+    iterations(trainer, *[False] * 3)
     with pytest.raises(UserError, match=r"run: every step was skipped, .*: nothing was trained") as caught:
         trainer.run(StopRequest())
     assert "\n" not in str(caught.value)
@@ -61,14 +69,14 @@ def test_a_run_in_which_every_step_was_skipped_is_an_error(trainer: Trainer) -> 
 
 def test_a_continued_run_that_only_skipped_is_an_error(trainer: Trainer) -> None:
     trainer.state = TrainState(step=1, ema_updates=1)
-    iterations(trainer, *[NotFinite()] * 2)
+    iterations(trainer, *[False] * 2)
     with pytest.raises(UserError, match="nothing was trained"):
         trainer.run(StopRequest())
 
 
 def test_a_run_with_one_step_that_counted_is_none(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sadm_fast.trainer.Interval", MagicMock())
-    iterations(trainer, NotFinite(), MagicMock(), NotFinite())
+    iterations(trainer, False, True, False)
     assert trainer.run(StopRequest())
     assert (trainer.step, trainer.state.skipped_steps) == (3, 2)
 
@@ -96,8 +104,44 @@ def test_nothing_is_saved_while_steps_are_skipped(trainer: Trainer, monkeypatch:
 
     writer: Any = trainer.writer
     writer.save.side_effect = save
-    iterations(trainer, MagicMock(), MagicMock(), NotFinite(), *[MagicMock()] * 4, *[NotFinite()] * 10)
+    iterations(trainer, True, True, False, *[True] * 4, *[False] * 10)
     with pytest.raises(UserError, match=r"10 steps in a row, up to step 17, .* followed is .*step-000006: lower"):
         trainer.run(StopRequest())
     assert saved == [1, 2, 4, 5, 6, 7]
     assert [call.args[0] for call in writer.followed.call_args_list] == [1, 2, 4, 5, 6, 7]
+
+
+def test_a_step_is_not_waited_for_before_the_next_one_is_on_its_way(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sadm_fast.trainer.Interval", MagicMock())
+    iterations(trainer, True, False, True)
+    order: list[str] = []
+    players: Any = trainer.players
+    launch, settle = players.launch.side_effect, iter([True, False, True])
+
+    def launched(batches: object, step: int, meanwhile: Callable[[], None]) -> object:
+        order.append(f"launch {step}")
+        return launch(batches, step, meanwhile)
+
+    def settled(outcome: object) -> bool:
+        order.append("settle")
+        return next(settle)
+
+    players.launch.side_effect, players.settle.side_effect = launched, settled
+    assert trainer.run(StopRequest())
+    # The last step has something due: it is settled at once.
+    assert order == ["launch 0", "launch 1", "settle", "launch 2", "settle", "settle"]
+    assert (trainer.step, trainer.state.skipped_steps, trainer.state.ema_updates) == (3, 1, 2)
+
+
+def test_what_is_made_after_a_step_is_made_of_a_settled_one(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sadm_fast.trainer.Interval", MagicMock())
+    train = trainer.config.train.model_copy(update={"steps": 6, "checkpoint_every": 2})
+    trainer.config = trainer.config.model_copy(update={"train": train})
+    iterations(trainer, *[True] * 6)
+    saved: list[tuple[int, int]] = []
+    writer: Any = trainer.writer
+    writer.save.side_effect = lambda state: saved.append((state.step, trainer.step))
+    assert trainer.run(StopRequest())
+    assert saved == [(2, 2), (4, 4), (6, 6)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from sadm_kernels.samples import Pairs, compute_dtype
 from sadm_kernels.scaling import common_scale, row_scale
 
-_INTERFACE = 3  # kInterface of structure.h
+_INTERFACE = 4  # kInterface of structure.h
 _FOLDER = Path(__file__).parent
 LIBRARY = _FOLDER / "libstructure.so"
 BUILD_FAILURE = _FOLDER / "build_failure.txt"  # setup.py leaves the reason here
@@ -57,6 +57,33 @@ class _StructurePass(ctypes.Structure):
     ]
 
 
+class AdamWStep(ctypes.Structure):
+    """AdamWStep of structure.h, field by field."""
+
+    _fields_ = [
+        ("master", ctypes.c_void_p),
+        ("gradient", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+        ("second", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("average", ctypes.c_void_p * 4),
+        ("norm", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("share", ctypes.c_float * 4),
+        ("max_norm", ctypes.c_float),
+        ("beta1", ctypes.c_float),
+        ("beta2", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("kept", ctypes.c_float),
+        ("step_size", ctypes.c_float),
+        ("root_of_correction", ctypes.c_float),
+        ("averages", ctypes.c_int32),
+        ("gradient_dtype", ctypes.c_int32),
+        ("weight_dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library and "ok", or None and why there is none."""
     if not LIBRARY.exists():
@@ -77,8 +104,16 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         pointer, integer, integer, ctypes.c_uint32, ctypes.c_uint64, pointer, ctypes.c_int32,
     ]  # fmt: skip
     library.philox_uniform.restype = None
+    library.philox_first.argtypes = [pointer, integer, pointer, integer, ctypes.c_uint64, pointer]
+    library.philox_first.restype = None
     library.copy_rows.argtypes = [pointer, integer, integer, pointer]
     library.copy_rows.restype = None
+    library.adamw_step.argtypes = [ctypes.POINTER(AdamWStep)]
+    library.adamw_step.restype = None
+    library.sum_of_squares.argtypes = [pointer, integer, ctypes.c_int32, pointer, ctypes.c_int32]
+    library.sum_of_squares.restype = ctypes.c_double
+    library.restore_if_not_finite.argtypes = [pointer, pointer, pointer, pointer, ctypes.c_int32]
+    library.restore_if_not_finite.restype = None
     return library, "ok"
 
 

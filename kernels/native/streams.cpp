@@ -13,6 +13,17 @@
 
 namespace {
 
+inline void rounds(uint32_t (&c)[4], uint64_t key) {
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c[0]) * 0xD2511F53u, p1 = static_cast<uint64_t>(c[2]) * 0xCD9E8D57u;
+    const uint32_t c0 = static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0, c2 = static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1;
+    c[0] = c0, c[1] = static_cast<uint32_t>(p1), c[2] = c2, c[3] = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
 constexpr int kLanes = 32;  // counter blocks of four words that go through the rounds together
 
 // Philox4x32-10 (Salmon et al., SC 2011) of counters (block, stream, id low, id high), block = first .. first + kLanes - 1,
@@ -63,6 +74,18 @@ EXPORT void philox_uniform(const int64_t* ids, int64_t samples, int64_t count, u
       std::memcpy(row + done, rest, static_cast<size_t>(count - done) * sizeof(float));
     }
   }
+}
+
+// out[streams][samples]: the first word of each stream and sample id, as (word + 1/2) 2^-32 in double, which is exact.
+EXPORT void philox_first(const int64_t* ids, int64_t samples, const int64_t* streams, int64_t number, uint64_t key,
+                         double* out) {
+  for (int64_t s = 0; s < number; ++s)
+    for (int64_t i = 0; i < samples; ++i) {
+      const uint64_t id = static_cast<uint64_t>(ids[i]);
+      uint32_t c[4] = {0, static_cast<uint32_t>(streams[s]), static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32)};
+      rounds(c, key);
+      out[s * samples + i] = (c[0] + 0.5) * 0x1p-32;
+    }
 }
 
 // out[rows][bytes] from rows that lie anywhere. The processor fetches ahead within a page; where the next page is, it has

@@ -31,9 +31,28 @@ struct StructurePass {
   int32_t in_range;             // promised: squares of features stay in range; else this is checked, see kOutOfRange
 };
 
+// One AdamW step of `count` elements (kernels/adamw.py). Nothing is written if *norm is not finite.
+struct AdamWStep {
+  float* master;                // [count], as all below
+  const void* gradient;
+  float* first;                 // moments
+  float* second;
+  void* weight;                 // or null
+  float* average[4];
+  const float* norm;            // of all gradients, before clipping
+  int64_t count;
+  float share[4];               // of the new master in an average
+  float max_norm;               // 0: no clipping
+  float beta1, beta2, eps;
+  float kept;                   // 1 - lr * weight decay
+  float step_size;              // lr / (1 - beta1^n)
+  float root_of_correction;     // sqrt(1 - beta2^n)
+  int32_t averages, gradient_dtype, weight_dtype, threads;
+};
+
 // What a pass returns. kOutOfRange: nothing was computed, features have to be scaled by a power of two first.
 // kClustered does not leave the library: the same pass once more, with other instructions.
 enum { kDone = 0, kNoMemory = 1, kOutOfRange = 2, kClustered = 3 };
-constexpr int32_t kInterface = 3;
+constexpr int32_t kInterface = 4;
 
 }

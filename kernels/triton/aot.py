@@ -127,16 +127,13 @@ def record(variant: Variant, capability: int) -> Launch:
     return next(x for x in recorder.launches if x.kernel == variant.kernel)
 
 
-def _machine_code(work: Launch, capability: int) -> tuple[bytes, int]:
-    """The kernel's cubin and its shared bytes, compiled as Triton would on launching it."""
+def machine_code(kernel: Any, work: Launch, capability: int) -> tuple[bytes, int]:
+    """The cubin of a kernel and its shared bytes, compiled as Triton would on launching it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
-    from sadm_kernels.triton import device_code
-
-    kernel = getattr(device_code, work.kernel)
     if not isinstance(kernel, JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile; unset it")
     target = GPUTarget("cuda", capability, 32)
@@ -155,9 +152,16 @@ def _machine_code(work: Launch, capability: int) -> tuple[bytes, int]:
 
 def compile_variant(name: str, capability: int) -> Usage:
     """Compile VARIANTS[name] for compute capability / 10 and read off what it takes."""
+    from sadm_kernels.triton import device_code
+
+    work = record(VARIANTS[name], capability)
+    return usage_of(*machine_code(getattr(device_code, work.kernel), work, capability))
+
+
+def usage_of(cubin: bytes, shared: int) -> Usage:
+    """Read off what compiled code takes."""
     import triton
 
-    cubin, shared = _machine_code(record(VARIANTS[name], capability), capability)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

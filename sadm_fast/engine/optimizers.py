@@ -1,30 +1,34 @@
 """Both players' optimizers, their learning rates, and DeepSpeed's configuration dictionary."""
 
-import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sadm_fast.config import Config, OptimizerConfig
 from sadm_fast.errors import UserError
 
 
-def is_guarded(config: Config) -> bool:
-    """Whether our optimizer clips and skips, because DeepSpeed does neither in fp32 without ZeRO."""
-    return config.train.precision == "fp32" and config.deepspeed.zero_optimization.stage == 0
+def is_fused(config: Config) -> bool:
+    """Whether both players step by `fused_step.FusedStep`, which clips and skips itself, and not as DeepSpeed steps.
+
+    The reference implementation takes DeepSpeed's steps, but in fp32 without ZeRO those neither clip nor skip.
+    """
+    zero = config.deepspeed.zero_optimization
+    offloaded = zero.offload_optimizer is not None and zero.offload_optimizer.device != "none"
+    deepspeeds = config.implementation == "reference" and (zero.stage > 0 or config.train.precision == "bf16")
+    adamw = config.denoiser_optimizer.type == config.discriminator_optimizer.type == "adamw"
+    return zero.stage < 3 and adamw and not offloaded and not deepspeeds
 
 
 def deepspeed_dict(config: Config, optimizer: OptimizerConfig, world_size: int, device_type: str) -> dict[str, Any]:
     """DeepSpeed's configuration of one player, derived from ours."""
     train, zero = config.train, config.deepspeed.zero_optimization
-    guarded = is_guarded(config) and optimizer.type == "adamw"
     return {
         "train_batch_size": train.micro_batch * train.grad_accumulation * world_size,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.grad_accumulation,
-        "gradient_clipping": 0.0 if guarded else optimizer.gradient_clipping,
+        "gradient_clipping": 0.0 if is_fused(config) else optimizer.gradient_clipping,
         "bf16": {"enabled": train.precision == "bf16"},
         "zero_optimization": zero.model_dump(exclude_none=True) | zero.buckets(device_type),
         "zero_force_ds_cpu_optimizer": False,
@@ -52,8 +56,8 @@ def _fused_adam(asked: str) -> Any:
     return FusedAdam
 
 
-def build_optimizer(config: OptimizerConfig, module: nn.Module, guarded: bool) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, by torch or by apex; `guarded` as `is_guarded` says."""
+def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, by torch or by apex."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     arguments: dict[str, Any] = {
         "lr": config.lr,
@@ -63,8 +67,6 @@ def build_optimizer(config: OptimizerConfig, module: nn.Module, guarded: bool) -
     }
     if config.type == "apex_fused_adam":
         return _fused_adam("type=apex_fused_adam")(parameters, adam_w_mode=True, **arguments)
-    if guarded:
-        return GuardedAdamW(parameters, max_norm=config.gradient_clipping, fused=True, **arguments)
     return torch.optim.AdamW(parameters, fused=True, **arguments)  # one pass over the memory, no temporaries
 
 
@@ -73,33 +75,3 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
     warm = (step + 1) / max(1, optimizer.warmup_steps)
     cool = (steps - step) / max(1, optimizer.decay_steps)
     return optimizer.lr * min(1.0, warm, cool)
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """Measures the gradient's norm, leaves the weights alone when it is not finite, and clips.
-
-    The engine reads `overflow` and `_global_grad_norm` after a step, as it does from DeepSpeed's own wrappers. Its
-    gradient_clipping must be 0 beside this, so that the norm is the one before clipping.
-
-    Args:
-        max_norm: largest norm of the gradient; 0 means no clipping.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], *, max_norm: float, **arguments: Any) -> None:
-        super().__init__(parameters, **arguments)
-        self.max_norm = max_norm
-        self.overflow = False
-        self._global_grad_norm: Tensor | None = None
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; none if a gradient is not finite."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self._global_grad_norm = norm
-        self.overflow = not math.isfinite(norm.item())
-        if self.overflow:
-            return None
-        if self.max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
-        return super().step(closure)

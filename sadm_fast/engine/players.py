@@ -1,6 +1,7 @@
 """Denoiser and discriminator with their DeepSpeed engines, and one iteration of the game."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ from sadm_fast.config import Config, OptimizerConfig
 from sadm_fast.engine.compilation import blocks_of, compile_in_place, why_not
 from sadm_fast.engine.feature_queue import FeatureQueue, check_queue
 from sadm_fast.engine.flat import Flat, network_of
+from sadm_fast.engine.fused_step import FusedStep
 from sadm_fast.engine.graphs import graph_in_place
 from sadm_fast.engine.masters import undo_trial_step
-from sadm_fast.engine.optimizers import build_optimizer, deepspeed_dict, is_guarded, learning_rate
+from sadm_fast.engine.optimizers import build_optimizer, deepspeed_dict, is_fused, learning_rate
 from sadm_fast.engine.sharing import SharedComparison
 from sadm_fast.engine.state import Snapshot
 from sadm_fast.game import (
@@ -30,6 +32,7 @@ from sadm_fast.game import (
     structure_distance,
 )
 from sadm_fast.ranks.collectives import rank_and_world_size
+from sadm_fast.ranks.on_host import OnHost
 from sadm_kernels import Queue
 
 
@@ -44,14 +47,17 @@ class Outcome:
     loss_denoise: Tensor  # [B] of every micro-batch
     level: Tensor  # the uniform number behind each sample's t: its quartile is the noise quartile
     structure_distances: Tensor | None  # S of every micro-batch in the denoiser's loss; 0 where no pair counted
+    samples: list[Queue]  # what each micro-batch adds to the feature queue
+    norm: OnHost  # of the denoiser's gradient; not finite: neither player has stepped
     loss_discriminator: Tensor | None = None  # 0-d, -S of the last discriminator step
 
 
 class Players:
     """Denoiser and discriminator with their engines.
 
-    In mode "sadm" both have one; in "structure" Psi is a frozen module; in "plain" there is no Psi. `not_compiled` says
-    why train.compile could not be followed, if it could not.
+    In mode "sadm" both have one; in "structure" Psi is a frozen module; in "plain" there is no Psi. `fused` holds the
+    steps of the players, by name, that do not step as DeepSpeed does. `not_compiled` says why train.compile could not
+    be followed, if it could not.
     """
 
     def __init__(self, config: Config, denoiser: nn.Module, psi: nn.Module | None, device: torch.device) -> None:
@@ -59,15 +65,17 @@ class Players:
         self._device_type = device.type
         self.process = config.process
         self.mode = config.game.mode
+        self.fused: dict[str, FusedStep] = {}
+        self._meanwhile: Callable[[], None] = lambda: None
         self.world_size = rank_and_world_size()[1]
-        self.denoiser = self._initialize(denoiser, config.denoiser_optimizer)
+        self.denoiser = self._initialize("denoiser", denoiser, config.denoiser_optimizer)
         self.discriminator: Any = None
         self.psi: Any = None
         if self.mode != "plain":
             if psi is None:
                 raise ValueError(f"mode {self.mode!r} needs a structure encoder")
             if self.mode == "sadm":
-                self.discriminator = self._initialize(psi, config.discriminator_optimizer)
+                self.discriminator = self._initialize("discriminator", psi, config.discriminator_optimizer)
                 self.psi = self.discriminator.module
                 self._before = Snapshot(self.discriminator)
             else:
@@ -105,17 +113,19 @@ class Players:
             return SharedComparison(**fields, group=dist.group.WORLD)
         return Comparison(**fields)
 
-    def _initialize(self, module: nn.Module, optimizer: OptimizerConfig) -> Any:
+    def _initialize(self, player: str, module: nn.Module, optimizer: OptimizerConfig) -> Any:
         zero = self.config.deepspeed.zero_optimization
         if self.config.implementation == "fast" and zero.stage < 3:
             module = Flat(module, zero.buckets(self._device_type)["reduce_bucket_size"], blocks_of(module))
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(optimizer, module, is_guarded(self.config)),
+            optimizer=build_optimizer(optimizer, module),
             config=deepspeed_dict(self.config, optimizer, self.world_size, self._device_type),
             dist_init_required=False,
         )
         undo_trial_step(engine)
+        if is_fused(self.config):
+            self.fused[player] = FusedStep(engine, optimizer)
         return engine
 
     @property
@@ -144,57 +154,82 @@ class Players:
         return ramp(step, game.lambda_s, game.start_step, game.ramp_steps) if self.playing(step) else 0.0
 
     def iteration(self, batches: Sequence[Batch], step: int) -> Outcome:
-        """One step of both players on this rank's micro-batches. Collective.
+        """`launch` an iteration and wait for its end. Collective.
+
+        Raises:
+            NotFinite: on every rank; both players and the queue are as they were.
+        """
+        outcome = self.launch(batches, step)
+        if not self.settle(outcome):
+            raise NotFinite
+        return outcome
+
+    def launch(self, batches: Sequence[Batch], step: int, meanwhile: Callable[[], None] = lambda: None) -> Outcome:
+        """One step of both players on this rank's micro-batches, of which the device may still be at work. Collective.
 
         First the discriminator's turn over all micro-batches, then the denoiser's, so that every micro-batch meets the
         same two players. With one micro-batch the denoiser's forward serves both turns: its weights do not change in
         between. With more, its graph would have to be kept for each, so the discriminator's turn runs it without one.
 
-        Both players step, or neither. A loss that is not finite makes its own gradient NaN (`_or_nan`), and a gradient
-        that is not finite on any rank makes the engine drop the step on all. A step that the denoiser drops takes
-        back the discriminator's.
+        Both players step, or neither; `settle` tells. A loss that is not finite makes its own gradient NaN (`_or_nan`),
+        and a gradient that is not finite on any rank is no step on all. The discriminator's forbids the denoiser's
+        step, and the denoiser's takes back the discriminator's.
 
         Args:
             batches: `grad_accumulation` micro-batches.
             step: 0-based iteration.
-
-        Raises:
-            NotFinite: on every rank; both players and the queue are as they were.
+            meanwhile: settles the iteration before, if that is open. Called once, as late as possible: when this one's
+                first gradients are on their way, or where past features are needed.
         """
+        self._meanwhile = meanwhile
         reuse = self.config.implementation == "fast" and len(batches) == 1
         prediction = predict(self.process, self.denoiser, batches[0]) if reuse else None
-        loss_discriminator = None
-        if self.mode == "sadm" and self.playing(step):
-            xhat0 = self._xhat0(batches) if prediction is None else [prediction.xhat0]
-            loss_discriminator = self._discriminator_turn(batches, xhat0)
+        veto = loss_discriminator = None
         try:
-            outcome = self._denoiser_turn(batches, prediction, step)
+            if self.mode == "sadm" and self.playing(step):
+                xhat0 = self._xhat0(batches) if prediction is None else [prediction.xhat0]
+                self._before.take()
+                loss_discriminator, veto = self._discriminator_turn(batches, xhat0)
+            outcome = self._denoiser_turn(batches, prediction, step, veto)
         except NotFinite:
-            if loss_discriminator is not None:
+            if self.mode == "sadm" and self.playing(step):
                 self._before.restore()
-            raise
+            nothing = torch.zeros(0)
+            return Outcome(nothing, nothing, None, [], OnHost(torch.tensor(torch.nan)))
+        if veto is not None and self.fused:
+            self._before.restore_unless(self.fused["denoiser"].norm)
         outcome.loss_discriminator = loss_discriminator
         return outcome
 
-    def _discriminator_turn(self, batches: Sequence[Batch], xhat0: Sequence[Tensor]) -> Tensor:
-        """Steps that ascend S; the loss -S of the last one, 0-d. NotFinite, with the discriminator as before."""
-        self._before.take()
+    def settle(self, outcome: Outcome) -> bool:
+        """Wait for a launched iteration: whether both players have stepped. If not, all is as it was. Collective."""
+        taken = math.isfinite(outcome.norm.wait())
+        for fused in self.fused.values():
+            fused.settle(taken)
+        if taken and self.queue is not None and outcome.samples:
+            self.queue.push(outcome.samples)
+        return taken
+
+    def _discriminator_turn(self, batches: Sequence[Batch], xhat0: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Steps that ascend S: the loss -S of the last one, and a 0-d that is finite if all were taken."""
         loss = torch.zeros((), device=batches[0].x0.device)
+        veto: Tensor | None = None
         for _ in range(self.config.game.discriminator_steps):
             loss = torch.zeros_like(loss)
             for batch, estimate in zip(batches, xhat0, strict=True):
                 part = discriminator_loss(
                     self.compare, self.process, self.discriminator, batch, estimate, self._past
                 )  # fmt: skip
-                self._backward(self.discriminator, part)
+                self._backward("discriminator", part, veto)
                 loss = loss + part.detach() / len(batches)
-            if not self.discriminator.was_step_applied():
-                self._before.restore()
-                raise NotFinite
-        return loss
+            veto = self._norm("discriminator")
+        assert veto is not None
+        return loss, veto
 
-    def _denoiser_turn(self, batches: Sequence[Batch], prediction: Prediction | None, step: int) -> Outcome:
-        """The step that descends L_den + lambda_s S. NotFinite, with the denoiser and the queue as before.
+    def _denoiser_turn(
+        self, batches: Sequence[Batch], prediction: Prediction | None, step: int, veto: Tensor | None
+    ) -> Outcome:
+        """The step that descends L_den + lambda_s S.
 
         prediction: of the only micro-batch, if there is one already.
         """
@@ -206,36 +241,59 @@ class Players:
             if playing:
                 with frozen(self.psi):
                     structure = structure_distance(self.compare, self.process, self.psi, batch, xhat0, self._past)
-                    self._backward(self.denoiser, denoiser_loss(loss, structure.distance, lambda_s))
+                    self._backward("denoiser", denoiser_loss(loss, structure.distance, lambda_s), veto)
                 distances.append(structure.distance.detach())
                 samples.append(structure.samples)
             else:
-                self._backward(self.denoiser, denoiser_loss(loss))
-        if not self.denoiser.was_step_applied():
-            raise NotFinite
-        if self.queue is not None and samples:
-            self.queue.push(samples)
+                self._backward("denoiser", denoiser_loss(loss), veto)
         return Outcome(
             torch.cat(losses),
             torch.cat([batch.level for batch in batches]),
             torch.stack(distances) if distances else None,
+            samples,
+            OnHost(self._norm("denoiser")),
         )
 
     @property
     def _past(self) -> Queue | None:
         """The queue before this iteration: it changes at its end only, for all micro-batches and both players."""
-        return None if self.queue is None else self.queue.columns
+        if self.queue is None:
+            return None
+        self._settle_the_last()
+        return self.queue.columns
 
     @torch.no_grad()
     def _xhat0(self, batches: Sequence[Batch]) -> list[Tensor]:
         """xhat0 of every micro-batch, without graphs."""
         return [predict(self.process, self.denoiser, batch).xhat0 for batch in batches]
 
-    @staticmethod
-    def _backward(engine: Any, loss: Tensor) -> None:
-        """Backward and step; DeepSpeed itself steps only at the last micro-batch."""
+    def _backward(self, player: str, loss: Tensor, veto: Tensor | None) -> None:
+        """Backward and step; DeepSpeed itself steps only at the last micro-batch.
+
+        veto: if not None and not finite, there is no step.
+        """
+        engine = self.engines[player]
         engine.backward(_or_nan(loss))
+        self._settle_the_last()
+        if player in self.fused:
+            self.fused[player].veto = veto
         engine.step()
+
+    def _norm(self, player: str) -> Tensor:
+        """The norm of the gradient of a player's last step, 0-d on the device: not finite if it was not taken.
+
+        Raises:
+            NotFinite: DeepSpeed's own step was not taken, which is known without asking the device.
+        """
+        if player in self.fused:
+            return self.fused[player].norm
+        if not self.engines[player].was_step_applied():
+            raise NotFinite
+        return torch.zeros(())
+
+    def _settle_the_last(self) -> None:
+        meanwhile, self._meanwhile = self._meanwhile, lambda: None
+        meanwhile()
 
 
 def _or_nan(loss: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sadm_fast.engine.flat import network_of
 from sadm_fast.engine.masters import local_masters, refresh_weights, refresh_whole_copies
+from sadm_kernels.adamw import restore_if_not_finite
 
 MASTER, BUFFER = "master", "buffer"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,7 +41,7 @@ def pieces(engine: Any) -> Iterator[Piece]:
     """
     if engine.zero_optimization_stage() == 0 and engine.global_rank != 0:
         return
-    owners = _Owners(engine)
+    owners = OptimizerState(engine)
     for name, start, value in local_masters(engine):
         yield Piece(MASTER, name, start, value)
         for moment, part in owners.moments(value).items():
@@ -53,7 +54,7 @@ def pieces(engine: Any) -> Iterator[Piece]:
 
 def steps_taken(engine: Any) -> int:
     """The number of optimizer steps applied, which AdamW's bias correction uses."""
-    return _Owners(engine).steps_taken()
+    return OptimizerState(engine).steps_taken()
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def restore(engine: Any, read: Reader, steps: int) -> None:
     Raises:
         KeyError: a piece that this engine needs was not saved.
     """
-    owners = _Owners(engine)
+    owners = OptimizerState(engine)
     owners.allocate_moments(steps)
     for name, start, value in local_masters(engine):
         value.copy_(read(MASTER, name, start, value.numel()))
@@ -75,7 +76,7 @@ def restore(engine: Any, read: Reader, steps: int) -> None:
             buffer.copy_(read(BUFFER, name, 0, buffer.numel()).view(buffer.shape))
 
 
-class _Owners:
+class OptimizerState:
     """The tensors that the optimizer steps, with their state; fragments of the masters are parts of them."""
 
     def __init__(self, engine: Any) -> None:
@@ -104,18 +105,19 @@ class _Owners:
     def _state(self, owner: Tensor) -> Mapping[str, Any]:
         return self._inner.state.get(owner, {})
 
+    def moments_of_owners(self) -> tuple[Tensor, ...]:
+        """The moments of all tensors that are stepped; none before the first step."""
+        states = [self._state(owner) for owner in self._tensors]
+        return tuple(state[name] for state in states for name in MOMENTS if name in state)
+
     def all_tensors(self, engine: Any) -> list[Tensor]:
         """All tensors that a step changes, except counters and stage 3's whole copies of weights."""
-        states = [self._state(owner) for owner in self._tensors]
-        moments = [state[name] for state in states for name in MOMENTS if name in state]
         weights = [getattr(p, "ds_tensor", p) for p in engine.module.parameters() if p.requires_grad]
         masters = [owner for owner in self._tensors if not any(owner is p for p in weights)]
-        return [*weights, *masters, *moments, *(b for b in engine.module.buffers() if b.numel())]
+        return [*weights, *masters, *self.moments_of_owners(), *(b for b in engine.module.buffers() if b.numel())]
 
     def set_steps_taken(self, steps: int) -> None:
-        """Set the optimizer's step counters; 0 removes its state, as before the first step."""
-        if steps == 0:
-            self._inner.state.clear()
+        """Set the optimizer's step counters."""
         for owner in self._tensors:
             if "step" in self._state(owner):
                 self._inner.state[owner]["step"].fill_(float(steps))
@@ -124,18 +126,30 @@ class _Owners:
                 group["step"] = steps
 
     def allocate_moments(self, steps: int) -> None:
-        """Give the optimizer the state of `steps` applied steps, with zero moments; 0 removes its state."""
-        self._inner.state.clear()
-        if steps == 0:
-            return
+        """Give the optimizer the state of `steps` applied steps, with zero moments."""
         for owner in self._tensors:
             self._inner.state[owner] = {
-                "step": torch.tensor(float(steps), device=owner.device),  # where the fused AdamW wants it
-                **{name: torch.zeros_like(owner, memory_format=torch.preserve_format) for name in MOMENTS},
+                name: torch.zeros_like(owner, memory_format=torch.preserve_format) for name in MOMENTS
             }
+            if not self._counts_once:
+                self._inner.state[owner]["step"] = torch.tensor(float(steps), device=owner.device)  # as AdamW wants it
+        self.set_steps_taken(steps)
+
+    def forget(self) -> None:
+        """Remove the moments, as before the first step."""
+        self._inner.state.clear()
         for group in self._inner.param_groups:
             if "step" in group:
-                group["step"] = steps
+                group["step"] = 0
+
+    def count_once(self) -> None:
+        """Count steps for all tensors together, as a number (apex does), instead of on the device for each."""
+        for group in self._inner.param_groups:
+            group.setdefault("step", 0)
+
+    @property
+    def _counts_once(self) -> bool:
+        return all("step" in group for group in self._inner.param_groups)
 
 
 class Snapshot:
@@ -146,24 +160,31 @@ class Snapshot:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._owners = _Owners(engine)
+        self._owners = OptimizerState(engine)
         self._kept: list[tuple[Tensor, Tensor]] = []  # (the engine's tensor, its copy)
         self._steps = 0
 
     @torch.no_grad()
     def take(self) -> None:
-        """Copy the engine's state; call between steps."""
+        """Copy the engine's state, without waiting for the device; call between steps."""
         tensors = self._owners.all_tensors(self._engine)
         self._steps = self._owners.steps_taken()
         if len(tensors) != len(self._kept) or any(a is not b for a, (b, _) in zip(tensors, self._kept, strict=True)):
             self._kept = [(tensor, torch.empty_like(tensor)) for tensor in tensors]
-        for tensor, copy in self._kept:
-            copy.copy_(tensor, non_blocking=True)
+        torch._foreach_copy_([copy for _, copy in self._kept], tensors, non_blocking=True)
+
+    @torch.no_grad()
+    def restore_unless(self, finite: Tensor) -> None:
+        """Bring tensors, but no counters, back to the copy if 0-d float32 `finite` is not; does not wait for it."""
+        restore_if_not_finite(finite, *zip(*self._kept, strict=True))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Bring the engine back to the copy. Collective."""
         for tensor, copy in self._kept:
             tensor.copy_(copy, non_blocking=True)
-        self._owners.set_steps_taken(self._steps)
+        if self._steps:
+            self._owners.set_steps_taken(self._steps)
+        else:
+            self._owners.forget()
         refresh_whole_copies(self._engine)

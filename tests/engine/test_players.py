@@ -315,8 +315,8 @@ def test_a_queue_has_room_for_a_step_of_all_ranks():
 def test_clipping_is_always_told_to_deepspeed(stage: int, clipping: float):
     config = Case("", "sadm", stage, clipping=clipping).config
     derived = deepspeed_dict(config, config.denoiser_optimizer, world_size=2, device_type="cpu")
-    # In fp32 without ZeRO our own optimizer clips, and twice would be wrong.
-    assert derived["gradient_clipping"] == (0.0 if stage == 0 else clipping)
+    # Below stage 3 our own step clips, and twice would be wrong.
+    assert derived["gradient_clipping"] == (clipping if stage == 3 else 0.0)
     assert derived["train_batch_size"] == 2 * config.train.micro_batch
 
 

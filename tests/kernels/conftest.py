@@ -1,4 +1,4 @@
-"""Every instruction set of this processor, one after the other, within one process."""
+"""Where kernels can run: every instruction set of this processor, and Triton's strict interpreter."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from sadm_kernels import backends, native
+from tests.kernels.triton.strict_interpreter import strict
+
+__all__ = ["instruction_set", "strict"]
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16"])

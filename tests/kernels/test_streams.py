@@ -1,5 +1,8 @@
 """The C++ helpers that feed a trainer: the same bits as tensor operations, and rows from anywhere."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from sadm_fast import counters
 from sadm_fast.counters import Purpose
 from sadm_kernels import native
 from sadm_kernels.streams import copy_rows, has_streams, philox_uniform
+from sadm_kernels.triton import aot, random
 
 pytestmark = pytest.mark.skipif(not has_streams(), reason="the C++ library was not built")
 
@@ -73,3 +77,43 @@ def test_without_the_library_they_say_so(monkeypatch: pytest.MonkeyPatch) -> Non
         philox_uniform(0, 0, torch.arange(2), 3)
     with pytest.raises(RuntimeError, match="not built: try"):
         copy_rows(torch.zeros(0, dtype=torch.int64), 1, 0)
+
+
+@pytest.mark.parametrize("where", ["strict", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("count", [1, 64, 203])
+def test_a_micro_batchs_numbers_in_one_launch_are_those_of_the_tensor_operations(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, where: str, count: int
+) -> None:
+    if where == "strict":
+        strict = request.getfixturevalue("strict")
+        code = strict.load(Path(random.__file__).with_name("random_code.py"))
+        monkeypatch.setattr(random, "_kernels", lambda: code)
+        monkeypatch.setattr(random, "PRECISE", False)
+        monkeypatch.setattr(random, "BLOCK", 32)
+    elif not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = "cpu" if where == "strict" else "cuda"
+    seed, ids = (5 << 40) + 77, torch.tensor([0, 1, (9 << 32) + 4, 2**62], device=device)
+    others = (Purpose.TIME, Purpose.LABEL_DROP)
+    normal, first = random.draw(seed, int(Purpose.NOISE), (int(others[0]), int(others[1])), ids, count)
+    monkeypatch.setattr(counters, "has_streams", lambda: False)
+    assert torch.equal(first, counters.uniform_for(seed, others, ids))
+    expected = counters.normal(seed, Purpose.NOISE, ids, (count,))
+    if where == "cuda":
+        assert torch.equal(normal, expected)
+    else:  # numpy's logarithm, sine and cosine are not torch's: an ulp each, and of an angle up to 2 pi
+        torch.testing.assert_close(normal, expected, rtol=2**-20, atol=2**-20)
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_the_draw_compiles_for_a_gpu_with_few_registers(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    pytest.importorskip("triton")
+    from sadm_kernels.triton import random_code
+
+    recorder: Any = aot._Recorder()
+    monkeypatch.setattr(random, "_kernels", lambda: recorder)
+    random.draw(seed, 0, (1, 2), torch.empty(64, dtype=torch.int64, device="meta"), 4096)
+    (work,) = recorder.launches
+    usage = aot.usage_of(*aot.machine_code(random_code.draw, work, 90))
+    # The stack is of CUDA's sine and cosine of large angles, which these are not: at most 7 words for both.
+    assert usage.stack <= 32 and usage.registers <= 64

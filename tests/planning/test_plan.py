@@ -235,7 +235,7 @@ def test_vote_and_log_line_are_as_large_as_planned(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(vote, "is_distributed", lambda: True)
     monkeypatch.setattr(vote, "communication_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(vote, "max_over_ranks", count)
+    monkeypatch.setattr(vote, "sum_over_ranks", count)
     monkeypatch.setattr(log, "sum_over_ranks", count)
     vote.Vote().ask()
     log.Interval(torch.device("cpu")).reduce(8, 0)
