@@ -8,12 +8,11 @@ stored statistics ("frozen").
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+from sadm_fast.models.pixels import ImageNetPixels
+
 _GROUPS = 8
 _CELLS = 2  # SmallCNN pools its last map to so many cells a side
 
@@ -84,8 +83,6 @@ class ResNet18(nn.Module):
     """
 
     feature_dim = 512
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(self, in_channels: int = 3, stem: str = "imagenet", norm: str = "group") -> None:
         super().__init__()
@@ -107,12 +104,11 @@ class ResNet18(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.register_buffer("pixel_mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.pixels = ImageNetPixels()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] == 3:
-            x = ((x + 1) / 2 - self.pixel_mean) / self.pixel_std
+            x = self.pixels(x)
         x = F.relu(self.bn1(self.conv1(x.to(self.conv1.weight.dtype))))
         if self.stem == "imagenet":
             x = F.max_pool2d(x, 3, stride=2, padding=1)
