@@ -60,7 +60,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         judge, facts = prepare_judge(config, images, RunFolder(arguments.run).pretrained, place.device, console)
         try:
             evaluation = RunEvaluation(config, images, judge, trained.filled, place.device)
-            scores = evaluation.score(trained.model, trained.step)
+            scores = evaluation.score(trained.model, trained.step or 0)
         except ValueError as error:  # too few real images, samples that are not finite
             raise UserError(f"{arguments.run}: cannot be scored: {error}") from None
         console.say(json.dumps(scores | {"judge_accuracy": facts.get("accuracy")}, indent=2))

@@ -1,6 +1,6 @@
-"""A finished (or stopped) run, for use: its configuration, classes and averaged denoiser."""
+"""A finished (or stopped) run, for use: its configuration, classes and averaged denoiser; samples drawn from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sadm_fast.build import Undrawn, build_denoiser, load_weights
+from sadm_fast.build import Undrawn, build_denoiser, classes_of_weights, load_weights, start_from_weights
 from sadm_fast.config import Config, check_config
+from sadm_fast.config_tree import override
 from sadm_fast.counters import Purpose, normal
 from sadm_fast.diffusion import guided, sample
 from sadm_fast.diffusion.process import Steps
@@ -21,19 +22,20 @@ from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.run import checkpoint
 from sadm_fast.run.folder import RunFolder
-from sadm_fast.run.manifest import EMA_FILE
+from sadm_fast.run.manifest import EMA_FILE, Damaged, OtherFormat, step_of
 
 
 class Trained(NamedTuple):
-    """What sampling and evaluation need of a run."""
+    """What sampling and evaluation need of a run, or of weights alone."""
 
     config: Config
     classes: list[str]
     filled: list[int]  # the labels that it was trained on, of those of `classes`
     model: Denoiser  # EMA weights, eval mode
-    step: int
-    latent_space: dict[str, Any] | None  # of the autoencoder it was trained with; None: it paints pixels
-    checkpoint: Path
+    step: int | None  # None: weights alone, of which it is not known
+    latent_space: dict[str, Any] | None  # of the autoencoder it was trained with; None: not known, or it paints pixels
+    checkpoint: Path  # its folder, or the file of weights
+    sha256: str  # of the file of the weights
 
     def autoencoder(self, device: torch.device, path: str | None = None) -> Autoencoder | None:
         """What turns its samples into images, from `path` or where the run had it; None if they are images.
@@ -41,30 +43,46 @@ class Trained(NamedTuple):
         Raises UserError if it cannot be loaded or is not the one of the training.
         """
         latents = self.config.latents
-        if self.latent_space is None or latents is None:
+        if latents is None:
             if path is not None:
-                raise UserError(f"--autoencoder {path}: the run of {self.checkpoint} paints pixels; leave it out")
+                raise UserError(f"--autoencoder {path}: {self.checkpoint} paints pixels; leave it out")
             return None
         loaded = Autoencoder.load(path or latents.autoencoder, device=device, scale=latents.scale)
-        loaded.require_space(self.latent_space, f"checkpoint {self.checkpoint}")
+        if self.latent_space is not None:
+            loaded.require_space(self.latent_space, f"checkpoint {self.checkpoint}")
         return loaded
 
+    def facts(self) -> dict[str, Any]:
+        """Which weights these are, for the record beside what is made with them."""
+        average = None if self.step is None else self.config.train.ema.model_dump(mode="json")
+        return {"file": str(self.checkpoint), "sha256": self.sha256, "step": self.step, "ema": average}
 
-def load_trained(run: Path, device: torch.device, say: Callable[[str], None]) -> Trained:
+
+def load_trained(run: Path, device: torch.device, say: Callable[[str], None], overrides: Sequence[str] = ()) -> Trained:
     """The averaged weights of a run's newest whole checkpoint; damaged ones are named by `say`.
+
+    Args:
+        run: the run's folder, or that of one of its checkpoints.
+        overrides: as --set, of `seed` and `sampling` only.
 
     Raises:
         UserError: the folder holds no run, or no checkpoint that is whole.
     """
-    folder = RunFolder(run)
+    asked = run if step_of(run) is not None and run.parent.name == "checkpoints" else None
+    folder = RunFolder(run.parent.parent if asked else run)
     try:
-        config = check_config(parse_json(folder.config.read_bytes()))
+        raw = parse_json(folder.config.read_bytes())
+        for text in overrides:
+            if not text.startswith(("sampling.", "seed=")):
+                raise UserError(f"--set {text}: of a trained run only sampling.* can be changed")
+            override(raw, text)
+        config = check_config(raw)
         facts = parse_json(folder.facts.read_bytes())
         classes = [str(name) for name in facts["classes"]]
         empty = set(facts.get("empty_classes", ()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run}: holds no run that can be read ({error})") from None
-    found = next(checkpoint.whole(folder.checkpoints, say), None)
+    found = next(checkpoint.whole(folder.checkpoints, say), None) if asked is None else _whole(asked)
     if found is None:
         raise UserError(f"{run}: has no whole checkpoint yet; train first")
     with Undrawn():
@@ -78,7 +96,50 @@ def load_trained(run: Path, device: torch.device, say: Callable[[str], None]) ->
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{found.folder}: does not fit the run's config.json ({error})") from None
     filled = [label for label in range(len(classes)) if label not in empty]
-    return Trained(config, classes, filled, model, found.manifest.step, space, found.folder)
+    digest = found.manifest.files[EMA_FILE]
+    return Trained(config, classes, filled, model, found.manifest.step, space, found.folder, digest)
+
+
+def _whole(folder: Path) -> checkpoint.Found:
+    """The checkpoint in `folder`; UserError if it is not whole."""
+    try:
+        return checkpoint.Found(folder, checkpoint.read(folder))
+    except (Damaged, OtherFormat) as problem:
+        raise UserError(f"checkpoint {folder}: cannot be used ({problem})") from None
+
+
+def load_alone(config: Config, device: torch.device) -> Trained:
+    """The weights of denoiser.weights, as they are, without a run; its classes are named by their numbers.
+
+    Raises:
+        UserError: as build.start_from_weights, or their label table is for another number of classes.
+    """
+    path = config.denoiser.weights
+    assert path is not None
+    classes = classes_of_weights(config)
+    with Undrawn():
+        model = build_denoiser(config, classes)
+    start_from_weights(config, model)
+    model = model.to(device).eval().requires_grad_(False)
+    names = [str(label) for label in range(classes)]
+    return Trained(config, names, list(range(classes)), model, None, None, Path(path), checkpoint.sha256(Path(path)))
+
+
+def sampling_facts(config: Config) -> dict[str, Any]:
+    """How samples are drawn, every setting that has a say, for the record beside them."""
+    sampling = config.sampling
+    name = sampler_name(sampling.sampler, config.process)
+    return {
+        "process": config.diffusion.model_dump(mode="json"),
+        "sampler": {"name": name, "steps": sampling.steps, **sampling.options(name)},
+        "guidance": {
+            "scale": sampling.guidance_scale,
+            "channels": sampling.guidance_channels,
+            "interval": sampling.guidance_interval,
+        },
+        "clip_denoised": sampling.clip_denoised,
+        "seed": config.seed,
+    }
 
 
 _DECODED_AT_ONCE = 8  # latents: a decoder takes some hundred times the memory of its image

@@ -1,13 +1,21 @@
-"""Draw samples from a trained run.
+"""Draw samples from a trained run, or from weights alone.
 
 python sadm_fast/sample.py runs/mnist                                   a grid, all classes
 python sadm_fast/sample.py runs/mnist --classes 3 7 --count 64 --guidance-scale 3 --out threes_and_sevens.png
 python sadm_fast/sample.py runs/mnist --count 1000 --folder samples/    one PNG a sample, in class folders
+deepspeed --num_gpus 8 sadm_fast/sample.py --weights DiT-XL-2-256x256.safetensors --config configs/imagenet256.json
+    --set sampling.sampler=ddpm --steps 250 --guidance-scale 1.5 --set sampling.guidance_channels=3
+    --labels random --count 50000 --out samples.npz                     what the evaluator of ADM reads
+
+The same command continues a drawing that was stopped. A sample is a function of the seed and its number: it is the same
+on any number of ranks and in any batch. Beside the samples, in NAME.provenance.json, stands how they were drawn.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # the repository, not its folder sadm_fast/, whose names could hide other modules
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -15,86 +23,164 @@ if __name__ == "__main__":  # the repository, not its folder sadm_fast/, whose n
 from sadm_fast import cli
 from sadm_fast.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
+    from sadm_fast.generation import Trained
+
+_COUNT = 80
+_PICTURES = (".png", ".jpg", ".jpeg")
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser("sample.py", __doc__)
-    parser.add_argument("run", type=cli.path, help="the run's folder, for example runs/mnist")
+    parser.add_argument(
+        "run", type=cli.path, nargs="?",
+        help="the run's folder, for example runs/mnist, or one of its checkpoints, runs/mnist/checkpoints/step-000500",
+    )  # fmt: skip
+    parser.add_argument("--weights", type=cli.path, metavar="FILE", help="a denoiser's weights, without a run")
+    parser.add_config(required=False)
     parser.add_argument("--classes", nargs="+", action="extend", metavar="CLASS", help="class names (default: all)")
     parser.add_argument(
-        "--count", type=cli.whole(1), default=80, metavar="N",
-        help="samples in all; they go round the classes (default: 80)",
+        "--labels", default="in-turn", metavar="HOW",
+        help="in-turn: samples go round the classes (default); equal: the same, and equally many of each; random:"
+        " uniform by the seed; or a text file with a class a line",
     )  # fmt: skip
-    parser.add_argument("--steps", type=cli.whole(1, 10_000), metavar="N", help="sampler steps (default: the run's)")
+    parser.add_argument("--count", type=cli.whole(1), metavar="N", help=f"samples in all (default: {_COUNT})")
+    parser.add_argument("--sampler", metavar="NAME", help="sampling.sampler (default: the run's)")
     parser.add_argument(
-        "--guidance-scale", type=cli.real(0, 10_000), metavar="S", help="classifier-free guidance (default: the run's)"
+        "--steps", type=_steps, metavar="N", help="sampling.steps: a number, ddim50 or 10,15,20 (default: the run's)"
     )
     parser.add_argument(
-        "--seed", type=cli.whole(0, 2**64 - 1), metavar="N", help="of the starting noise (default: the run's)"
+        "--guidance-scale", type=cli.real(0, 10_000), metavar="S", help="sampling.guidance_scale (default: the run's)"
     )
-    parser.add_argument("--autoencoder", help="of a run on latents: folder or hub id (default: where the run had it)")
-    parser.add_argument("--batch", type=cli.whole(1), default=250, metavar="N", help="samples at a time")
+    parser.add_argument(
+        "--guide", type=cli.path, metavar="PATH",
+        help="autoguidance by a worse model instead of the classifier-free: a run, one of its checkpoints, or a file"
+        " of weights for --guide-config",
+    )  # fmt: skip
+    parser.add_argument("--guide-config", metavar="FILE", help="the configuration of a --guide that is a file")
+    parser.add_argument("--seed", type=cli.whole(0, 2**64 - 1), metavar="N", help="of all noise (default: the run's)")
+    parser.add_argument("--autoencoder", help="of a model on latents: folder or hub id (default: where the run had it)")
+    parser.add_argument("--batch", type=cli.whole(1), default=250, metavar="N", help="samples at a time, on each rank")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--out", type=cli.path, metavar="FILE", help="the grid, .png or .jpg (default: samples.png in the run's folder)"
-    )
+        "--out", type=cli.path, metavar="FILE",
+        help="a grid, .png or .jpg (default: samples.png in the run's folder); or all samples in .npz, as arr_0",
+    )  # fmt: skip
     where.add_argument(
         "--folder", type=cli.path, metavar="DIR",
-        help="write every sample to DIR/class/number.png instead of a grid; DIR must be new or empty",
+        help="write every sample to DIR/class/number.png instead; DIR must be new or empty, or begun so",
     )  # fmt: skip
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if (arguments.run is None) == (arguments.weights is None):
+        parser.error("give either the folder of a run, or --weights and --config")
+    if (arguments.weights is None) != (arguments.config is None):
+        parser.error("--weights and --config go together; a run has its own")
+    if arguments.weights is not None and arguments.out is None and arguments.folder is None:
+        parser.error("--weights needs --out or --folder")
+    if arguments.guide_config is not None and arguments.guide is None:
+        parser.error("--guide-config is for a --guide")
+    return arguments
+
+
+def _steps(text: str) -> str:
+    """An argparse type: sampling.steps, whose own check is the configuration's."""
+    return str(cli.whole(1, 10_000)(text)) if text.removeprefix("-").isdecimal() else text
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(lambda _: _sample(parse_arguments(argv)), again="starts again")
+    return cli.run(lambda _: _sample(parse_arguments(argv)), again="continues")
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    if not cli.is_sole_worker("sample.py"):
-        return 0
-    import torch
-
     from sadm_fast.console import Console
-    from sadm_fast.generation import generate, load_trained, to_images
-    from sadm_fast.pictures import ClassFolders, GridFile
-    from sadm_fast.ranks.launch import own_device
+    from sadm_fast.drawing import draw, labels_at_random, labels_in_file, labels_in_turn
+    from sadm_fast.pictures import ClassFolders, GridFile, NpzFile, Output
+    from sadm_fast.ranks import environment
+    from sadm_fast.ranks.launch import distributed, own_device
 
-    device = own_device()
-    console = Console()
-    trained = load_trained(arguments.run, device, console.complain)
-    there = [trained.classes[label] for label in trained.filled]
-    names = list(arguments.classes or there)
-    unknown = [name for name in names if name not in there]
-    if unknown:
-        raise UserError(f"--classes {unknown[0]}: the run was trained on images of {', '.join(there[:20])}")
-    config, count = trained.config, arguments.count
-    if arguments.seed is not None:
-        config = config.model_copy(update={"seed": arguments.seed})
-    steps = arguments.steps or config.sampling.steps
-    scale = config.sampling.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
-    shape = (config.data.channels, config.data.resolution, config.data.resolution)
-    output: ClassFolders | GridFile
-    if arguments.folder is not None:
-        output = ClassFolders(arguments.folder, names[:count])
+    trained, guide = _load(arguments, own_device(), Console(environment.rank()).complain)
+    names = list(arguments.classes or [trained.classes[label] for label in trained.filled])
+    count = arguments.count
+    if arguments.labels in ("in-turn", "equal"):
+        labels, count = labels_in_turn(trained, names), count or _COUNT
+        if arguments.labels == "equal" and count % len(names):
+            raise UserError(f"--count {count}: --labels equal needs a multiple of the {len(names)} classes")
+    elif arguments.labels == "random":
+        labels, count = labels_at_random(trained, names), count or _COUNT
     else:
-        out = arguments.out or arguments.run / "samples.png"
-        output = GridFile(out, count, min(len(names), count), shape)
+        if arguments.classes:
+            raise UserError(f"--labels {arguments.labels}: names the classes itself; leave --classes out")
+        labels, lines = labels_in_file(trained, Path(arguments.labels))
+        count = count or lines
+        if count > lines:
+            raise UserError(f"--count {count}: {arguments.labels} has {lines} lines")
 
-    autoencoder = trained.autoencoder(device, arguments.autoencoder)
-    labels = torch.tensor([trained.classes.index(name) for name in names], device=device)
-    with console.bar("sampling", count) as bar:
-        for first in range(0, count, arguments.batch):
-            ids = torch.arange(first, min(first + arguments.batch, count), device=device)
-            samples = generate(config, trained.model, labels[ids % len(names)], ids, steps=steps, guidance_scale=scale)
-            if not bool(torch.isfinite(samples).all()):
-                raise UserError(
-                    f"{trained.checkpoint}: draws samples that are not finite at --guidance-scale {scale:g}, --steps"
-                    f" {steps}; try others, or an earlier checkpoint"
-                )
-            output.add(first, to_images(samples, autoencoder))
-            bar.at(first + len(ids))
-    output.finish()
-    console.say(str(output.path))
+    data = trained.config.data
+    shape = (data.channels, data.resolution, data.resolution)
+    out = arguments.out or arguments.run and arguments.run / "samples.png"
+    output: Output
+    if arguments.folder is not None:
+        output = ClassFolders(arguments.folder, trained.classes, count)
+    elif out.suffix.lower() == ".npz":
+        output = NpzFile(out, count, shape)
+    elif out.suffix.lower() in _PICTURES:
+        output = GridFile(out, count, min(len(names) if arguments.labels in ("in-turn", "equal") else 10, count), shape)
+    else:
+        raise UserError(f"--out {out}: must end in {', '.join(_PICTURES)} or .npz")
+
+    with distributed() as place:
+        draw(
+            trained,
+            labels,
+            count,
+            output,
+            batch=arguments.batch,
+            guide=guide,
+            autoencoder=trained.autoencoder(place.device, arguments.autoencoder),
+            place=place,
+            console=Console(place.rank),
+        )
     return 0
+
+
+def _load(
+    arguments: argparse.Namespace, device: "torch.device", say: Callable[[str], None]
+) -> "tuple[Trained, Trained | None]":
+    """The model to draw from, with the settings of the command line, and the worse one that guides it, if any."""
+    from sadm_fast.config import load_config
+    from sadm_fast.generation import load_alone, load_trained
+
+    settings = {
+        "sampling.sampler": arguments.sampler,
+        "sampling.steps": arguments.steps,
+        "sampling.guidance_scale": arguments.guidance_scale,
+        "seed": arguments.seed,
+    }
+    overrides = [*arguments.overrides, *(f"{key}={value}" for key, value in settings.items() if value is not None)]
+    if arguments.weights is None:
+        trained = load_trained(arguments.run, device, say, overrides)
+    else:
+        weights = [f"denoiser.weights={arguments.weights}"]
+        trained = load_alone(load_config(arguments.config, [*overrides, *weights]), device)
+    if arguments.guide is None:
+        return trained, None
+    if trained.config.sampling.guidance_scale == 1.0:
+        raise UserError(f"--guide {arguments.guide}: --guidance-scale 1 guides nothing; use another, for example 2")
+    if arguments.guide_config is None:
+        guide = load_trained(arguments.guide, device, say)
+    else:
+        config = load_config(arguments.guide_config, [f"denoiser.weights={arguments.guide}"])
+        guide = load_alone(config, device)
+    for what, own, other in (
+        ("diffusion", trained.config.diffusion, guide.config.diffusion),
+        ("samples [C, H, W]", trained.config.sample_shape, guide.config.sample_shape),
+        ("classes", trained.model.num_classes, guide.model.num_classes),
+    ):
+        if own != other:
+            raise UserError(f"--guide {arguments.guide}: must have the same {what}: {own}, not {other}")
+    return trained, guide
 
 
 if __name__ == "__main__":

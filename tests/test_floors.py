@@ -19,7 +19,7 @@ FLOORS = (  # lowest first; rooms of one floor do not know each other
     "run ema planning encoding",
     "exchange",
     "generation",
-    "metrics",
+    "metrics drawing",
     "pretrain report",
     "gallery start_checks",
     "trainer",

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sadm_fast import generation, sample
+from sadm_fast import drawing, sample
 from tests.support.finished_run import finished_run
 from tests.support.programs import tree
 from tests.test_train import CLASSES
@@ -35,7 +35,7 @@ def test_a_grid_is_what_its_name_says(run: Path, tmp_path: Path, name: str, kind
     out = tmp_path / "new" / "folder" / name
     assert sample.main([str(run), "--count", "3", "--out", str(out)]) == 0
     assert Image.open(out).format == kind
-    assert [path.name for path in out.parent.iterdir()] == [name]
+    assert sorted(path.name for path in out.parent.iterdir()) == [name, f"{name}.provenance.json"]
 
 
 def test_the_batch_changes_no_pixel(run: Path, tmp_path: Path):
@@ -46,14 +46,14 @@ def test_the_batch_changes_no_pixel(run: Path, tmp_path: Path):
 
 
 def test_pictures_are_written_as_they_are_drawn(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    generate, batches = generation.generate, iter(range(2))
+    generate, batches = drawing.generate, iter(range(2))
 
     def interrupted(*arguments: Any, **options: Any) -> torch.Tensor:
         if next(batches, None) is None:
             raise KeyboardInterrupt
         return generate(*arguments, **options)
 
-    monkeypatch.setattr(generation, "generate", interrupted)
+    monkeypatch.setattr(drawing, "generate", interrupted)
     assert sample.main([str(run), "--count", "1000000000", "--batch", "2", "--folder", str(tmp_path / "out")]) == 130
     assert len(list((tmp_path / "out").rglob("*.png"))) == 4
 
@@ -91,8 +91,8 @@ def test_a_tilde_is_the_home_folder(run: Path, tmp_path: Path, monkeypatch: pyte
         (["--guidance-scale", "-1"], "--guidance-scale -1: must be from 0"),
         (["--guidance-scale", "x"], "--guidance-scale x: must be a number"),
         (["--out", "/proc/none/x.png"], "--out /proc/none/x.png: cannot be written"),
-        (["--out", "x.gif"], "--out x.gif: must end in .png, .jpg, .jpeg"),
-        (["--out", "x"], "--out x: must end in .png, .jpg, .jpeg"),
+        (["--out", "x.gif"], "--out x.gif: must end in .png, .jpg, .jpeg or .npz"),
+        (["--out", "x"], "--out x: must end in .png, .jpg, .jpeg or .npz"),
         (["--out", ""], '--out "": must be a path'),
         (["--out", "x.png", "--folder", "x"], "--folder not allowed with argument --out"),
         (["--folder", "/proc/none"], "--folder /proc/none: cannot be used"),
@@ -109,7 +109,7 @@ def test_a_wrong_option_is_one_line_before_anything_is_drawn(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(run.parent)
-    monkeypatch.setattr(generation, "generate", None)
+    monkeypatch.setattr(drawing, "generate", None)
     before = tree(run.parent)
     assert sample.main([str(run), *arguments]) == 2
     out, error = capsys.readouterr()
@@ -126,7 +126,7 @@ def test_a_folder_in_the_place_of_the_picture_is_named(run: Path, tmp_path: Path
 def test_samples_that_are_not_finite_are_no_picture(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(generation, "generate", lambda *_, **__: torch.full((3, 1, 8, 8), torch.nan))
+    monkeypatch.setattr(drawing, "generate", lambda *_, **__: torch.full((3, 1, 8, 8), torch.nan))
     assert sample.main([str(run), "--count", "3", "--out", str(tmp_path / "x.png")]) == 2
     assert "not finite at --guidance-scale 1, --steps 2" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()

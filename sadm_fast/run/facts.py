@@ -27,7 +27,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that have a say in the numbers, those that are installed."""
+    found = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def commit() -> str | None:
     """The commit of the source tree, with "+changes" where files differ from it; None outside a git checkout."""
     root = Path(__file__).resolve().parent.parent
     try:
@@ -90,9 +96,8 @@ def run_facts(
     shown: Sequence[int],
 ) -> dict[str, Any]:
     """The content of run.json; `shown` are the classes in the columns of the sample grids."""
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     return {
-        "versions": {name: version for name, version in versions.items() if version is not None},
+        "versions": versions(),
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -101,7 +106,7 @@ def run_facts(
             "system": platform.platform(terse=True),
         },
         "world_size": world_size,
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "classes": list(images.classes),
         "empty_classes": sorted(set(range(len(images.classes))) - set(images.filled)),  # nothing is drawn of them
