@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sadm_fast.build import Undrawn, build_denoiser, classes_of_weights, load_weights, start_from_weights
+from sadm_fast.build import Undrawn, build_denoiser, load_weights
 from sadm_fast.config import Config, check_config
 from sadm_fast.config_tree import override
 from sadm_fast.counters import Purpose, normal
@@ -17,6 +17,8 @@ from sadm_fast.diffusion import guided, sample
 from sadm_fast.diffusion.process import Steps
 from sadm_fast.diffusion.samplers import sampler_name
 from sadm_fast.errors import UserError
+from sadm_fast.exchange.reading import find_weights
+from sadm_fast.exchange.starting import classes_of_weights, start_from_weights
 from sadm_fast.files import parse_json
 from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
@@ -112,17 +114,16 @@ def load_alone(config: Config, device: torch.device) -> Trained:
     """The weights of denoiser.weights, as they are, without a run; its classes are named by their numbers.
 
     Raises:
-        UserError: as build.start_from_weights, or their label table is for another number of classes.
+        UserError: as exchange.starting, or their label table is for another number of classes than asked for.
     """
-    path = config.denoiser.weights
-    assert path is not None
+    assert config.denoiser.weights is not None
     classes = classes_of_weights(config)
     with Undrawn():
         model = build_denoiser(config, classes)
     start_from_weights(config, model)
     model = model.to(device).eval().requires_grad_(False)
-    names = [str(label) for label in range(classes)]
-    return Trained(config, names, list(range(classes)), model, None, None, Path(path), checkpoint.sha256(Path(path)))
+    names, file = [str(label) for label in range(classes)], find_weights("denoiser.weights", config.denoiser.weights)
+    return Trained(config, names, list(range(classes)), model, None, None, file, checkpoint.sha256(file))
 
 
 def sampling_facts(config: Config) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class _FileOfSamples(Output):
         for path in sorted(self.parts.glob("*.npy")):
             try:
                 pixels = np.load(path, mmap_mode="r")
-            except (OSError, ValueError):  # not whole
+            except (OSError, ValueError, EOFError):  # not whole
                 continue
             yield int(path.stem), pixels
 

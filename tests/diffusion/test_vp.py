@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Normal, kl_divergence
 
 from sadm_fast.diffusion import VP
-from sadm_fast.diffusion.vp import _tables
+from sadm_fast.diffusion.process import Steps
+from sadm_fast.diffusion.vp import _tables, kept_steps
 
 quick = settings(deadline=None, max_examples=25)
 EPS = torch.finfo(torch.float32).eps
@@ -218,3 +219,29 @@ def test_the_tables_hold_numbers_also_if_the_planner_asks_first() -> None:
         process.alpha_sigma(torch.tensor([3]))
     alpha, _ = process.alpha_sigma(torch.tensor([0]))
     assert alpha.item() == pytest.approx(math.sqrt(1 - 1e-4))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "first", "last", "count"),
+    [
+        (1000, "ddim50", [0, 20, 40], [960, 980], 50),  # DDIM's stride, which leaves the end out
+        (1000, 250, [0, 4, 8, 12], [995, 999], 250),  # DiT's "250", of stride 999 / 249
+        (1000, 21, [0, 50, 100, 150], [949, 999], 21),
+        (300, (10, 15, 20), [0, 11, 22, 33], [294, 299], 45),  # improved DDPM's own example
+        (1000, 1000, [0, 1, 2], [998, 999], 1000),
+        (1000, 1, [999], [999], 1),
+        (10, (1, 1, 3), [0, 4, 7], [8, 9], 5),
+    ],
+    ids=str,
+)
+def test_a_schedule_is_respaced_as_improved_ddpm_does(
+    schedule: int, steps: Steps, first: list[int], last: list[int], count: int
+) -> None:
+    kept = kept_steps(schedule, steps)
+    assert (kept[: len(first)], kept[-len(last) :], len(kept)) == (first, last, count)
+    assert kept == sorted(set(kept))
+
+
+def test_where_a_stride_lands_on_a_half_its_floating_point_sum_decides() -> None:
+    """999 / 20 added ten times is a little less than 499.5, and published figures took 499."""
+    assert kept_steps(1000, 21)[10] == 499
