@@ -1,4 +1,4 @@
-"""Files of weights as {name: tensor}: safetensors, PyTorch's .pt, a run's folder. Nothing in a file is run.
+"""Files of weights as {name: tensor}: safetensors, PyTorch's .pt, folders of runs and of diffusers. No file is run.
 
 Tensors are mapped from the file where its format allows it: names and shapes cost nothing, and values are read when
 they are used.
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sadm_fast.errors import UserError
+from sadm_fast.exchange.diffusers import TRANSFORMER, WEIGHTS, from_diffusers, is_diffusers, transformer_folder
 from sadm_fast.files import expand_home
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.manifest import EMA_FILE, completed
@@ -28,17 +29,24 @@ _COUNTERS = "num_batches_tracked"  # of batch norms: whole numbers, without a sa
 
 
 def find_weights(key: str, path: str | Path) -> Path:
-    """The file that `path` means: itself, or the averaged weights in a run's or a checkpoint's folder.
+    """The file that `path` means: itself, or in a folder the average of a run or checkpoint, or a DiT of diffusers.
 
     Raises:
         UserError: in the name of `key` (a field or an option), if there is none.
     """
     found = Path(expand_home(path))
     if found.is_dir():
+        if (transformer := transformer_folder(found)) is not None:
+            there = [transformer / name for name in WEIGHTS if (transformer / name).is_file()]
+            if not there:
+                raise UserError(f"{key}={path}: has no {TRANSFORMER} weights in one file ({' or '.join(WEIGHTS)})")
+            return there[0]
         checkpoints = completed(RunFolder(found).checkpoints)
         folder = checkpoints[-1] if checkpoints else found
         if not (folder / EMA_FILE).is_file():
-            raise UserError(f"{key}={path}: is a folder without weights (a run's, or a checkpoint's)")
+            raise UserError(
+                f"{key}={path}: is a folder without weights (a run's, a checkpoint's, or a DiT's of diffusers)"
+            )
         return folder / EMA_FILE
     if not found.exists():
         raise UserError(f"{key}={path}: there is no such file")
@@ -47,6 +55,8 @@ def find_weights(key: str, path: str | Path) -> Path:
 
 def read_weights(key: str, path: str | Path, entry: str = "ema") -> dict[str, Tensor]:
     """Read a file of weights (`find_weights`): tensors on the CPU by name, floating point, of any shapes.
+
+    A DiT of diffusers gets DiT's names.
 
     entry: of a training program's .pt, {"model": ..., "ema": ..., "opt": ...} as DiT's and SiT's train.py write it.
 
@@ -63,6 +73,8 @@ def read_weights(key: str, path: str | Path, entry: str = "ema") -> dict[str, Te
         safetensors = start[_SAFETENSORS_HEADER : _SAFETENSORS_HEADER + 1] == b"{"
         content = load_file(file) if safetensors else _load_torch(file)
         state = _state(content, entry)
+        if is_diffusers(state):
+            state = from_diffusers(state, file.parent)
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise UserError(f"{key}={path}: cannot be read as weights ({reason})") from None
