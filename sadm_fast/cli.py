@@ -43,6 +43,25 @@ class Parser(argparse.ArgumentParser):
             help="change a field of the configuration, for example --set train.steps=100; may be repeated",
         )  # fmt: skip
 
+    def add_model(self) -> None:
+        """Add what names a trained model: a run, or --weights and --config; and --set. `check_model` is for later."""
+        self.add_argument(
+            "run", type=path, nargs="?",
+            help="the run's folder, for example runs/mnist, or one of its checkpoints,"
+            " runs/mnist/checkpoints/step-000500",
+        )  # fmt: skip
+        self.add_argument(
+            "--weights", type=path, metavar="PATH", help="a denoiser's weights without a run, as denoiser.weights"
+        )
+        self.add_config(required=False)
+
+    def check_model(self, arguments: argparse.Namespace) -> None:
+        """UserError unless the arguments name one model."""
+        if (arguments.run is None) == (arguments.weights is None):
+            self.error("give either the folder of a run, or --weights and --config")
+        if (arguments.weights is None) != (arguments.config is None):
+            self.error("--weights and --config go together; a run has its own")
+
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message as a UserError; "argument --count: 0: too small" becomes "--count 0: too small"."""
         subject, colon, rest = message.partition(": ")

@@ -25,7 +25,7 @@ FLOORS = (  # lowest first; rooms of one floor do not know each other
     "trainer",
     "assemble",
     "cli",
-    "train sample evaluate encode plan",
+    "train sample evaluate export encode plan",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()} | {"__init__": len(FLOORS)}
 

@@ -67,14 +67,14 @@ def _fitted(config: Config, path: str, denoiser: Denoiser) -> dict[str, Tensor]:
         state[_TABLE] = own[_TABLE]
     patch = config.denoiser.patch
     there, here = position_grid(tuple(getattr(state.get("pos_embed"), "shape", ()))), config.sample_shape[1] // patch
-    asked = config.denoiser.position_grid or here
-    if there not in (None, asked):
+    asked = config.denoiser.position_grid
+    if there not in (None, here, asked):
         raise UserError(
             f"denoiser.weights={path}: its pos_embed is for {there} x {there} tokens, here are {here} x {here}; use"
             f" data.resolution={config.data.resolution * there // here}, or denoiser.position_grid={there}, which"
             " stretches its positions"
         )
-    if there != here:
+    if asked is not None:
         state.pop("pos_embed", None)
     for name in _OUTPUT:
         if name in state and name in own and len(state[name]) == 2 * len(own[name]):

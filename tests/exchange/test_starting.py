@@ -144,8 +144,9 @@ def test_the_classes_of_weights_are_counted(tmp_path: Path) -> None:
         classes_of_weights(changed(denoiser={"weights": str(path)}))
 
 
-def test_weights_of_another_resolution_are_taken_with_stretched_positions(tmp_path: Path) -> None:
-    found = started(state(data={"resolution": 56}), tmp_path, denoiser={"position_grid": 14})
+@pytest.mark.parametrize("resolution", [56, 28], ids=["theirs", "own, from a run that stretched them"])
+def test_weights_of_another_resolution_are_taken_with_stretched_positions(tmp_path: Path, resolution: int) -> None:
+    found = started(state(data={"resolution": resolution}), tmp_path, denoiser={"position_grid": 14})
     assert (found["x_embedder.proj.bias"] == 0.5).all()
     centres = torch.arange(7) * 2 + 0.5  # of 7 tokens a side, each as large as 2 of the 14
     columns = found["pos_embed"][0, :7, :16]

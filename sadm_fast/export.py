@@ -1,0 +1,91 @@
+"""Hand on a trained denoiser: to diffusers, as safetensors, or with the names of DiT's release.
+
+python sadm_fast/export.py runs/imagenet256 --to diffusers --out exported    what DiTPipeline.from_pretrained loads
+python sadm_fast/export.py runs/imagenet256 --to safetensors --out exported  model.safetensors, for sample.py --weights
+python sadm_fast/export.py --weights ema.pt --config configs/imagenet256.json --to dit --out exported
+
+The folder also holds the configuration (sadm_fast.json) and a model card (README.md) with scores and provenance. The
+way back: denoiser.weights, and --weights of sample.py, take any of these files and folders.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the repository, not its folder sadm_fast/, whose names could hide other modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from sadm_fast import cli
+
+_STEPS = 50  # what DiTPipeline takes by default
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser("export.py", __doc__)
+    parser.add_model()
+    parser.add_argument("--to", choices=("diffusers", "safetensors", "dit"), required=True, help="for which program")
+    parser.add_argument("--out", type=cli.path, required=True, metavar="DIR", help="what to write; new or empty")
+    parser.add_argument(
+        "--steps", type=cli.whole(0), default=_STEPS, metavar="N",
+        help="diffusers: the steps of DDIM at which it draws the same latents without a change to its code; 0: the"
+        f" weights as they are, for any steps, and the line of code is in the model card (default: {_STEPS})",
+    )  # fmt: skip
+    parser.add_argument("--autoencoder", help="diffusers: folder or hub id (default: where the run had it)")
+    arguments = parser.parse_args(argv)
+    parser.check_model(arguments)
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(lambda _: _export(parse_arguments(argv)), again="starts again")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if not cli.is_sole_worker("export.py"):
+        return 0
+    import torch
+
+    from sadm_fast.config import load_config
+    from sadm_fast.console import Console
+    from sadm_fast.exchange.card import scores_at
+    from sadm_fast.exchange.writing import check_export, export
+    from sadm_fast.generation import load_alone, load_trained, sampling_facts
+    from sadm_fast.run.facts import commit, versions
+    from sadm_fast.run.folder import RunFolder
+
+    console, device = Console(), torch.device("cpu")
+    scores = None
+    if arguments.weights is None:
+        trained = load_trained(arguments.run, device, console.complain, arguments.overrides)
+        folder = RunFolder(trained.checkpoint.parent.parent)
+        scores = scores_at(folder.evaluations, trained.step)
+    else:
+        overrides = [*arguments.overrides, f"denoiser.weights={arguments.weights}"]
+        trained = load_alone(load_config(arguments.config, overrides), device)
+    check_export(arguments.to, trained.config, trained.model, arguments.steps)
+    autoencoder = trained.autoencoder(device, arguments.autoencoder) if arguments.to == "diffusers" else None
+    weights = trained.facts()
+    record = {
+        "weights": weights | {"file": Path(weights["file"]).name},
+        "autoencoder": autoencoder.identity if autoencoder is not None else trained.latent_space,
+        **sampling_facts(trained.config),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    export(
+        arguments.out,
+        arguments.to,
+        trained.config,
+        trained.model,
+        classes=trained.classes,
+        autoencoder=autoencoder,
+        steps=arguments.steps,
+        scores=scores,
+        record=record,
+    )
+    console.say(str(arguments.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
