@@ -3,9 +3,10 @@
 The gradient's norm stays on the device: the pass reads it there, and writes nothing where it is not finite. So a
 training step needs no answer from the device before the next one is launched.
 
-`definition` is the meaning. C++ (CPU) and Triton (GPU) give the same up to rounding: a gradient is clipped and widened
-before anything else, and every operation after that rounds once to float32, but for products that are added (fused or
-not). AdamW: Loshchilov & Hutter, "Decoupled weight decay regularization", 2019, as torch.optim.AdamW computes it.
+`definition` is the meaning: AdamW (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019) after
+torch.nn.utils.clip_grads_with_norm_, the gradient widened to float32 first. On a CPU with AVX2 or AVX-512, it and the
+C++ kernel give the bits of torch.optim.AdamW(fused=True), except in the last n % 16 elements, where torch's scalar code
+fuses another product than its vectors do. The Triton kernel gives the bits that `definition` gives on such a CPU.
 """
 
 import ctypes
@@ -120,13 +121,16 @@ def definition(buffers: Buffers, norm: Tensor, numbers: Numbers) -> None:
     if norm.device.type == "cpu" and not finite:
         return
     clip = (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+    divisor = norm.new_full((), root)  # a tensor: by a number, a GPU would multiply by its inverse
     at_once = _AT_ONCE if master.device.type == "cpu" else max(1, master.numel())
     for at in range(0, master.numel(), at_once):
         part = slice(at, at + at_once)
         g = gradient[part].float() * clip
         m = exp_avg[part].lerp(g, 1.0 - beta1)
-        v = exp_avg_sq[part] * beta2 + (1.0 - beta2) * g * g
-        new = master[part] * kept - step_size * m / (v.sqrt() / root + eps)
+        v = (exp_avg_sq[part] * beta2).addcmul_(g, g, value=1.0 - beta2)
+        # By way of float64: torch's float32 root is wrongly rounded for every fifth number on a CPU.
+        denominator = v.double().sqrt_().float().div_(divisor).add_(eps)
+        new = master[part] * kept - m * step_size / denominator
         changed = [(exp_avg[part], m), (exp_avg_sq[part], v), (master[part], new)]
         for mean, share in zip(averages, shares, strict=True):
             changed.append((mean[part], mean[part].lerp(new, share)))
@@ -223,8 +227,9 @@ def _native(buffers: Buffers, norm: Tensor, numbers: Numbers) -> None:
         count=master.numel(),
         share=numbers.shares,
         max_norm=numbers.max_norm,
-        beta1=numbers.betas[0],
+        rest1=1.0 - numbers.betas[0],
         beta2=numbers.betas[1],
+        rest2=1.0 - numbers.betas[1],
         eps=numbers.eps,
         kept=numbers.kept,
         step_size=numbers.step_size,

@@ -15,7 +15,7 @@ from torch import Tensor
 from sadm_kernels.samples import Pairs, compute_dtype
 from sadm_kernels.scaling import common_scale, row_scale
 
-_INTERFACE = 4  # kInterface of structure.h
+_INTERFACE = 5  # kInterface of structure.h
 _FOLDER = Path(__file__).parent
 LIBRARY = _FOLDER / "libstructure.so"
 BUILD_FAILURE = _FOLDER / "build_failure.txt"  # setup.py leaves the reason here
@@ -71,8 +71,9 @@ class AdamWStep(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("share", ctypes.c_float * 4),
         ("max_norm", ctypes.c_float),
-        ("beta1", ctypes.c_float),
+        ("rest1", ctypes.c_float),
         ("beta2", ctypes.c_float),
+        ("rest2", ctypes.c_float),
         ("eps", ctypes.c_float),
         ("kept", ctypes.c_float),
         ("step_size", ctypes.c_float),

@@ -43,7 +43,8 @@ struct AdamWStep {
   int64_t count;
   float share[4];               // of the new master in an average
   float max_norm;               // 0: no clipping
-  float beta1, beta2, eps;
+  float rest1, beta2, rest2;    // rest: 1 - beta
+  float eps;
   float kept;                   // 1 - lr * weight decay
   float step_size;              // lr / (1 - beta1^n)
   float root_of_correction;     // sqrt(1 - beta2^n)
@@ -53,6 +54,6 @@ struct AdamWStep {
 // What a pass returns. kOutOfRange: nothing was computed, features have to be scaled by a power of two first.
 // kClustered does not leave the library: the same pass once more, with other instructions.
 enum { kDone = 0, kNoMemory = 1, kOutOfRange = 2, kClustered = 3 };
-constexpr int32_t kInterface = 4;
+constexpr int32_t kInterface = 5;
 
 }

@@ -162,15 +162,7 @@ def usage_of(cubin: bytes, shared: int) -> Usage:
     """Read off what compiled code takes."""
     import triton
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-
-        def tool(*command: str) -> str:
-            return subprocess.run([*command, str(path)], check=True, capture_output=True, text=True).stdout
-
-        usage = tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage")
-        code = tool(triton.knobs.nvidia.nvdisasm.path, "-c")
+    usage, code = _read(cubin, triton.knobs.nvidia.cuobjdump.path, "-res-usage"), disassembled(cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return Usage(
@@ -180,6 +172,21 @@ def usage_of(cubin: bytes, shared: int) -> Usage:
         shared=shared,
         matrix=sorted(set(re.findall(r"\b[A-Z]*MMA\b", code)) - {"FMMA"}),
     )
+
+
+def disassembled(cubin: bytes) -> str:
+    """The instructions of compiled code, as text."""
+    import triton
+
+    return _read(cubin, triton.knobs.nvidia.nvdisasm.path, "-c")
+
+
+def _read(cubin: bytes, *command: str) -> str:
+    """What one of NVIDIA's tools says of compiled code."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run([*command, str(path)], check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:

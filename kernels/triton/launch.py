@@ -166,7 +166,7 @@ def _check(p: Pairs) -> None:
 
 
 @contextlib.contextmanager
-def _device(device: torch.device) -> Iterator[None]:
+def on_device(device: torch.device) -> Iterator[None]:
     """Triton launches on the current device, wherever the tensors are."""
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -362,7 +362,7 @@ def distance_sums(p: Pairs, *, machine: Machine | None = None) -> Tensor:
     """
     _check(p)
     machine = machine or machine_of(p.samples.real.device)
-    with _device(p.samples.real.device):
+    with on_device(p.samples.real.device):
         return _pair_sums(_start(prepared(p).pairs, None, "sums", machine), "distances")
 
 
@@ -370,7 +370,7 @@ def slope_sums(p: Pairs, moments: Tensor, *, machine: Machine | None = None) -> 
     """[sum Q u of real, of fake, sum omega], float64 [3]; of `moments` [4] only 1/m is read."""
     _check(p)
     machine = machine or machine_of(p.samples.real.device)
-    with _device(p.samples.real.device):
+    with on_device(p.samples.real.device):
         return _pair_sums(_start(prepared(p).pairs, moments, "sums", machine), "slopes")
 
 
@@ -386,7 +386,7 @@ def loss_and_gradients(
     machine = machine or machine_of(p.samples.real.device)
     needed = (need_real, need_fake)
     b, n = len(p.own), len(p.samples.real)
-    with _device(p.samples.real.device):
+    with on_device(p.samples.real.device):
         rows = prepared(p)
         p = rows.pairs
         if not any(needed):

@@ -247,4 +247,4 @@ def test_without_the_library_the_reason_is_given(tmp_path: Path, monkeypatch: py
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_INTERFACE", 99)
     library, status = native._load()
-    assert library is None and "is of another version (interface 4, not 99)" in status
+    assert library is None and "is of another version (interface 5, not 99)" in status

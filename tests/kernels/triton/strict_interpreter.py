@@ -1,9 +1,10 @@
 """Triton's interpreter, made to fail where a GPU would.
 
 As it comes, the interpreter computes bfloat16 on its bit patterns, reads beyond tensors, fills masked lanes with 0,
-takes tf32 for float32 and knows no races: its programs run one after the other. `strict_mode` corrects or refuses all
-that, for interpreted kernels only; kernels compiled in the same process are not touched, and everything it changes is
-put back. It stands on private parts of Triton and therefore refuses versions it was not written against.
+takes tf32 for float32, keeps a float argument in float64, rounds fused multiply-adds twice and knows no races: its
+programs run one after the other. `strict_mode` corrects or refuses all that, for interpreted kernels only; kernels
+compiled in the same process are not touched, and everything it changes is put back. It stands on private parts of
+Triton and therefore refuses versions it was not written against.
 
 It does not see: races between the threads of one program, layouts, shared memory, registers, speed.
 """
@@ -77,6 +78,7 @@ class _Memory:
         self.ends = np.array([end for _, end in merged], dtype=np.uint64)
         self.readers = [np.full(end - start, self.NOBODY, dtype=np.int64) for start, end in merged]
         self.writers = [np.full(end - start, self.NOBODY, dtype=np.int64) for start, end in merged]
+        self.loaded = self.stored = 0  # bytes, one that is loaded twice counting twice
 
     def _cells(self, addresses: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """Region and byte offsets of the elements at `addresses`; StrictError for those in no tensor."""
@@ -90,6 +92,7 @@ class _Memory:
             yield int(r), (offsets[:, None] + np.arange(size)).ravel()
 
     def load(self, program: int, addresses: np.ndarray, size: int) -> None:
+        self.loaded += size * addresses.size
         for r, cells in self._cells(addresses, size):
             if (self.writers[r][cells] != self.NOBODY).any():
                 raise StrictError("race: a program reads what a program of the same launch has written")
@@ -97,6 +100,7 @@ class _Memory:
             self.readers[r][cells] = np.where((before == self.NOBODY) | (before == program), program, self.MANY)
 
     def store(self, program: int, addresses: np.ndarray, size: int) -> None:
+        self.stored += size * addresses.size
         if len(np.unique(addresses)) < len(addresses):
             raise StrictError("race: two elements of one store have the same address")
         for r, cells in self._cells(addresses, size):
@@ -213,6 +217,12 @@ def _corrections(strict: Strict) -> dict[str, Any]:
         strict.memory.store(strict.program, addresses[active.astype(bool)], np_dtype.itemsize)
         return native.store(ptrs.data, value.data, mask.data)
 
+    def create_fma(self, a, b, c):
+        # Products of floats are exact in float64: one rounding, and in rare cases a second one of 2^-29 as much.
+        if a.data.dtype != np.float32:
+            raise StrictError(f"fma of {a.dtype}: not modelled")
+        return Handle((a.data.astype(np.float64) * b.data + c.data).astype(np.float32), a.dtype.scalar)
+
     def no_atomics(self, *_arguments):
         raise StrictError("atomic: its order, and so a float's value, changes from run to run")
 
@@ -228,10 +238,11 @@ def _corrections(strict: Strict) -> dict[str, Any]:
         original_idx(self, number // (ny * nz), number // nz % ny, number % nz)
 
     return {
-        **{name: without_bfloat16(name) for name in ("binary_op", "unary_op", "create_fabs", "create_fma")},
+        **{name: without_bfloat16(name) for name in ("binary_op", "unary_op", "create_fabs")},
         "cast_impl": cast_impl,
         "create_fp_to_fp": cast_impl,
         "create_dot": create_dot,
+        "create_fma": create_fma,
         "create_masked_load": create_masked_load,
         "create_masked_store": create_masked_store,
         "create_atomic_rmw": no_atomics,
@@ -280,7 +291,12 @@ def strict_mode() -> Iterator[Strict]:
     )
     fill_before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
-    original_init, original_apply = Executor._init_args_hst, Reduce.apply
+    original_init, original_apply, original_cvt = Executor._init_args_hst, Reduce.apply, interpreter._implicit_cvt
+
+    def implicit_cvt(arg):
+        if isinstance(arg, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([arg], np.float32), tl.float32), tl.float32)
+        return original_cvt(arg)
 
     def init_args(self, args, kwargs):
         args, kwargs = original_init(self, args, kwargs)
@@ -302,7 +318,7 @@ def strict_mode() -> Iterator[Strict]:
             interpreter.interpreter_builder.codegen_fns["min_dot_size"] = corrections.pop("min_dot_size")
             for name, method in corrections.items():
                 setattr(Builder, name, method)
-            Executor._init_args_hst, Reduce.apply = init_args, apply
+            Executor._init_args_hst, Reduce.apply, interpreter._implicit_cvt = init_args, apply, implicit_cvt
             # tl.sum and its like were compiled kernels' functions when triton was imported.
             for namespace in (tl.standard, tl):
                 for name, function in list(vars(namespace).items()):
