@@ -21,6 +21,7 @@ from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.pictures import Output, beside
 from sadm_fast.ranks.collectives import barrier, broadcast_json, only_on_rank_zero
 from sadm_fast.ranks.launch import Place
+from sadm_fast.ranks.stopping import Stopped
 from sadm_fast.run.facts import commit, versions
 
 # What may differ when a drawing goes on: the same weights may lie elsewhere, and the ending is not known before it.
@@ -34,20 +35,27 @@ class Labels(NamedTuple):
     facts: dict[str, Any]
 
 
-def labels_in_turn(trained: Trained, names: Sequence[str]) -> Labels:
-    """Sample n is of class n modulo their number; UserError for a class that the run was not trained on."""
-    chosen = torch.tensor(_labels_of(trained, names, "--classes"))
-    return Labels(lambda ids: chosen[ids % len(chosen)], {"drawn": "in turn", "classes": list(names)})
+def labels_in_turn(trained: Trained, names: Sequence[str] | None) -> Labels:
+    """Sample n is of class n modulo their number.
+
+    names: of the classes; None: all that the run was trained on. UserError for one that it was not.
+    """
+    chosen = _chosen(trained, names)
+    return Labels(lambda ids: chosen[ids % len(chosen)], {"drawn": "in turn", "classes": names or f"all {len(chosen)}"})
 
 
-def labels_at_random(trained: Trained, names: Sequence[str]) -> Labels:
-    """Each sample's class is uniform, a function of (seed, n); UserError as `labels_in_turn`."""
-    chosen, seed = torch.tensor(_labels_of(trained, names, "--classes")), trained.config.seed
+def labels_at_random(trained: Trained, names: Sequence[str] | None) -> Labels:
+    """Each sample's class is uniform, a function of (seed, n). names: as `labels_in_turn`."""
+    chosen, seed = _chosen(trained, names), trained.config.seed
 
     def of(ids: Tensor) -> Tensor:
         return chosen[(uniform(seed, Purpose.SAMPLE_LABEL, ids)[:, 0] * len(chosen)).long()]
 
-    return Labels(of, {"drawn": "at random", "classes": list(names)})
+    return Labels(of, {"drawn": "at random", "classes": names or f"all {len(chosen)}"})
+
+
+def _chosen(trained: Trained, names: Sequence[str] | None) -> Tensor:
+    return torch.tensor(trained.filled if names is None else _labels_of(trained, names, "--classes"))
 
 
 def labels_in_file(trained: Trained, path: Path) -> tuple[Labels, int]:
@@ -102,27 +110,37 @@ def draw(
     autoencoder: Autoencoder | None,
     place: Place,
     console: Console,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Draw the samples that `output` does not have yet, `batch` at a time on each rank. Collective.
 
     Raises:
+        Stopped: asked to, between two batches.
         UserError: the output holds something else, or samples drawn otherwise; it cannot be written; a sample is not
             finite.
     """
-    missing: list[list[int]] = []
+    missing: list[list[int]] | None = None
     with ExitStack() as held:
 
         def begin() -> None:
-            missing.extend(_begin(output, provenance(trained, labels, count, guide, autoencoder), count, held))
+            nonlocal missing
+            record = provenance(trained, labels, count, guide, autoencoder)
+            missing = None if _is_complete(output, record) else _begin(output, record, count, held)
 
         only_on_rank_zero(begin)
-        gaps = [range(first, end) for first, end in broadcast_json(missing)]
+        missing = broadcast_json(missing)
+        if missing is None:
+            console.say(f"{output.path}: complete already")
+            return
+        gaps = [range(first, end) for first, end in missing]
         left = sum(len(gap) for gap in gaps)
         if left < count:
             console.say(f"{output.path}: {count - left} of {count} samples are there already")
         with console.bar("sampling", count, count - left) as bar:
             mine = 0
             for ids in islice(_batches(gaps, batch), place.rank, None, place.world_size):
+                if asked_to_stop():
+                    raise Stopped
                 of_batch = labels.of(torch.tensor(ids))
                 output.add(ids[0], _images(trained, of_batch, ids, guide, autoencoder, place), of_batch.tolist())
                 mine += len(ids)
@@ -153,6 +171,14 @@ def _images(
             f" --steps {sampling.steps}; try others, or an earlier checkpoint"
         )
     return images
+
+
+def _is_complete(output: Output, wanted: dict[str, Any]) -> bool:
+    """Whether a file of these very samples is there; not where the code has changes that its commit does not name."""
+    if not output.path.is_file() or str(wanted["commit"]).endswith("+changes"):
+        return False
+    there = _read(beside(output.path))
+    return there is not None and there.get("complete") is True and _difference(there, wanted) is None
 
 
 def _begin(output: Output, wanted: dict[str, Any], count: int, held: ExitStack) -> list[list[int]]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from sadm_fast.generation import Trained
+    from sadm_fast.ranks.stopping import StopRequest
 
 _COUNT = 80
 _PICTURES = (".png", ".jpg", ".jpeg")
@@ -90,10 +91,10 @@ def _steps(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(lambda _: _sample(parse_arguments(argv)), again="continues")
+    return cli.run(lambda request: _sample(parse_arguments(argv), request), again="continues")
 
 
-def _sample(arguments: argparse.Namespace) -> int:
+def _sample(arguments: argparse.Namespace, request: "StopRequest") -> int:
     from sadm_fast.console import Console
     from sadm_fast.drawing import draw, labels_at_random, labels_in_file, labels_in_turn
     from sadm_fast.pictures import ClassFolders, GridFile, NpzFile, Output
@@ -101,16 +102,16 @@ def _sample(arguments: argparse.Namespace) -> int:
     from sadm_fast.ranks.launch import distributed, own_device
 
     trained, guide = _load(arguments, own_device(), Console(environment.rank()).complain)
-    names = list(arguments.classes or [trained.classes[label] for label in trained.filled])
-    count = arguments.count
+    names: list[str] | None = arguments.classes
+    classes, count = len(names or trained.filled), arguments.count
     if arguments.labels in ("in-turn", "equal"):
         labels, count = labels_in_turn(trained, names), count or _COUNT
-        if arguments.labels == "equal" and count % len(names):
-            raise UserError(f"--count {count}: --labels equal needs a multiple of the {len(names)} classes")
+        if arguments.labels == "equal" and count % classes:
+            raise UserError(f"--count {count}: --labels equal needs a multiple of the {classes} classes")
     elif arguments.labels == "random":
         labels, count = labels_at_random(trained, names), count or _COUNT
     else:
-        if arguments.classes:
+        if names:
             raise UserError(f"--labels {arguments.labels}: names the classes itself; leave --classes out")
         labels, lines = labels_in_file(trained, Path(arguments.labels))
         count = count or lines
@@ -126,7 +127,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     elif out.suffix.lower() == ".npz":
         output = NpzFile(out, count, shape)
     elif out.suffix.lower() in _PICTURES:
-        output = GridFile(out, count, min(len(names) if arguments.labels in ("in-turn", "equal") else 10, count), shape)
+        columns = classes if arguments.labels in ("in-turn", "equal") else 10
+        output = GridFile(out, count, min(columns, count), shape)
     else:
         raise UserError(f"--out {out}: must end in {', '.join(_PICTURES)} or .npz")
 
@@ -141,6 +143,7 @@ def _sample(arguments: argparse.Namespace) -> int:
             autoencoder=trained.autoencoder(place.device, arguments.autoencoder),
             place=place,
             console=Console(place.rank),
+            asked_to_stop=lambda: request.asked,
         )
     return 0
 

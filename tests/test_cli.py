@@ -125,11 +125,11 @@ def test_one_rank_prints_an_error(
 def test_of_several_ranks_one_does_what_takes_only_one(
     rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    assert cli.is_sole_worker("sample.py") and not capsys.readouterr().err
+    assert cli.is_sole_worker("plan.py") and not capsys.readouterr().err
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert cli.is_sole_worker("sample.py") == (rank == 0)
-    expected = "sample.py uses one rank: the other 3 of 4 have nothing to do\n"
+    assert cli.is_sole_worker("plan.py") == (rank == 0)
+    expected = "plan.py uses one rank: the other 3 of 4 have nothing to do\n"
     assert capsys.readouterr().err == (expected if rank == 0 else "")
 
 

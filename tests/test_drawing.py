@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sadm_fast import drawing, sample
+from sadm_fast.ranks.stopping import StopRequest
 from tests.support.finished_run import finished_run
 from tests.support.programs import tree
 from tests.support.ranks import run_ranks
@@ -71,6 +72,37 @@ def test_a_killed_drawing_goes_on_where_it_was_and_ends_the_same(
     assert f"samples.npz: {there} of 9 samples are there already\n" in capsys.readouterr().out
     whole, cut = (tree(run.parent / name) for name in ("whole", "cut"))
     assert cut == whole and len(cut) > 1
+
+
+def test_a_drawing_that_only_lacks_its_end_is_ended_and_one_that_is_complete_is_left_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(drawing, "commit", lambda: "0123456789ab")
+    arguments = [str(run), "--count", "4", "--out", str(run.parent / "x.npz")]
+    monkeypatch.setattr(drawing, "_end", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample.main(arguments)
+    monkeypatch.undo()
+    monkeypatch.setattr(drawing, "commit", lambda: "0123456789ab")
+    whole = drawing.generate
+    monkeypatch.setattr(drawing, "generate", None)
+    assert sample.main(arguments) == 0 and (run.parent / "x.npz").exists()
+    assert sample.main(arguments) == 0
+    assert capsys.readouterr().out.endswith("x.npz: complete already\n")
+    monkeypatch.setattr(drawing, "generate", whole)
+    monkeypatch.setattr(drawing, "commit", lambda: "0123456789ab+changes")
+    assert sample.main(arguments) == 0 and "already" not in capsys.readouterr().out
+
+
+def test_a_rank_whose_launcher_is_gone_stops_between_two_batches(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = iter([False, True, True])
+    monkeypatch.setattr(StopRequest, "asked", property(lambda _: next(asked)))
+    arguments = [str(run), "--count", "6", "--batch", "2", "--folder", str(run.parent / "out")]
+    assert sample.main(arguments) == 75
+    assert capsys.readouterr().err == "asked to stop; the same command continues\n"
+    assert len(list((run.parent / "out").rglob("*.png"))) == 2
 
 
 def test_samples_drawn_otherwise_are_not_mixed(
@@ -138,7 +170,7 @@ def test_the_record_says_all_that_has_a_say(run: Path) -> None:
     assert there["weights"]["step"] == 10 and there["weights"]["ema"] == {"profile": "power", "std": 0.1}
     complete = json.loads((run / "checkpoints/step-000010/COMPLETE").read_text())
     assert there["weights"]["sha256"] == complete["files"]["ema.safetensors"]
-    assert there["labels"] == {"drawn": "in turn", "classes": ["circle", "square", "triangle"]}
+    assert there["labels"] == {"drawn": "in turn", "classes": "all 3"}
     assert {"torch", "python", "sadm_fast"} <= there["versions"].keys() and "commit" in there
 
 
@@ -150,7 +182,7 @@ def test_weights_alone_draw_what_their_run_draws(run: Path, capsys: pytest.Captu
     with np.load(out) as archive:
         assert np.array_equal(archive["arr_0"], drawn(run, "--count", "5"))
     assert record(out)["weights"]["sha256"] == record(run.parent / "x.npz")["weights"]["sha256"]
-    assert record(out)["labels"]["classes"] == ["0", "1", "2"]
+    assert record(out)["labels"]["classes"] == "all 3"
 
     def line(*arguments: str) -> str:
         return refused(capsys, *alone, *arguments)
