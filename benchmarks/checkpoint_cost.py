@@ -51,6 +51,7 @@ def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) ->
     from sadm_fast.ema import EMA
     from sadm_fast.engine.masters import local_masters, trainable_shapes
     from sadm_fast.run.checkpoint_writer import CheckpointWriter
+    from sadm_fast.run.manifest import EMA_FILE
     from sadm_fast.run.state import TrainState
 
     config = game_config(
@@ -62,7 +63,7 @@ def measure_saves(stage: int, saves: int, folder: Path, device: torch.device) ->
     play = partial(players.iteration, [made_up(config, 0)], 0)
 
     writer = CheckpointWriter(
-        folder, players.engines, lambda: ema.average, shapes, identity={}, keep_last=1, say=print
+        folder, players.engines, {EMA_FILE: lambda: ema.average}, shapes, identity={}, keep_last=1, say=print
     )  # fmt: skip
 
     def step() -> float:

@@ -1,16 +1,18 @@
 """A run put together: networks, engines, checkpoints and pictures of one configuration, handed to its Trainer."""
 
 import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from sadm_fast.build import Undrawn, build_denoiser, resolve_classes
-from sadm_fast.config import Config
+from sadm_fast.config import Config, PowerEMA
 from sadm_fast.console import Console
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.source import Source
 from sadm_fast.ema import EMA
-from sadm_fast.engine.masters import named, owned, trainable_shapes
+from sadm_fast.engine.masters import Fragment, named, owned, trainable_shapes
 from sadm_fast.engine.players import Players, samples_compared, samples_per_step
 from sadm_fast.exchange.starting import start_from_weights
 from sadm_fast.files import write_json
@@ -23,10 +25,11 @@ from sadm_fast.pretrain import prepare_judge, prepare_psi
 from sadm_fast.ranks.launch import Place
 from sadm_fast.ranks.watchdog import Watchdog
 from sadm_fast.run import checkpoint
-from sadm_fast.run.checkpoint_writer import CheckpointWriter
+from sadm_fast.run.checkpoint_writer import CheckpointWriter, Snapshots
 from sadm_fast.run.facts import data_changes, run_facts
 from sadm_fast.run.folder import RunFolder
-from sadm_fast.run.manifest import EMA_FILE
+from sadm_fast.run.manifest import EMA_FILE, MORE_EMA
+from sadm_fast.run.snapshots import snapshot_name
 from sadm_fast.trainer import Trainer
 
 
@@ -92,19 +95,23 @@ def assemble(
     with Watchdog(config.train.patience, rank, "starting the engines"):
         players = Players(config, denoiser, psi, device)
         engine = players.denoiser
-        ema = EMA(lambda: list(owned(engine)), config.train.ema, lambda fragments: named(engine.module, fragments))
-        if players.fused:
-            ema.join(players.fused["denoiser"])
+        emas = {}
+        for number, profile in enumerate(config.train.profiles):
+            ema = EMA(lambda: list(owned(engine)), profile, lambda fragments: named(engine.module, fragments))
+            if players.fused:
+                ema.join(players.fused["denoiser"])
+            emas[f"{MORE_EMA}{profile.label}.safetensors" if number else EMA_FILE] = ema
         writer = CheckpointWriter(
             folder.checkpoints,
             players.engines,
-            lambda: ema.average,
+            {name: partial(_average, ema) for name, ema in emas.items()},
             shapes["denoiser"],
             identity=identity,
             fixed=fixed,
             queue=players.queue,
             keep_last=config.train.keep_last,
             keep_every=config.train.keep_every,
+            snapshots=_snapshots(config, folder, list(emas)),
             say=console.complain,
         )
     if players.not_compiled is not None:
@@ -114,7 +121,7 @@ def assemble(
         folder,
         source,
         players,
-        lambda: ema.average,
+        partial(_average, emas[EMA_FILE]),
         shapes,
         viewer=viewer,
         psi_viewer=psi_viewer,
@@ -124,7 +131,7 @@ def assemble(
         console=console,
     )
     trainer = Trainer(
-        config, folder, source, players, ema, writer, gallery, null_class=num_classes, device=device, console=console
+        config, folder, source, players, emas, writer, gallery, null_class=num_classes, device=device, console=console
     )
     if found is not None:
         trainer.resume(found)
@@ -135,6 +142,22 @@ def assemble(
         write_json(folder.facts, facts)
         save_picture(real_grid(config, source, device, autoencoder), folder.real_grid)
     return trainer
+
+
+def _average(ema: EMA) -> list[Fragment]:
+    return ema.average
+
+
+def _snapshots(config: Config, folder: RunFolder, files: Sequence[str]) -> Snapshots | None:
+    every = config.train.ema_snapshot_every
+    if every is None:
+        return None
+    kept = {
+        file: snapshot_name(profile.std)
+        for file, profile in zip(files, config.train.profiles, strict=True)
+        if isinstance(profile, PowerEMA)
+    }
+    return Snapshots(folder.snapshots, every, kept)
 
 
 def _identity(config: Config, source: Source, world_size: int) -> dict[str, Any]:

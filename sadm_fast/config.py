@@ -25,7 +25,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from sadm_fast.config_errors import explain, refuse_deepspeed_format
-from sadm_fast.config_tree import CHANGEABLE, LEARNING_RATES, override, read_object, without, without_retired
+from sadm_fast.config_tree import (
+    CHANGEABLE,
+    LEARNING_RATES,
+    override,
+    read_object,
+    without,
+    without_later,
+    without_retired,
+)
 from sadm_fast.diffusion import EDM, VP, Flow, Process
 from sadm_fast.diffusion.process import Steps
 from sadm_fast.diffusion.samplers import SAMPLERS, options_of, sampler_name
@@ -264,10 +272,34 @@ class PowerEMA(Block):
     profile: Literal["power"]
     std: float = Field(0.1, ge=1e-3, lt=0.28, description="relative width, EDM2's sigma_rel")
 
+    @property
+    def label(self) -> str:
+        return f"power-{self.std:g}"
+
 
 class ExponentialEMA(Block):
+    """A constant decay, ramped up: the initialisation would stay in it for 1 / (1 - decay) steps."""
+
     profile: Literal["exponential"]
     decay: float = Field(0.9999, gt=0, lt=1, description="share of the average that stays in a step")
+
+    @property
+    def label(self) -> str:
+        return f"exponential-{self.decay:g}"
+
+
+class ConstantEMA(Block):
+    """A constant decay from the initialisation on, as DiT's train.py."""
+
+    profile: Literal["constant"]
+    decay: float = Field(0.9999, gt=0, lt=1, description="share of the average that stays in a step")
+
+    @property
+    def label(self) -> str:
+        return f"constant-{self.decay:g}"
+
+
+EMAProfile = Annotated[PowerEMA | ExponentialEMA | ConstantEMA, Field(discriminator="profile")]
 
 
 def _on_or_off(value: Any) -> Any:
@@ -295,8 +327,19 @@ class TrainConfig(Block):
     activation_checkpointing: bool = Field(
         False, description="compute each denoiser block anew in the backward pass: less memory, a third more FLOPs"
     )
-    ema: Annotated[PowerEMA | ExponentialEMA, Field(discriminator="profile")] = Field(
-        default_factory=lambda: PowerEMA(profile="power"), description="average of the denoiser's weights"
+    ema: EMAProfile = Field(
+        default_factory=lambda: PowerEMA(profile="power"),
+        description="average of the denoiser's weights, the one that is sampled from",
+    )
+    more_ema: tuple[EMAProfile, ...] = Field(
+        (), max_length=3, strict=False, description="further averages of it, kept in checkpoints: evaluate.py --sweep"
+    )
+    ema_snapshot_every: int | None = Field(
+        None,
+        ge=1,
+        le=_MOST_STEPS,
+        description="keep the power-function averages of each such checkpoint in snapshots/, for EMA lengths chosen"
+        " after training; a multiple of checkpoint_every; null: none",
     )
     log_every: int = Field(10, ge=1, le=_MOST_STEPS, description="steps between lines of metrics.jsonl")
     sample_every: int = Field(250, ge=1, le=_MOST_STEPS, description="steps between sample grids")
@@ -308,6 +351,25 @@ class TrainConfig(Block):
     patience: float = Field(
         1800.0, gt=0, le=1e8, description="the run ends itself after so many seconds without a step, pictures or a save"
     )
+
+    @property
+    def profiles(self) -> tuple[PowerEMA | ExponentialEMA | ConstantEMA, ...]:
+        """The averages' profiles; the first is the one that is sampled from."""
+        return (self.ema, *self.more_ema)
+
+    @model_validator(mode="after")
+    def _averages(self) -> Self:
+        labels = [profile.label for profile in self.profiles]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"more_ema: {', '.join(labels[1:])}: an average twice, ema is {labels[0]}")
+        every = self.ema_snapshot_every
+        if every is not None and every % self.checkpoint_every:
+            raise ValueError(
+                f"ema_snapshot_every={every}: must be a multiple of checkpoint_every={self.checkpoint_every}"
+            )
+        if every is not None and not any(isinstance(profile, PowerEMA) for profile in self.profiles):
+            raise ValueError(f"ema_snapshot_every={every}: needs an ema of profile power")
+        return self
 
     def due(self, step: int, every: int) -> bool:
         """Whether what happens every so many steps, and at the end, happens after `step` steps."""
@@ -537,11 +599,12 @@ class Config(Block):
 
     def fingerprint(self) -> str:
         """sha256 over the fields that must stay the same when a run is resumed."""
-        return _digest(without(self.resolved(), CHANGEABLE))
+        return _digest(without_later(without(self.resolved(), CHANGEABLE)))
 
     def first_fingerprint(self) -> str:
         """The fingerprint as the first versions wrote it into checkpoints: with the learning rates."""
-        return _digest(without(self.resolved(), (path for path in CHANGEABLE if path not in LEARNING_RATES)))
+        changeable = (path for path in CHANGEABLE if path not in LEARNING_RATES)
+        return _digest(without_later(without(self.resolved(), changeable)))
 
 
 def _digest(tree: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ CHANGEABLE = (
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",
+    "train.ema_snapshot_every",
     "train.patience",
     "train.micro_batch",  # as long as all ranks together take as many samples a step, and compare as many
     "train.grad_accumulation",
@@ -49,6 +50,16 @@ RETIRED = {
     "deepspeed.zero_optimization.contiguous_gradients": True,
     "deepspeed.zero_optimization.offload_optimizer.nvme_path": None,
     "deepspeed.zero_optimization.offload_param.nvme_path": None,
+}
+
+
+# Fields that a configuration of the first versions does not have, with the default that says what it meant. Where
+# they have it they are left out of its fingerprint: runs of that time go on.
+LATER: dict[str, Any] = {
+    "denoiser.position_grid": None,
+    "denoiser.weights_entry": "ema",
+    "diffusion.direction": "noise",
+    "train.more_ema": [],
 }
 
 
@@ -126,6 +137,12 @@ def without_retired(raw: Mapping[str, Any], retired: Mapping[str, Any] = RETIRED
         elif not rest and first in result and inner is value:
             del result[first]
     return result
+
+
+def without_later(tree: dict[str, Any]) -> dict[str, Any]:
+    """Copy a resolved configuration without the fields of LATER that have their default."""
+    known = flatten(tree)
+    return without(tree, (path for path, value in LATER.items() if path in known and known[path] == value))
 
 
 def without(tree: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ What an iteration computes is in game.py; how the two engines step is in engine/
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ _SKIPS_IN_A_ROW = 10
 class Trainer:
     """A run from its first step to its report; assemble.assemble makes one.
 
+    emas: by the names of their files in a checkpoint.
     null_class: the label that stands for "no class".
     """
 
@@ -49,7 +51,7 @@ class Trainer:
         folder: RunFolder,
         source: Source,
         players: Players,
-        ema: EMA,
+        emas: Mapping[str, EMA],
         writer: CheckpointWriter,
         gallery: Gallery,
         *,
@@ -58,7 +60,7 @@ class Trainer:
         console: Console,
     ) -> None:
         self.config, self.folder, self.source = config, folder, source
-        self.players, self.ema, self.writer, self.gallery = players, ema, writer, gallery
+        self.players, self.emas, self.writer, self.gallery = players, emas, writer, gallery
         self.null_class, self.device, self.console = null_class, device, console
         self.rank, self.world_size = rank_and_world_size()
         self.samples_per_step = samples_per_step(config, self.world_size)
@@ -74,8 +76,9 @@ class Trainer:
     def resume(self, found: checkpoint.Found) -> None:
         """Continue from a whole checkpoint. Collective."""
         with self._watched(f"loading {found.folder}"):
-            averages, self.state = checkpoint.load(found, self.players.engines, self.players.queue)
-        self.ema.load(averages, self.state.ema_updates)
+            averages, self.state = checkpoint.load(found, self.players.engines, self.players.queue, list(self.emas))
+        for ema, average in zip(self.emas.values(), averages, strict=True):
+            ema.load(average, self.state.ema_updates)
         self._saved_step = self._finite_step = self._resumed_step = self.step
         self.console.say(f"Continuing {self.folder.path} at step {self.step}")
 
@@ -207,7 +210,8 @@ class Trainer:
         if not taken:
             self._skipped()
             return
-        self.ema.update()
+        for ema in self.emas.values():
+            ema.update()
         self._skipped_in_a_row = 0
         self._finite_step = self.step
         self.writer.followed(self.step)

@@ -473,7 +473,7 @@ def other_values(value: Any) -> list[Any]:
     if isinstance(value, float):
         return [value + 0.125, value * 0.5]
     if isinstance(value, list):
-        return [[v / 2 for v in value]]
+        return [[v / 2 for v in value]] if value else [[{"profile": "power", "std": 0.05}]]
     words = ["bf16", "reference", "torch", "apex_fused_adam", "resnet18", "small", "frozen", "structure", "global"]
     words += [
         "cosine",
@@ -526,6 +526,7 @@ def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(bloc
         assert (other.fingerprint() == base.fingerprint()) == changeable, path
     # Another tag or name would need other keys beside it; those are told apart by the next test.
     alone = {"diffusion.process", "train.ema.profile", "denoiser.name", "latents", "data.source", "evaluate.every"}
+    alone.add("train.ema_snapshot_every")  # a multiple of another field
     alone |= {f"sampling.{setting}" for setting in SamplingConfig.model_fields}  # most fit one sampler only
     assert set(flatten(resolved)) - seen <= alone
 
@@ -548,6 +549,7 @@ def test_how_long_how_often_and_how_parallel_may_change_on_resume() -> None:
         f"train.{key}"
         for key in ("steps", "log_every", "sample_every", "checkpoint_every", "keep_last", "keep_every", "patience")
     }
+    how_long_and_often |= {"train.ema_snapshot_every"}
     divided = {"train.micro_batch", "train.grad_accumulation", "deepspeed.zero_optimization", "train.compile"}
     divided |= {"train.activation_checkpointing"}
     looking = {"sampling", "evaluate", "name"}
@@ -582,9 +584,9 @@ def test_deepspeed_accepts_both_players_dictionaries(stage: int, precision: str)
     )
     for optimizer in (loaded.denoiser_optimizer, loaded.discriminator_optimizer):
         given = deepspeed_dict(loaded, optimizer, world_size=1, device_type="cpu")
-        # Left out, DeepSpeed would clip at 1.0; in fp32 at stage 0 our optimizer clips instead.
+        # Left out, DeepSpeed would clip at 1.0; below stage 3 our own step clips instead.
         assert "gradient_clipping" in given
-        own = precision == "fp32" and stage == 0
+        own = stage < 3
         accepted = DeepSpeedConfig(json.loads(json.dumps(given)))
         assert accepted.gradient_clipping == (0.0 if own else optimizer.gradient_clipping)
         assert accepted.zero_config.stage == accepted.zero_optimization_stage == stage
@@ -650,3 +652,33 @@ def test_dotted_paths_can_be_taken_out_and_flattened() -> None:
     assert flatten(tree) == {"a.b": 1, "a.c.d": 2, "e": [3]}
     assert without(tree, ["a.b", "e"]) == {"a": {"c": {"d": 2}}}
     assert tree["a"]["b"] == 1
+
+
+# As the first versions wrote them into checkpoints. A new field belongs into config_tree.LATER, or CHANGEABLE.
+FIRST_FINGERPRINTS = {
+    "mnist": "e59e3d965675203c20124a3e712d3a7dcda15b35367a7061c942547465d83ccd",
+    "ffhq64": "cd8accd1f896ec718c1675750b022697035dd4c976e6b14e770112322bde9c48",
+    "cifar10": "75f35c2d7ef0f74aae8e0a9776870eef39ebc515227b2aa88dd287b11c9362c8",
+}
+
+
+@pytest.mark.parametrize("name", FIRST_FINGERPRINTS)
+def test_runs_of_the_first_versions_go_on(name: str) -> None:
+    assert load_config(CONFIGS / f"{name}.json").fingerprint() == FIRST_FINGERPRINTS[name]
+
+
+def test_several_averages_and_their_snapshots() -> None:
+    second = {"profile": "power", "std": 0.05}
+    train = config(train={"more_ema": [second], "ema_snapshot_every": 500, "checkpoint_every": 250}).train
+    assert [profile.label for profile in train.profiles] == ["power-0.1", "power-0.05"]
+    assert config(train={"more_ema": [second]}).fingerprint() != config().fingerprint()
+    for wrong, message in (
+        ({"more_ema": [{"profile": "power", "std": 0.1}]}, "train.more_ema: power-0.1: an average twice"),
+        ({"ema_snapshot_every": 300}, "train.ema_snapshot_every=300: must be a multiple of checkpoint_every=250"),
+        (
+            {"ema": {"profile": "constant", "decay": 0.999}, "ema_snapshot_every": 250},
+            "train.ema_snapshot_every=250: needs an ema of profile power",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            config(train=wrong)

@@ -1,14 +1,14 @@
 """EMA against closed forms: what share of the average each past step has."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from sadm_fast.config import ExponentialEMA, PowerEMA
-from sadm_fast.ema import EMA, decay_schedule, power_gamma
+from sadm_fast.config import ConstantEMA, ExponentialEMA, PowerEMA
+from sadm_fast.ema import EMA, decay_schedule, posthoc_weights, power_gamma
 from sadm_fast.engine.masters import Fragment
 
 EPS = torch.finfo(torch.float32).eps
@@ -162,3 +162,53 @@ def test_a_loaded_average_goes_on_as_if_never_interrupted(profile: PowerEMA | Ex
         through.update()
         resumed.update()
     assert torch.equal(torch.cat([f.value for f in resumed.average]), through.average[0].value)
+
+
+def test_a_constant_decay_averages_the_initialisation_too() -> None:
+    weights = torch.zeros(1)
+    ema = EMA(owner(weights), ConstantEMA(profile="constant", decay=0.9))
+    weights.fill_(1.0)
+    for n in range(1, 6):
+        ema.update()
+        assert float(ema.average[0].value) == pytest.approx(1 - 0.9**n, rel=8 * EPS)  # as DiT's train.py, from step 1
+
+
+def _walk(steps: int) -> Iterator[Tensor]:
+    """Weights that move as in training: a random walk."""
+    weights = torch.zeros(50)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        weights.add_(torch.randn(50, generator=generator))
+        yield weights
+
+
+@pytest.mark.parametrize("std", [0.06, 0.08, 0.12, 0.15])
+def test_any_length_is_made_of_stored_averages(std: float) -> None:
+    """Against the average of that length, which was kept through all steps."""
+    steps, every, lengths = 1200, 100, (0.05, 0.1)
+    weights = torch.zeros(50)
+    kept = {width: EMA(owner(weights), PowerEMA(profile="power", std=width)) for width in (*lengths, std)}
+    stored: list[tuple[int, float]] = []
+    averages: list[Tensor] = []
+    for step, now in enumerate(_walk(steps), start=1):
+        weights.copy_(now)
+        for ema in kept.values():
+            ema.update()
+        if step % every == 0:
+            stored += [(step, width) for width in lengths]
+            averages += [kept[width].average[0].value.clone() for width in lengths]
+    coefficients, error = posthoc_weights(stored, (steps, std))
+    found = sum(weight * average.double() for weight, average in zip(coefficients, averages, strict=True))
+    exact = kept[std].average[0].value.double()
+    assert sum(coefficients) == pytest.approx(1.0, abs=1e-9)
+    # What the fit leaves of the profile is what it may leave of the walk, which is smoother than white noise.
+    assert error < 0.05
+    nearest = min(float((average.double() - exact).norm()) for average in averages)
+    assert float((found - exact).norm()) < min(0.1 * nearest, error * float(exact.norm()) + 0.02 * nearest)
+
+
+def test_a_stored_average_is_its_own_reconstruction_and_a_far_one_is_told() -> None:
+    stored = [(step, std) for step in (250, 500, 750, 1000) for std in (0.05, 0.1)]
+    coefficients, error = posthoc_weights(stored, (750, 0.1))
+    assert coefficients == pytest.approx([0, 0, 0, 0, 0, 1, 0, 0], abs=1e-6) and error < 1e-6
+    assert posthoc_weights(stored[:2], (1000, 0.05))[1] > 0.5  # snapshots that end long before

@@ -5,7 +5,7 @@ norm several times a step and passes over the memory once for each of: widening,
 Everything around it stays DeepSpeed's: what is reduced when, who owns what, and the gathering of weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,17 +44,18 @@ class FusedStep:
         self._known: tuple[Tensor, ...] = ()  # the moments that `_pieces` are parts of
         self._launched = 0  # steps of which it is not known yet whether they were taken
         self._taken = 0
-        self._averages: Mapping[int, Tensor] = {}
-        self._decay: Callable[[], float] = lambda: 0.0
+        self._averages: dict[int, list[Tensor]] = {}  # by the address of their masters
+        self._decays: list[Callable[[], float]] = []
         self.norm = torch.zeros((), device=engine.device)
         self.veto: Tensor | None = None
         self.prepare()
         engine.optimizer.step = self
 
     def average(self, averages: Sequence[Tensor], masters: Sequence[Tensor], decay: Callable[[], float]) -> None:
-        """Move averages [n] of this rank's masters [n] in each step: decay() of them stays, asked at the step."""
-        self._averages = {master.data_ptr(): value for master, value in zip(masters, averages, strict=True)}
-        self._decay = decay
+        """Also move averages [n] of this rank's masters [n] in each step: decay() of them stays, asked at the step."""
+        for master, value in zip(masters, averages, strict=True):
+            self._averages.setdefault(master.data_ptr(), []).append(value)
+        self._decays.append(decay)
 
     def prepare(self) -> None:
         """Find the memory again, if a checkpoint has been loaded since."""
@@ -90,12 +91,12 @@ class FusedStep:
         n = self._taken + self._launched
         (group,) = self._wrapper.param_groups
         for piece, gradient in zip(self._pieces, gradients, strict=True):
-            average = self._averages.get(piece.master.data_ptr())
+            averages = self._averages.get(piece.master.data_ptr(), [])
             adamw_step(
                 piece.master,
                 gradient,
                 *piece.moments,
-                [] if average is None else [average],
+                averages,
                 piece.weight,
                 norm=self.norm,
                 max_norm=self._config.gradient_clipping,
@@ -104,7 +105,7 @@ class FusedStep:
                 eps=self._config.eps,
                 weight_decay=self._config.weight_decay,
                 step=n,
-                decays=[] if average is None else [self._decay()],
+                decays=[decay() for decay in self._decays[: len(averages)]],
             )  # fmt: skip
         self._finish()
 

@@ -14,7 +14,7 @@ any other wrote. checkpoint_writer.py writes them.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,9 +181,11 @@ def _number(value: Any) -> int:
 
 
 def load(
-    found: Found, engines: Mapping[str, Any], queue: FeatureQueue | None = None
-) -> tuple[dict[str, Tensor], TrainState]:
-    """Put a checkpoint's state into engines and queue; returns the whole EMA by name, and the counters. Collective.
+    found: Found, engines: Mapping[str, Any], queue: FeatureQueue | None = None, averages: Sequence[str] = (EMA_FILE,)
+) -> tuple[list[dict[str, Tensor]], TrainState]:
+    """Put a checkpoint's state into engines and queue; returns the whole averages, and the counters. Collective.
+
+    averages: the names of their files.
 
     Raises:
         UserError: a file does not hold what this code writes for such a model.
@@ -195,7 +197,7 @@ def load(
                 restore(engine, saved.read, manifest.optimizer_steps[player])
         if queue is not None:
             queue.load(load_file(folder / QUEUE_FILE))
-        return load_file(folder / EMA_FILE), manifest.state.model_copy()
+        return [load_file(folder / name) for name in averages], manifest.state.model_copy()
     except Exception as error:  # whichever library notices first that a file is not what it should be
         if sign_of_a_lost_rank(error) is not None:
             raise

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -30,11 +30,19 @@ from sadm_fast.engine.state import MASTER, MOMENTS, pieces, steps_taken
 from sadm_fast.files import write_json
 from sadm_fast.ranks.collectives import barrier, max_over_ranks, rank_and_world_size
 from sadm_fast.run.checkpoint import folder_of, sha256
-from sadm_fast.run.manifest import EMA_FILE, MANIFEST, QUEUE_FILE, Manifest, completed, part_name, step_of
+from sadm_fast.run.manifest import MANIFEST, QUEUE_FILE, Manifest, completed, part_name, step_of
 from sadm_fast.run.pieces import SavedPieces, key
 from sadm_fast.run.state import TrainState
 
 _EMA, _QUEUE = "ema", "queue"
+
+
+class Snapshots(NamedTuple):
+    """Averages that are kept: at multiples of `every` steps, each file under a name with {step} in `folder`."""
+
+    folder: Path
+    every: int
+    files: Mapping[str, str]
 
 
 class CheckpointWriter:
@@ -42,12 +50,13 @@ class CheckpointWriter:
 
     Args:
         engines: by player.
-        average: this rank's fragments of the EMA, asked at each save.
+        averages: this rank's fragments of each average by the name of its file, asked at each save.
         shapes: full shapes of the averaged parameters.
         identity: what a loader must find equal (checkpoint.find).
         fixed: parameters that are not trained, written beside the averaged ones: the file is a whole state.
         queue: of features, if there is one; rank 0 writes it.
         keep_last, keep_every: checkpoints that stay: the newest ones, and those at multiples of keep_every steps.
+        snapshots: which averages stay without the rest of their checkpoint.
         say: told on any rank, in one line, why a save failed.
     """
 
@@ -55,7 +64,7 @@ class CheckpointWriter:
         self,
         checkpoints: Path,
         engines: Mapping[str, Any],
-        average: Callable[[], Sequence[Fragment]],
+        averages: Mapping[str, Callable[[], Sequence[Fragment]]],
         shapes: Mapping[str, tuple[int, ...]],
         *,
         identity: Mapping[str, Any],
@@ -63,12 +72,14 @@ class CheckpointWriter:
         queue: FeatureQueue | None = None,
         keep_last: int,
         keep_every: int | None = None,
+        snapshots: Snapshots | None = None,
         say: Callable[[str], None],
     ) -> None:
-        self._checkpoints, self._engines, self._average = checkpoints, engines, average
+        self._checkpoints, self._engines, self._averages = checkpoints, engines, averages
         self._shapes, self._identity, self._queue = shapes, dict(identity), queue
         self._fixed = dict(fixed or {})
         self._keep_last, self._keep_every, self._say = keep_last, keep_every, say
+        self._snapshots = snapshots
         self._rank, self._world_size = rank_and_world_size()
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._part: Future[str | None] | None = None  # this rank's part of the save under way: what went wrong
@@ -94,8 +105,8 @@ class CheckpointWriter:
             parts[part_name(player, self._rank)] = self._copy(player, tensors)
         if self._queue is not None and self._rank == 0:  # the same on every rank
             parts[QUEUE_FILE] = self._copy(_QUEUE, self._queue.state())
-        if average := self._own_average():
-            parts[f"{_EMA}-{self._rank}.safetensors"] = self._copy(_EMA, average)
+        for name, average in self._own_averages().items():
+            parts[_part_of(name, self._rank)] = self._copy(name, average)
         self._facts = {
             "step": state.step,
             **self._identity,
@@ -153,16 +164,19 @@ class CheckpointWriter:
         """Finish the write in progress and end the thread."""
         self._pool.shutdown()
 
-    def _own_average(self) -> dict[str, Tensor]:
-        """This rank's pieces of the average, by key; without ZeRO every rank owns everything, and rank 0 saves it."""
+    def _own_averages(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's pieces of each average, by key; without ZeRO each rank owns everything, and rank 0 saves it."""
         if self._rank != 0 and all(engine.zero_optimization_stage() == 0 for engine in self._engines.values()):
             return {}
-        return {key(_EMA, name, start): value for name, start, value in self._average()}
+        return {
+            file: {key(_EMA, name, start): value for name, start, value in average()}
+            for file, average in self._averages.items()
+        }
 
     def _make_room(self) -> "Future[dict[str, dict[str, Tensor]]]":
         """Allocate memory for all copies once, in the thread: clearing it takes seconds, beside the first steps."""
         if self._copies is None:
-            like: dict[str, dict[str, Tensor]] = {_EMA: self._own_average()}
+            like: dict[str, dict[str, Tensor]] = self._own_averages()
             for player, engine in self._engines.items():
                 like[player] = {
                     key(each, name, start): value
@@ -205,29 +219,49 @@ class CheckpointWriter:
             for path in sorted(temporary.glob("hashes-*.json")):
                 hashes |= json.loads(path.read_text())
                 path.unlink()
-            averages = sorted(temporary.glob(f"{_EMA}-*.safetensors"))
-            with SavedPieces(averages) as saved:
-                whole = {
-                    name: saved.read(_EMA, name, 0, torch.Size(shape).numel()).view(shape)
-                    for name, shape in self._shapes.items()
-                }
-            save_file(whole | self._fixed, temporary / EMA_FILE)
-            for path in averages:
-                del hashes[path.name]
-                path.unlink()
-            _sync(temporary / EMA_FILE)
-            hashes[EMA_FILE] = sha256(temporary / EMA_FILE)
+            for file in self._averages:
+                self._merge(temporary, file, hashes)
             for folder in (temporary, *(path for path in temporary.iterdir() if path.is_dir())):
                 _sync(folder)
             temporary.rename(final)
             _sync(self._checkpoints)
             write_json(final / MANIFEST, Manifest.model_validate({**self._facts, "files": hashes}).to_json())
             _sync(final)
+            self._keep_snapshots(final, step)
             self._retire()
         except (OSError, SafetensorError, KeyError) as error:
             self._drop(step)
             return " ".join(str(error).split())[:200]
         return None
+
+    def _merge(self, folder: Path, file: str, hashes: dict[str, str]) -> None:
+        """Put all ranks' parts of an average into one file, a whole state of the denoiser."""
+        parts = [path for path in (folder / _part_of(file, rank) for rank in range(self._world_size)) if path.exists()]
+        with SavedPieces(parts) as saved:
+            whole = {
+                name: saved.read(_EMA, name, 0, torch.Size(shape).numel()).view(shape)
+                for name, shape in self._shapes.items()
+            }
+        save_file(whole | self._fixed, folder / file)
+        for path in parts:
+            del hashes[path.name]
+            path.unlink()
+        _sync(folder / file)
+        hashes[file] = sha256(folder / file)
+
+    def _keep_snapshots(self, checkpoint: Path, step: int) -> None:
+        """Keep this checkpoint's averages beyond it, where they are asked for: the same files under another name."""
+        if self._snapshots is None or step % self._snapshots.every:
+            return
+        for file, name in self._snapshots.files.items():
+            there = self._snapshots.folder / name.format(step=step)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.unlink(missing_ok=True)
+            try:
+                os.link(checkpoint / file, there)
+            except OSError:  # a file system without links
+                shutil.copyfile(checkpoint / file, there)
+                _sync(there)
 
     def _drop(self, step: int) -> None:
         shutil.rmtree(folder_of(self._checkpoints, step).with_suffix(".tmp"), ignore_errors=True)
@@ -252,6 +286,11 @@ def _empty_copies(like: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[st
             return torch.zeros(value.shape, dtype=value.dtype, pin_memory=True)
 
     return {player: {there: zeros(value) for there, value in tensors.items()} for player, tensors in like.items()}
+
+
+def _part_of(file: str, rank: int) -> str:
+    """The file of one rank's part of an average, until all are merged."""
+    return f"part-{rank}-of-{file}"
 
 
 def _sync(path: Path) -> None:

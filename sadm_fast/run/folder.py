@@ -36,6 +36,7 @@ class RunFolder:
         self.relations = path / "relations"
         self.pretrained = path / "pretrained"
         self.checkpoints = path / "checkpoints"
+        self.snapshots = path / "snapshots"
 
     def check(self, config: Config) -> bool:
         """True if the folder holds a run of this configuration, False if it is free; writes nothing.

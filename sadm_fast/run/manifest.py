@@ -16,6 +16,7 @@ from sadm_fast.run.state import TrainState
 MANIFEST = "COMPLETE"
 FORMAT = 2
 EMA_FILE = "ema.safetensors"
+MORE_EMA = "ema-"  # further averages: ema-power-0.05.safetensors
 QUEUE_FILE = "queue.safetensors"
 
 _RANKS_AT_MOST = 2**20
@@ -65,7 +66,7 @@ class Manifest(BaseModel):
             if steps > state.ema_updates or (player == "denoiser" and steps != state.ema_updates):
                 raise ValueError(f"optimizer_steps.{player}={steps} does not fit ema_updates={state.ema_updates}")
         parts = len(self.optimizer_steps) * self.world_size
-        names = self.files.keys() - {QUEUE_FILE}
+        names = {name for name in self.files if name != QUEUE_FILE and not name.startswith(MORE_EMA)}
         if len(names) != parts + 1 or names != {EMA_FILE, *self._parts()}:
             raise ValueError(f"files are not those of {self.world_size} rank(s) with {sorted(self.optimizer_steps)}")
         return self

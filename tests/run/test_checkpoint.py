@@ -20,7 +20,7 @@ from sadm_fast.engine.masters import Fragment
 from sadm_fast.errors import UserError
 from sadm_fast.run import checkpoint, checkpoint_writer
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
-from sadm_fast.run.manifest import MANIFEST
+from sadm_fast.run.manifest import EMA_FILE, MANIFEST
 from sadm_fast.run.pieces import key
 from sadm_fast.run.state import TrainState
 from tests.engine.test_players import FP32_WEIGHTS
@@ -50,7 +50,7 @@ def writing(checkpoints: Path, value: float = 0.0, keep_last: int = 5, **options
     average = [Fragment("weight", 0, torch.full((6,), value))]
     said: list[str] = options.pop("said", [])
     writer = CheckpointWriter(
-        checkpoints, {"psi": Untrained()}, lambda: average, {"weight": (3, 2)},
+        checkpoints, {"psi": Untrained()}, {EMA_FILE: lambda: average}, {"weight": (3, 2)},
         identity=IDENTITY, keep_last=keep_last, say=said.append, **options,
     )  # fmt: skip
     try:
@@ -82,7 +82,8 @@ def find(checkpoints: Path, identity: dict[str, Any] | None = None) -> tuple[Pat
 
 def load(folder: Path, engines: dict[str, Any] | None = None) -> tuple[dict[str, Tensor], TrainState]:
     """The average and the counters of a checkpoint, its engines restored."""
-    return checkpoint.load(checkpoint.Found(folder, checkpoint.read(folder)), engines or {})
+    (average,), state = checkpoint.load(checkpoint.Found(folder, checkpoint.read(folder)), engines or {})
+    return average, state
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -214,7 +215,7 @@ def test_the_training_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: py
 def test_what_changes_after_a_save_is_not_in_it(tmp_path: Path):
     value = torch.full((6,), 1.0)
     writer = CheckpointWriter(
-        tmp_path, {}, lambda: [Fragment("weight", 0, value)], {"weight": (3, 2)},
+        tmp_path, {}, {EMA_FILE: lambda: [Fragment("weight", 0, value)]}, {"weight": (3, 2)},
         identity=IDENTITY, keep_last=1, say=print,
     )  # fmt: skip
     writer.save(at(5))

@@ -19,7 +19,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.ranks.launch import Place, distributed
 from sadm_fast.run import checkpoint
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
-from sadm_fast.run.manifest import MANIFEST, Manifest
+from sadm_fast.run.manifest import EMA_FILE, MANIFEST, Manifest
 from sadm_fast.run.state import TrainState
 from tests.support.engine_cases import STAGES, Case, stages
 from tests.support.engine_game import Game
@@ -68,7 +68,7 @@ def trained(case: Case, folder: Path, place: Place) -> dict[str, Any]:
     run.train(0, BEFORE)
     at_save = run.state()
     writer = CheckpointWriter(
-        folder / case.name, run.game.players.engines, lambda: run.ema.average, run.game.shapes["denoiser"],
+        folder / case.name, run.game.players.engines, {EMA_FILE: lambda: run.ema.average}, run.game.shapes["denoiser"],
         identity={}, queue=run.game.players.queue, keep_last=1, say=print,
     )  # fmt: skip
     writer.save(TrainState(step=BEFORE, ema_updates=run.ema.updates))
@@ -84,7 +84,7 @@ def resumed(case: Case, folder: Path, place: Place) -> dict[str, Any]:
     run = Run(case, place, (3, 4))
     found = checkpoint.find(folder / case.name, {}, print)
     assert found is not None
-    averages, state = checkpoint.load(found, run.game.players.engines, run.game.players.queue)
+    (averages,), state = checkpoint.load(found, run.game.players.engines, run.game.players.queue)
     run.ema.load(averages, state.ema_updates)
     loaded = run.state()
     run.train(BEFORE, AFTER)

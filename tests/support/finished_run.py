@@ -8,6 +8,7 @@ from sadm_fast.config import check_config
 from sadm_fast.engine.masters import Fragment, trainable_shapes
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
 from sadm_fast.run.folder import RunFolder
+from sadm_fast.run.manifest import EMA_FILE
 from sadm_fast.run.state import TrainState
 from tests.test_train import CLASSES, write_images
 
@@ -30,7 +31,8 @@ def finished_run(root: Path) -> Path:
     model = build_denoiser(config, len(CLASSES))
     average = [Fragment(n, 0, p.detach().flatten()) for n, p in model.named_parameters() if p.requires_grad]
     writer = CheckpointWriter(
-        folder.checkpoints, {}, lambda: average, trainable_shapes(model), identity={}, keep_last=1, say=print
+        folder.checkpoints, {}, {EMA_FILE: lambda: average}, trainable_shapes(model),
+        identity={}, keep_last=1, say=print,
     )  # fmt: skip
     writer.save(TrainState(step=10, ema_updates=10))
     writer.finish()
