@@ -384,7 +384,7 @@ def _steps(value: Any) -> Steps:
     ]
     if isinstance(value, str) and re.fullmatch("ddim[1-9][0-9]{0,5}", value):
         return value
-    if not all(type(n) is int and 1 <= n <= _MOST_SAMPLER_STEPS for n in numbers) or not 1 <= len(numbers) <= 1000:
+    if not all(type(n) is int and 1 <= n <= _MOST_SAMPLER_STEPS for n in numbers) or not 1 <= len(numbers) <= 1e3:
         raise PydanticCustomError(
             "steps",
             'must be a whole number from 1 to {most}, "ddimN", or a list of such numbers',

@@ -162,7 +162,7 @@ def test_fine_tuning_starts_from_weights_and_takes_another_number_of_classes(
     assert all(value.equal(before[name]) for name, value in rest.items())
 
     assert trained(config, tmp_path / "run", "denoiser.weights=nowhere.safetensors") == 2
-    assert "denoiser.weights=nowhere.safetensors: cannot be read" in refusal(capfd)
+    assert "denoiser.weights=nowhere.safetensors: there is no such file" in refusal(capfd)
     wide = [f"denoiser.weights={tmp_path / 'weights.safetensors'}", "denoiser.hidden_size=32"]
     assert trained(config, tmp_path / "wide", *wide) == 2
     assert "does not fit this configuration's denoiser" in refusal(capfd)

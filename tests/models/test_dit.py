@@ -410,9 +410,12 @@ def default_sizes(tree: ast.AST) -> set[int]:
 
 
 def test_no_source_takes_1000_for_the_null_class() -> None:
-    """The integer may be the default of num_classes or num_steps and nothing else: for other uses write 1000.0, 1e3."""
+    """The integer may be the default of num_classes or num_steps and nothing else: for other uses write 1000.0, 1e3.
+
+    Other programs have it in their formats, which exchange/ reads and writes.
+    """
     found, defaults = [], 0
-    for path in sorted(SOURCES.rglob("*.py")):
+    for path in sorted(set(SOURCES.rglob("*.py")) - set((SOURCES / "exchange").rglob("*.py"))):
         tree = ast.parse(path.read_text())
         allowed = default_sizes(tree)
         for node in ast.walk(tree):
