@@ -19,7 +19,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _PURPOSE_BITS = 8  # of their counter word; the step of a sampler has the other 24
-_CPU_CHUNK = 1 << 18  # numbers drawn at once on a CPU; their integers fit into its caches
+_CPU_CHUNK = 1 << 18  # numbers drawn at once on a CPU, so that their integers fit into its caches
+_CPU_CHUNK_OF_FLOATS = 1 << 20  # the same where C++ draws, which keeps no integers
 
 
 class Purpose(IntEnum):
@@ -97,20 +98,24 @@ def normal(seed: int, purpose: Purpose, sample_ids: Tensor, shape: Sequence[int]
     step: 0 <= step < 2^24; a sample's numbers of different steps are independent.
     """
     count, stream = math.prod(shape), int(purpose) + (step << _PURPOSE_BITS)
-    at_once = max(1, _CPU_CHUNK // count) if sample_ids.device.type == "cpu" else len(sample_ids)
-    parts = [_normal(seed, stream, part, count) for part in sample_ids.split(max(1, at_once))]
-    z = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return z.reshape(-1, *shape)
-
-
-def _normal(seed: int, stream: int, sample_ids: Tensor, count: int) -> Tensor:
-    """Draw normal numbers float32 [B, count]."""
     half = -(-count // 2)
-    u = _uniform32(seed, stream, sample_ids, 2 * half)
+    z = torch.empty(len(sample_ids), 2, half, dtype=torch.float32, device=sample_ids.device)
+    chunk = _CPU_CHUNK_OF_FLOATS if has_streams() else _CPU_CHUNK
+    at_once = max(1, chunk // count if sample_ids.device.type == "cpu" else len(sample_ids))
+    for ids, out in zip(sample_ids.split(at_once), z.split(at_once), strict=True):
+        _box_muller(_uniform32(seed, stream, ids, 2 * half).view(-1, 2, half), out)
+    return z.flatten(1)[:, :count].reshape(-1, *shape)
+
+
+def _box_muller(u: Tensor, out: Tensor) -> None:
+    """Make normal numbers of uniform ones, which are lost: float32 [B, 2, half] both."""
+    radius, angle = u[:, 0], u[:, 1]
     # fp32 rounds the largest words up to 1.0; the logarithm is then 0, which is finite and a fair sample.
-    radius = u[:, :half].log().mul_(-2.0).sqrt_()
-    angle = u[:, half:] * (2.0 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+    radius.log_().mul_(-2.0).sqrt_()
+    angle.mul_(2.0 * math.pi)
+    torch.cos(angle, out=out[:, 0])
+    torch.sin(angle, out=out[:, 1])
+    out.mul_(radius.unsqueeze(1))
 
 
 def _uniform32(seed: int, stream: int, sample_ids: Tensor, count: int) -> Tensor:

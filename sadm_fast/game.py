@@ -75,7 +75,7 @@ def draw(
     noise, (level, drop) = normal_and_uniform_for(
         seed, Purpose.NOISE, x0.shape[1:], (Purpose.TIME, Purpose.LABEL_DROP), sample_ids
     )
-    condition = torch.where(drop < label_dropout, null_class, labels)
+    condition = labels.masked_fill(drop < label_dropout, null_class)
     return Batch(x0, labels, condition, noise, process.sample_t(level), level)
 
 

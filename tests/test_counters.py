@@ -89,6 +89,27 @@ def test_numbers_for_several_purposes_are_those_of_each(by: str, seed: int, ids:
     assert torch.equal(found, torch.stack([uniform(seed, purpose, samples)[:, 0] for purpose in purposes]))
 
 
+@quick
+@given(seed=seeds, ids=sample_ids, shape=st.lists(st.integers(1, 9), max_size=3), step=st.integers(0, 9))
+def test_normal_numbers_are_box_muller_to_the_last_bit(seed: int, ids: list[int], shape: list[int], step: int) -> None:
+    """A run must go on with the numbers it began with."""
+    samples, count = torch.tensor(ids), math.prod(shape)
+    half = -(-count // 2)
+    words = counters._words(seed, Purpose.NOISE + (step << 8), samples, 2 * half)
+    u = words.float().add_(0.5).mul_(2.0**-32)
+    radius, angle = u[:, :half].log().mul_(-2.0).sqrt_(), u[:, half:] * (2.0 * math.pi)
+    expected = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+    assert torch.equal(normal(seed, Purpose.NOISE, samples, shape, step), expected.reshape(-1, *shape))
+
+
+def test_large_draws_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(7)
+    whole = normal(5, Purpose.NOISE, ids, (3, 11))
+    for chunk in (1, 70, 100):
+        monkeypatch.setattr(counters, "_CPU_CHUNK_OF_FLOATS", chunk)
+        assert torch.equal(normal(5, Purpose.NOISE, ids, (3, 11)), whole)
+
+
 def test_an_empty_batch_gets_no_numbers() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     assert uniform(0, Purpose.TIME, none, 5).shape == (0, 5)

@@ -20,6 +20,8 @@ from sadm_fast.game import (
     structure_distance,
 )
 from sadm_kernels import Queue
+from sadm_kernels.streams import has_streams
+from tests.support.dispatched import Dispatched
 
 SIZE, WIDTH, CLASSES = 6, 5, 3
 # What is computed in float32 is compared with float64: some ten roundings of numbers of this size.
@@ -72,6 +74,16 @@ def test_noise_level_and_dropped_label_belong_to_the_sample() -> None:
     dropped = whole.condition == CLASSES
     assert dropped.any() and not dropped.all() and torch.equal(whole.condition[~dropped], whole.labels[~dropped])
     assert torch.equal(whole.t, EDM().sample_t(whole.level))
+
+
+@pytest.mark.skipif(not has_streams(), reason="the C++ library was not built")
+@pytest.mark.parametrize(("process", "most"), [(VP(), 12), (EDM(), 14), (Flow(), 11)], ids=["vp", "edm", "flow"])
+def test_a_draw_is_a_dozen_operations(process: Process, most: int) -> None:
+    """7 for the noise, 2 for the labels, and what the process makes of the uniform number; views are not counted."""
+    x0, ids = torch.zeros(64, 4, 32, 32), torch.arange(64)
+    with Dispatched() as mode:
+        draw(process, x0, ids, ids, seed=0, null_class=64, label_dropout=0.1)
+    assert len(mode.names) <= most, mode.names
 
 
 @pytest.mark.parametrize("process", [EDM(), VP(), Flow()], ids=lambda p: type(p).__name__)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sadm_kernels.triton.launch import on_device
+
 BLOCK = 256  # pairs of numbers of a program
 PRECISE = True
 
@@ -21,8 +23,10 @@ def draw(key: int, stream: int, firsts: tuple[int, int], sample_ids: Tensor, cou
     normal = torch.empty(samples, count, dtype=torch.float32, device=sample_ids.device)
     first = torch.empty(2, samples, dtype=torch.float64, device=sample_ids.device)
     if samples and count:
-        _kernels().draw[(samples, -(-half // BLOCK))](
-            sample_ids, normal, first, key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF, stream, *firsts, samples, count, half,
-            PRECISE=PRECISE, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+        with on_device(sample_ids.device):
+            _kernels().draw[(samples, -(-half // BLOCK))](
+                sample_ids, normal, first,
+                key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF, stream, *firsts, samples, count, half,
+                PRECISE=PRECISE, BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
     return normal, first

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sadm_kernels import native
 from sadm_kernels.adamw import Buffers, Numbers, adamw_step, bytes_per_element, restore_if_not_finite, total_norm
 from sadm_kernels.triton import aot, optimizer
+from tests.support.dispatched import Dispatched
 
 NUMBERS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 EPS = 2.0**-23
@@ -134,13 +134,6 @@ def test_every_instruction_set_is_the_definition(instruction_set: str, gradient:
 
 @pytest.mark.skipif(native.why_missing() != "ok", reason="the C++ library was not built")
 def test_the_cpu_kernels_run_no_operation_of_pytorch() -> None:
-    class Dispatched(TorchDispatchMode):
-        names: list[str] = []
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.names.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     state, norm = State(100, torch.bfloat16, torch.bfloat16, 2), torch.tensor(1.0)
     with Dispatched() as mode:
         state.step(1, norm, impl="native")
