@@ -1,10 +1,10 @@
-"""How many operations does an iteration launch beside the networks? Counted on the CPU, as every machine counts the same.
+"""How many operations does an iteration launch beside the networks? Counted on the CPU: every machine counts the same.
 
     python benchmarks/launches.py [--modes plain sadm --stages 0 1 2 --out runs/launches]
 
 DiT of depth 28 and ResNet-18 as Psi, small but with all their tensors, eager, through DeepSpeed on one rank. One
-iteration is what the trainer does with a micro-batch on its way: draw, both players' turns, the average, and settling the
-iteration before. `beyond` leaves out the forward and backward of the networks alone; views launch nothing and are not
+iteration is what the trainer does with a micro-batch: draw, both players' turns, the average, and settling the one
+before. `beyond` leaves out the forward and backward of the networks alone; views launch nothing and are not
 counted; a call of our C++ library counts as one, as the Triton kernel in its place would. `syncs` are operations whose
 value the host waits for. Launch times are not measured here: a GPU's CPU takes some 5 microseconds for each.
 """
