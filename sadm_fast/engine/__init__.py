@@ -6,4 +6,6 @@ The rules (each was measured; breaking one gives silently wrong gradients at som
 - Nothing is frozen before `deepspeed.initialize`, because ZeRO drops parameters that need no gradient.
 - One summed loss a backward: a second backward before the step would replace the first one's gradients.
 - `gradient_clipping` is always given: DeepSpeed's default clips at 1.0.
+
+docs/deepspeed.md has the other ways that were tried.
 """
