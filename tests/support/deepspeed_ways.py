@@ -7,12 +7,14 @@ one micro-batch a step and on two: `ok` where all weights of both players are th
 With a row's number and a folder, it plays that row in this process, and shows what the errors say.
 """
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import deepspeed
@@ -29,6 +31,8 @@ from tests.support.ranks import run_ranks
 
 WORLD_SIZES = (1, 2)
 
+Backward = Callable[..., Any]  # an engine's
+
 
 class Way(NamedTuple):
     """What is done differently."""
@@ -36,31 +40,19 @@ class Way(NamedTuple):
     what: str
     config: dict[str, Any] = {}  # over DeepSpeed's
     zero: dict[str, Any] = {}  # over its zero_optimization
-    backward: Callable[[Any, Tensor, bool], None] | None = None  # (engine, loss, last of the step)
+    backward: Callable[[Backward, Tensor], None] = lambda backward, loss: backward(loss)
+    steps: Literal["every", "last"] = "every"  # micro-batch
     change: Callable[[Players], None] = lambda players: None
     freeze: bool = True
 
 
-def torch_backward(engine: Any, loss: Tensor, last: bool) -> None:
+def torch_backward(backward: Backward, loss: Tensor) -> None:
     loss.backward()
-    engine.step()
 
 
-def twice(engine: Any, loss: Tensor, last: bool) -> None:
-    engine.backward(0.25 * loss, retain_graph=True)
-    engine.backward(0.75 * loss)
-    engine.step()
-
-
-def unmanaged(engine: Any, loss: Tensor, last: bool) -> None:
-    engine.backward(loss)
-    if last:
-        engine.step()
-
-
-def unmanaged_twice(engine: Any, loss: Tensor, last: bool) -> None:
-    engine.backward(0.25 * loss, retain_graph=True)
-    unmanaged(engine, 0.75 * loss, last)
+def twice(backward: Backward, loss: Tensor) -> None:
+    backward(0.25 * loss, retain_graph=True)
+    backward(0.75 * loss)
 
 
 def through_engine(players: Players) -> None:
@@ -98,8 +90,8 @@ WAYS = [
     Way("two engine forwards a backward", change=two_forwards),
     Way("the same, `loss.backward()`", change=two_forwards, backward=torch_backward),
     Way("two backwards a step", backward=twice),
-    Way("`managed_gradient_accumulation: false`", config=UNMANAGED, backward=unmanaged),
-    Way("the same, two backwards a step", config=UNMANAGED, backward=unmanaged_twice),
+    Way("`managed_gradient_accumulation: false`", config=UNMANAGED, steps="last"),
+    Way("the same, two backwards a step", config=UNMANAGED, backward=twice, steps="last"),
     Way("`reduce_scatter: false`", zero={"reduce_scatter": False}),
     Way("`use_multi_rank_bucket_allreduce: false`", zero={"use_multi_rank_bucket_allreduce": False}),
     Way("DeepCompile", config={"compile": {"deepcompile": True}}, change=deep_compile),
@@ -122,21 +114,26 @@ def changed(way: Way) -> Iterator[None]:
         yield
 
 
+def drive(engine: Any, way: Way, accumulation: int) -> None:
+    """Let the engine's two methods do what the way does."""
+    backward, step = engine.backward, engine.step
+    calls = itertools.count(1)
+
+    def its_step() -> None:
+        if next(calls) % accumulation == 0 or way.steps == "every":
+            step()
+
+    engine.backward, engine.step = partial(way.backward, backward), its_step
+
+
 def played(way: Way, case: Case, place: Any) -> str:
     """One cell: ok, wrong, or the error."""
-    calls: dict[int, int] = {}
-
-    def backward(engine: Any, loss: Tensor) -> None:
-        calls[id(engine)] = calls.get(id(engine), 0) + 1
-        assert way.backward is not None
-        way.backward(engine, engine_players._or_nan(loss), calls[id(engine)] % case.accumulation == 0)
-
     try:
         with changed(way):
             game = Game(case, place)
             way.change(game.players)
-            if way.backward is not None:
-                game.players._backward = backward  # type: ignore[method-assign]
+            for engine in game.players.engines.values():
+                drive(engine, way, case.accumulation)
             for iteration in range(ITERATIONS):
                 game.play(iteration)
         return "wrong" if weight_problems(case, game.weights(), reference(case, place.world_size)) else "ok"
