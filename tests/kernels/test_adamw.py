@@ -251,6 +251,7 @@ def test_it_compiles_for_a_gpu_without_spills_to_loads_of_16_bytes(
     usage = aot.usage_of(cubin, shared)
     # 2,048 threads of at most 32 registers would fill a multiprocessor; 64 leave half of that, enough for its memory.
     assert usage.stack == usage.local == 0 and usage.registers <= 64
+    assert work.keywords["enable_fp_fusion"] is False  # the interpreter fuses nothing in any case
     # Blocks within n, 4 elements a thread: 16 bytes of each float32 buffer, 8 of each bfloat16 one.
     code = aot.disassembled(cubin)
     for instruction in ("LDG", "STG"):
