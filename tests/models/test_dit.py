@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sadm_fast.models.dit
 from sadm_fast.models import DiT
-from sadm_fast.models.dit import timestep_frequencies
+from sadm_fast.models.dit import Attention, timestep_frequencies
 
 SOURCES = Path(sadm_fast.models.dit.__file__).parents[1]
 
@@ -446,3 +447,18 @@ def test_an_unknown_name_is_answered_with_the_known_ones(name: str) -> None:
 def test_sizes_that_do_not_divide_are_named(wrong: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**wrong)
+
+
+def test_attention_copies_nothing_but_its_three_gradients_into_one() -> None:
+    found: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.append(str(function.overloadpacket))
+            return function(*args, **(kwargs or {}))
+
+    attention, x = Attention(64, 4), torch.randn(2, 16, 64, requires_grad=True)
+    with Record():
+        attention(x).sum().backward()
+    assert not {"aten.clone", "aten.contiguous", "aten.copy_", "aten.cat", "aten._to_copy"} & set(found)
+    assert found.count("aten.stack") == 1
