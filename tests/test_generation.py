@@ -17,7 +17,7 @@ def config(process: str, **sampling: Any) -> Config:
     return check_config(
         {
             "name": "tiny",
-            "data": {"resolution": 8},
+            "data": {"resolution": 8, "channels": 3},
             "diffusion": {"process": process} | ({"learn_sigma": True} if process == "vp" else {}),
             "denoiser": {"hidden_size": 16, "depth": 1, "num_heads": 2},
             "sampling": {"steps": 4} | sampling,
@@ -72,6 +72,7 @@ def test_a_sample_is_the_same_in_any_batch_where_steps_draw_noise_too(process: s
         ("flow", {"sampler": "sde", "sde_last_step": 0.2}),
         ("edm", {"clip_denoised": True}),
         ("edm", {"guidance_scale": 2.0, "guidance_interval": [0.1, 2.0]}),
+        ("edm", {"guidance_scale": 2.0, "guidance_channels": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from sadm_fast.build import build_denoiser
 from sadm_fast.config import check_config
 from sadm_fast.engine.masters import Fragment, trainable_shapes
@@ -14,7 +17,7 @@ from tests.test_train import CLASSES, write_images
 
 
 def finished_run(root: Path) -> Path:
-    """The folder of a run on root/images: one whole checkpoint of an untrained denoiser."""
+    """The folder of a run on root/images: one whole checkpoint of a denoiser that answers to image, time and label."""
     training = {"steps": 3, "batch": 8}
     config = check_config(
         {
@@ -29,6 +32,9 @@ def finished_run(root: Path) -> Path:
     folder.claim(config)
     folder.facts.write_text(json.dumps({"classes": list(CLASSES)}))
     model = build_denoiser(config, len(CLASSES))
+    for i, parameter in enumerate(model.parameters()):  # it begins with zeros, which answer to nothing
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(i))
     average = [Fragment(n, 0, p.detach().flatten()) for n, p in model.named_parameters() if p.requires_grad]
     writer = CheckpointWriter(
         folder.checkpoints, {}, {EMA_FILE: lambda: average}, trainable_shapes(model),
