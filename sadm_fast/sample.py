@@ -132,7 +132,7 @@ def _sample(arguments: argparse.Namespace, request: "StopRequest") -> int:
     else:
         raise UserError(f"--out {out}: must end in {', '.join(_PICTURES)} or .npz")
 
-    with distributed() as place:
+    with distributed(deepspeed=False) as place:
         draw(
             trained,
             labels,

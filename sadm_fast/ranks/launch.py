@@ -65,8 +65,11 @@ def own_device() -> torch.device:
 
 
 @contextmanager
-def distributed() -> Iterator[Place]:
+def distributed(*, deepspeed: bool = True) -> Iterator[Place]:
     """Start torch.distributed, and DeepSpeed on top of it; yield this rank's place.
+
+    deepspeed: False where no engine is made. Besides the seconds of its import it keeps the process group, so that
+    gloo's threads outlive it, and now and then abort a process that ends at once ("terminate called").
 
     Started by `deepspeed` or `torchrun`, RANK, WORLD_SIZE and LOCAL_RANK are set; started by plain `python`, this is
     the only rank and no port is opened.
@@ -106,8 +109,9 @@ def distributed() -> Iterator[Place]:
             f"rank {rank} of {world_size} cannot connect to the others ({reason}); where machines have several"
             " network interfaces, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the one to use (docs/scale.md)"
         ) from None
-    with _silence():
-        _start_deepspeed(backend)
+    if deepspeed:
+        with _silence():
+            _start_deepspeed(backend)
     # The imports stay for good, and DeepSpeed collects garbage whenever a ZeRO-3 engine starts: half a second saved.
     gc.freeze()
     lost = False

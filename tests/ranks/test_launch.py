@@ -1,5 +1,6 @@
 """How ranks start and end together: errors that all of them meet, or one."""
 
+import os
 import subprocess
 import sys
 
@@ -16,11 +17,10 @@ import sys
 from sadm_fast import cli
 from sadm_fast.errors import UserError
 from sadm_fast.ranks import launch
-launch._start_deepspeed = lambda backend: None  # it takes seconds to import
 launch._GOODBYE_S = {goodbye}
 
 def work(request):
-    with launch.distributed() as place:
+    with launch.distributed(deepspeed=False) as place:
         if place.rank < {failing}:
             raise UserError("caf\\udce9 has to change")
     return 0
@@ -47,6 +47,22 @@ def test_an_error_is_one_line_of_all_ranks_together(failing: int, codes: list[in
     lines = [line for out, err in said for line in (out + err).splitlines()]
     assert [line for line in lines if "error" in line] == ["error: caf\\udce9 has to change"]
     assert not any("frame #" in line or "Traceback" in line for line in lines), lines
+
+
+def test_without_deepspeed_no_thread_outlives_the_process_group(monkeypatch: pytest.MonkeyPatch):
+    """A thread of gloo's that is left aborts a process that ends at once, now and then."""
+
+    def threads() -> set[str]:
+        return set(os.listdir("/proc/self/task"))
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # it is set, and here set back
+    before = threads()
+    with launch.distributed(deepspeed=False):
+        torch.distributed.all_reduce(torch.ones(1))
+        assert threads() - before
+    assert not threads() - before
 
 
 @pytest.mark.parametrize(
