@@ -43,7 +43,8 @@ def assemble(
 ) -> Trainer:
     """The trainer of a claimed folder, at its newest whole checkpoint or at step 0. Collective.
 
-    autoencoder: of the latents in `source`, on rank 0, which makes the pictures; None elsewhere.
+    autoencoder: of the latents in `source`, on rank 0, which makes the pictures, and on every rank if Psi sees pixels;
+        None elsewhere.
 
     Raises:
         UserError: the folder's checkpoint belongs to another run, or Psi or the judge cannot be had.
@@ -93,7 +94,11 @@ def assemble(
 
     fixed = {name: p.detach().clone() for name, p in denoiser.named_parameters() if not p.requires_grad}
     with Watchdog(config.train.patience, rank, "starting the engines"):
-        players = Players(config, denoiser, psi, device)
+        see = None
+        if config.structure_encoder.input == "pixels":
+            assert autoencoder is not None
+            see = autoencoder.decode_with_gradient
+        players = Players(config, denoiser, psi, device, see)
         engine = players.denoiser
         emas = {}
         for number, profile in enumerate(config.train.profiles):

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from sadm_fast.config import Config
 from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
-from sadm_fast.models import Denoiser, DiT, ResNet18, SmallCNN, StructureEncoder
+from sadm_fast.models import Denoiser, DiT, ResNet18, SmallCNN, StructureEncoder, ViT
 
 _DRAWS = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
 
@@ -50,8 +50,12 @@ def build_denoiser(config: Config, num_classes: int) -> Denoiser:
 
 def build_psi(config: Config) -> StructureEncoder:
     """An untrained structure encoder; weights from the run's seed."""
-    psi, channels = config.structure_encoder, config.sample_shape[0]
+    psi, channels = config.structure_encoder, config.psi_shape[0]
     torch.manual_seed(config.seed)
+    if psi.architecture == "vit":
+        return ViT(
+            channels, psi.patch_size, psi.width, psi.depth, psi.position_grid, psi.input_size, psi.registers
+        )  # fmt: skip
     if psi.architecture == "resnet18":
         return ResNet18(channels, psi.stem, psi.norm)
     return SmallCNN(channels, psi.width, psi.feature_dim)

@@ -209,17 +209,51 @@ class ClassifierTraining(Block):
 class StructureEncoderConfig(Block):
     """Psi, which maps an image (or latent) to one feature row."""
 
-    architecture: Literal["cnn", "resnet18"] = Field("cnn", description="cnn: three layers for small images")
-    width: int = Field(32, ge=8, le=2**13, multiple_of=8, description="cnn: channels of the first layer")
-    feature_dim: int = Field(64, ge=1, le=2**16, description="cnn: length of a feature row (resnet18: always 512)")
+    architecture: Literal["cnn", "resnet18", "vit"] = Field(
+        "cnn", description="cnn: three layers for small images; vit: a vision transformer in DINOv2's layout"
+    )
+    input: Literal["samples", "pixels"] = Field(
+        "samples",
+        description="samples: what the denoiser is trained on; pixels: latents, decoded, with the gradient through the"
+        " frozen decoder (needs weights)",
+    )
+    width: int = Field(
+        32, ge=8, le=2**13, multiple_of=8, description="cnn: channels of the first layer; vit: of a token"
+    )
+    feature_dim: int = Field(
+        64, ge=1, le=2**16, description="cnn: length of a feature row (resnet18: always 512; vit: width)"
+    )
     stem: Literal["imagenet", "small"] = Field("imagenet", description="resnet18: small for images up to 64 pixels")
     norm: Literal["group", "frozen"] = Field(
         "group", description="resnet18: group norm, or batch norm with frozen statistics (for torchvision's weights)"
     )
-    weights: FilePath | None = Field(None, description="safetensors file to start from; null: train on the data first")
+    depth: int = Field(12, ge=1, le=256, description="vit: blocks")
+    patch_size: int = Field(14, ge=1, le=1024, description="vit: side of a patch")
+    input_size: int = Field(
+        224, ge=1, le=2**14, description="vit: side that images are resized to; a multiple of patch_size"
+    )
+    position_grid: int = Field(
+        37, ge=1, le=1024, description="vit: side of the weights' table of positions in patches (DINOv2: 37)"
+    )
+    registers: int = Field(0, ge=0, le=1024, description="vit: register tokens of the weights")
+    weights: FilePath | None = Field(
+        None,
+        description="what to start from, safetensors or .pt; a classifier in it is left out; null: train on the data"
+        " first",
+    )
     pretrain: ClassifierTraining = Field(
         default_factory=lambda: ClassifierTraining(), description="Psi's training as a classifier, before the game"
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.architecture == "vit" and self.input_size % self.patch_size:
+            raise ValueError(f"input_size={self.input_size}: must be a multiple of patch_size={self.patch_size}")
+        if self.input == "pixels" and self.weights is None:
+            raise ValueError(
+                "input=pixels: needs weights; without, Psi would have to be trained on decoded images first"
+            )
+        return self
 
 
 class GameConfig(Block):
@@ -228,7 +262,14 @@ class GameConfig(Block):
     )
     lambda_s: float = Field(0.3, ge=0, le=1e6, description="weight of S in the denoiser's loss")
     start_step: int = Field(0, ge=0, le=_MOST_STEPS, description="steps of plain training before the game starts")
-    ramp_steps: int = Field(0, ge=0, le=_MOST_STEPS, description="steps over which lambda_s grows linearly from 0")
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        le=_MOST_STEPS,
+        description="first steps of the game, in which the discriminator learns alone: lambda_s and the denoiser's"
+        " learning rate are 0",
+    )
+    ramp_steps: int = Field(0, ge=0, le=_MOST_STEPS, description="steps over which lambda_s then grows linearly from 0")
     discriminator_steps: int = Field(1, ge=1, le=16, description="discriminator steps before each denoiser step")
     scope: Literal["rank", "global"] = Field(
         "rank", description="rank: pairs inside one rank's micro-batch; global: pairs over all ranks"
@@ -554,6 +595,8 @@ class Config(Block):
                 f"data.source={self.data.source}: "
                 + ("needs a latents block" if self.latents is None else "the latents block is for data.source=latents")
             )
+        if self.structure_encoder.input == "pixels" and self.latents is None:
+            raise ValueError("structure_encoder.input=pixels: decodes latents, and samples are pixels; use samples")
         if self.latents is not None and self.evaluate.every is not None:
             raise ValueError(
                 "evaluate.every: the judges compare pixels; with data.source=latents it must be null"
@@ -565,6 +608,11 @@ class Config(Block):
             raise ValueError(
                 "train.micro_batch=1: the game compares pairs, so it needs at least 2"
                 " (or a game.queue, or game.mode=plain)"
+            )
+        if self.game.warmup_steps and self.game.mode != "sadm":
+            raise ValueError(
+                f"game.warmup_steps={self.game.warmup_steps}: is the discriminator's, and game.mode={self.game.mode}"
+                " trains none; it must be 0"
             )
         samples = self.train.micro_batch * self.train.grad_accumulation
         if self.game.queue and self.game.mode == "plain":
@@ -587,6 +635,13 @@ class Config(Block):
             return data.channels, data.resolution, data.resolution
         side = data.resolution // latents.downsample
         return latents.channels, side, side
+
+    @property
+    def psi_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of what Psi sees: a sample, or the pixels of one."""
+        if self.structure_encoder.input == "samples":
+            return self.sample_shape
+        return self.data.channels, self.data.resolution, self.data.resolution
 
     @property
     def process(self) -> Process:
@@ -660,7 +715,9 @@ def _size_problem(config: Config) -> str | None:
         )
     psi, sampling = config.structure_encoder, config.sampling
     denoise = 4 * config.denoiser.token_width * tokens  # of the MLP, the widest
-    encode = side**2 * max(channels, 64 if psi.architecture == "resnet18" else psi.width)
+    encode = config.psi_shape[1] ** 2 * max(config.psi_shape[0], 64 if psi.architecture == "resnet18" else psi.width)
+    if psi.architecture == "vit":
+        encode = max(3 * psi.input_size**2, 4 * psi.width * (psi.input_size // psi.patch_size) ** 2)
     for key, samples, elements in (
         ("train.micro_batch", config.train.micro_batch, denoise if config.game.mode == "plain" else denoise + encode),
         ("structure_encoder.pretrain.batch", psi.pretrain.batch, encode),

@@ -79,7 +79,7 @@ class RelationView:
         self._batch = Batch(x0, labels, labels, noise, config.process.sample_t(level), level)
 
     @torch.no_grad()
-    def save(self, path: Path, denoiser: nn.Module, psi: nn.Module) -> None:
+    def save(self, path: Path, denoiser: nn.Module, psi: Callable[[Tensor], Tensor]) -> None:
         """relations/step-N.npz: real and fake relation matrices [B, B], labels [B], log_snr [B]."""
         game, batch = self._config.game, self._batch
         xhat0 = predict(self._config.process, denoiser, batch).xhat0
@@ -155,7 +155,7 @@ class Gallery:
             if self._relations is not None and self._viewer is not None and self._psi_viewer is not None:
                 path = self._folder.relations / f"{name}.npz"
                 with self._optional(path):
-                    self._relations.save(path, self._viewer, self._psi_viewer)
+                    self._relations.save(path, self._viewer, self._looks)
         if evaluation_due:
             self._evaluate(step, log)
             if self._rank == 0 and step < config.train.steps:
@@ -167,6 +167,12 @@ class Gallery:
         whole = gather(fragments, self._shapes[player])
         if viewer is not None:
             load_weights(viewer, whole)
+
+    def _looks(self, samples: Tensor) -> Tensor:
+        """Features [B, d] of samples, by the viewer of Psi."""
+        assert self._psi_viewer is not None
+        pixels = self._config.structure_encoder.input == "pixels"
+        return self._psi_viewer(to_images(samples, self._autoencoder) if pixels else samples)
 
     def _save_grid(self, log: TrainingLog, step: int, name: str, tag: str) -> None:
         if self._rank == 0 and self._viewer is not None:

@@ -73,10 +73,15 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
         source = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0))
         num_classes = resolve_classes(config, source)
         autoencoder = None
-        if isinstance(source, LatentSource) and config.latents is not None and place.rank == 0:  # it makes the pictures
+        looks = config.structure_encoder.input == "pixels" and config.game.mode != "plain"
+        if isinstance(source, LatentSource) and config.latents is not None and (place.rank == 0 or looks):
+            # Rank 0 makes the pictures; Psi may look through it on all.
             autoencoder = Autoencoder.load(
-                config.latents.autoencoder, device=place.device, scale=config.latents.scale
-            )  # fmt: skip
+                config.latents.autoencoder,
+                device=place.device,
+                precision="bf16" if looks and config.train.precision == "bf16" else "fp32",
+                scale=config.latents.scale,
+            )
             autoencoder.require_space(source.encoding.space, f"data.path={source.where}")
         check_start(config, source, num_classes, folder, place.world_size)
         check_memory(config, num_classes, place.world_size, place.device, environment.ranks_here())

@@ -16,7 +16,6 @@ from sadm_fast.data import MicroBatchPlan, make_loader
 from sadm_fast.data.batch import Loader
 from sadm_fast.data.source import Source
 from sadm_fast.ema import EMA
-from sadm_fast.engine.optimizers import learning_rate
 from sadm_fast.engine.players import Outcome, Players, gradient_norm, samples_per_step
 from sadm_fast.errors import UserError
 from sadm_fast.feed import loader_spec
@@ -240,16 +239,15 @@ class Trainer:
     def _log_line(self, interval: Interval, broken_images: int) -> dict[str, Any]:
         means = interval.reduce(self.samples_per_step, broken_images)
         discriminator = self.players.discriminator if self.players.playing(self.step - 1) else None
+        rates = self.players.learning_rates(self.step - 1)
         return {
             "step": self.step,
             "samples_seen": self.state.samples_seen,
             **means,
             "grad_norm_denoiser": gradient_norm(self.players.denoiser),
             "grad_norm_discriminator": None if discriminator is None else gradient_norm(discriminator),
-            "lr": learning_rate(self.config.denoiser_optimizer, self.step - 1, self.config.train.steps),
-            "lr_discriminator": None
-            if discriminator is None
-            else learning_rate(self.config.discriminator_optimizer, self.step - 1, self.config.train.steps),
+            "lr": rates["denoiser"],
+            "lr_discriminator": None if discriminator is None else rates["discriminator"],
             "memory_bytes": peak_memory(self.device),
             "skipped_steps": self.state.skipped_steps,
             "wall_s": self.seconds,

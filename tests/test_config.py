@@ -527,6 +527,7 @@ def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(bloc
     # Another tag or name would need other keys beside it; those are told apart by the next test.
     alone = {"diffusion.process", "train.ema.profile", "denoiser.name", "latents", "data.source", "evaluate.every"}
     alone.add("train.ema_snapshot_every")  # a multiple of another field
+    alone |= {"structure_encoder.input"}  # pixels need latents and weights
     alone |= {f"sampling.{setting}" for setting in SamplingConfig.model_fields}  # most fit one sampler only
     assert set(flatten(resolved)) - seen <= alone
 

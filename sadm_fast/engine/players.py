@@ -55,13 +55,22 @@ class Outcome:
 class Players:
     """Denoiser and discriminator with their engines.
 
-    In mode "sadm" both have one; in "structure" Psi is a frozen module; in "plain" there is no Psi. `fused` holds the
-    steps of the players, by name, that do not step as DeepSpeed does. `not_compiled` says why train.compile could not
-    be followed, if it could not.
+    In mode "sadm" both have one; in "structure" Psi is a frozen module; in "plain" there is no Psi. Psi looks at
+    samples as `see` shows them, for example at the pixels of latents; None: as they are. `fused` holds the steps of the
+    players, by name, that do not step as DeepSpeed does. `not_compiled` says why train.compile could not be followed,
+    if it could not.
     """
 
-    def __init__(self, config: Config, denoiser: nn.Module, psi: nn.Module | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        denoiser: nn.Module,
+        psi: nn.Module | None,
+        device: torch.device,
+        see: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.config = config
+        self._see = see
         self._device_type = device.type
         self.process = config.process
         self.mode = config.game.mode
@@ -134,15 +143,26 @@ class Players:
         both = {"denoiser": self.denoiser, "discriminator": self.discriminator}
         return {name: engine for name, engine in both.items() if engine is not None}
 
-    def set_learning_rates(self, step: int) -> None:
-        """Learning rates of iteration `step` (0-based), as `learning_rate` says."""
-        optimizers = {
-            "denoiser": self.config.denoiser_optimizer,
-            "discriminator": self.config.discriminator_optimizer,
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Learning rates of the players at 0-based iteration `step`.
+
+        In the discriminator's warm-up the denoiser's is 0: its weights rest, while its moments of the gradient warm up
+        as well. Its own warm-up, if it has not begun before, begins afterwards.
+        """
+        game, steps = self.config.game, self.config.train.steps
+        before = game.warmup_steps if game.start_step == 0 else 0
+        rests = game.start_step <= step < game.start_step + game.warmup_steps
+        rates = {
+            "denoiser": 0.0 if rests else learning_rate(self.config.denoiser_optimizer, step - before, steps - before),
+            "discriminator": learning_rate(self.config.discriminator_optimizer, step, steps),
         }
-        for name, engine in self.engines.items():
-            for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate(optimizers[name], step, self.config.train.steps)
+        return {name: rates[name] for name in self.engines}
+
+    def set_learning_rates(self, step: int) -> None:
+        """Set `learning_rates` of iteration `step`."""
+        for name, rate in self.learning_rates(step).items():
+            for group in self.engines[name].optimizer.param_groups:
+                group["lr"] = rate
 
     def playing(self, step: int) -> bool:
         """Whether iteration `step` belongs to the game; before it the training is plain."""
@@ -151,7 +171,8 @@ class Players:
     def lambda_s(self, step: int) -> float:
         """Weight of S at 0-based iteration `step`."""
         game = self.config.game
-        return ramp(step, game.lambda_s, game.start_step, game.ramp_steps) if self.playing(step) else 0.0
+        first = game.start_step + game.warmup_steps
+        return ramp(step, game.lambda_s, first, game.ramp_steps) if self.playing(step) else 0.0
 
     def iteration(self, batches: Sequence[Batch], step: int) -> Outcome:
         """`launch` an iteration and wait for its end. Collective.
@@ -218,7 +239,7 @@ class Players:
             loss = torch.zeros_like(loss)
             for batch, estimate in zip(batches, xhat0, strict=True):
                 part = discriminator_loss(
-                    self.compare, self.process, self.discriminator, batch, estimate, self._past
+                    self.compare, self.process, self._looks(self.discriminator), batch, estimate, self._past
                 )  # fmt: skip
                 self._backward("discriminator", part, veto)
                 loss = loss + part.detach() / len(batches)
@@ -240,7 +261,9 @@ class Players:
             losses.append(loss.detach())
             if playing:
                 with frozen(self.psi):
-                    structure = structure_distance(self.compare, self.process, self.psi, batch, xhat0, self._past)
+                    structure = structure_distance(
+                        self.compare, self.process, self._looks(self.psi), batch, xhat0, self._past
+                    )
                     self._backward("denoiser", denoiser_loss(loss, structure.distance, lambda_s), veto)
                 distances.append(structure.distance.detach())
                 samples.append(structure.samples)
@@ -253,6 +276,11 @@ class Players:
             samples,
             OnHost(self._norm("denoiser")),
         )
+
+    def _looks(self, psi: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Psi, or its engine, as a function of samples."""
+        see = self._see
+        return psi if see is None else lambda samples: psi(see(samples))
 
     @property
     def _past(self) -> Queue | None:

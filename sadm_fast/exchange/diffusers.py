@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sadm_fast.build import Undrawn
+from sadm_fast.diffusion import VP
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.models.dit import DiT, timestep_frequencies
 
@@ -27,7 +28,8 @@ TIME_STEPS = "_sadm_fast_time_steps"  # in the transformer's config.json: for ho
 TRANSFORMER = "transformer"
 
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is what the first was called
-_NULL_CLASS = 1000
+PIPELINE_NULL_CLASS = 1000  # DiTPipeline's own, whatever the number of classes
+_PROCESS = VP()
 _FREQUENCIES = 128
 _MAX_PERIOD = 10000.0
 _MOST_FITTED = 64  # steps: beyond, sinusoids are too alike for a fit in float32
@@ -57,10 +59,11 @@ def fitted_steps(steps: int) -> list[int]:
 
     Raises ValueError if they are not the same there as here, or too many for `time_fit`.
     """
-    fitting = [n for n in range(1, _MOST_FITTED + 1) if 1000 % n == 0]
+    there = _PROCESS.num_steps
+    fitting = [n for n in range(1, _MOST_FITTED + 1) if there % n == 0]
     if steps not in fitting:
         raise ValueError(f"{steps}: must be one of {', '.join(map(str, fitting))}")
-    return list(range(0, 1000, 1000 // steps))[::-1]
+    return list(range(0, there, there // steps))[::-1]
 
 
 def time_fit(levels: Sequence[int]) -> Tensor:
@@ -141,7 +144,9 @@ def to_diffusers(state: Mapping[str, Tensor], steps: int) -> dict[str, Tensor]:
     """
     state, found = dict(state), {}
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    state[_TABLE] = torch.cat([state[_TABLE], state[_TABLE][-1:].expand(_NULL_CLASS + 1 - len(state[_TABLE]), -1)])
+    state[_TABLE] = torch.cat(
+        [state[_TABLE], state[_TABLE][-1:].expand(PIPELINE_NULL_CLASS + 1 - len(state[_TABLE]), -1)]
+    )
     if steps:
         first = state[_FIRST_OF_TIME]
         state[_FIRST_OF_TIME] = (first.double() @ time_fit(fitted_steps(steps))).to(first)
@@ -183,13 +188,17 @@ def save_pipeline(folder: Path, denoiser: DiT, autoencoder: Autoencoder, classes
             num_layers=len(denoiser.blocks),
             sample_size=denoiser.input_size,
             patch_size=denoiser.patch_size,
-            num_embeds_ada_norm=_NULL_CLASS,
+            num_embeds_ada_norm=PIPELINE_NULL_CLASS,
             norm_eps=1e-6,  # the release's; the default is another
         )
     transformer.load_state_dict(weights, strict=True)
     scheduler = DDIMScheduler(
-        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True
-    )  # fmt: skip
+        num_train_timesteps=_PROCESS.num_steps,
+        beta_start=_PROCESS.beta_start,
+        beta_end=_PROCESS.beta_end,
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
     vae = autoencoder.module
     vae.register_to_config(scaling_factor=autoencoder.scale.scale)
     pipeline = DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)

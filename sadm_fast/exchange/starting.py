@@ -8,7 +8,7 @@ from sadm_fast.build import build_psi
 from sadm_fast.config import Config
 from sadm_fast.errors import UserError
 from sadm_fast.exchange.reading import misfit, read_weights, require_finite, shapes
-from sadm_fast.models import Denoiser, StructureEncoder
+from sadm_fast.models import Denoiser, StructureEncoder, ViT
 from sadm_fast.models.dit import position_grid
 
 _TABLE = "y_embedder.embedding_table.weight"
@@ -114,12 +114,16 @@ def load_psi(config: Config, path: str) -> StructureEncoder:
 
 def _fitted_psi(path: str, psi: StructureEncoder) -> Mapping[str, Tensor]:
     state = read_weights("structure_encoder.weights", path)
-    state = {name: value for name, value in state.items() if not name.startswith(_CLASSIFIER)}
+    if isinstance(psi, ViT):
+        state = psi.own_names(state)
+    else:
+        state = {name: value for name, value in state.items() if not name.startswith(_CLASSIFIER)}
     own = {name: value for name, value in psi.state_dict().items() if value.is_floating_point()}
     problem = misfit(shapes(state), shapes(own))
     if problem is not None:
         raise UserError(
             f"structure_encoder.weights={path}: does not fit {type(psi).__name__} ({problem});"
-            " torchvision's resnet18 needs architecture=resnet18, stem=imagenet, norm=frozen, channels=3"
+            " torchvision's resnet18 needs architecture=resnet18, stem=imagenet, norm=frozen, channels=3; a vit needs"
+            " its own width, depth, patch_size, position_grid and registers"
         )
     return state

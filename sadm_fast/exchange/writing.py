@@ -15,7 +15,7 @@ from sadm_fast.config_tree import without
 from sadm_fast.diffusion import VP
 from sadm_fast.errors import UserError
 from sadm_fast.exchange.card import model_card
-from sadm_fast.exchange.diffusers import fitted_steps, save_pipeline
+from sadm_fast.exchange.diffusers import PIPELINE_NULL_CLASS, fitted_steps, save_pipeline
 from sadm_fast.files import write_json, write_text
 from sadm_fast.models import Denoiser, DiT
 from sadm_fast.models.autoencoder import Autoencoder
@@ -24,7 +24,6 @@ FORMS = {"diffusers": "", "safetensors": "model.safetensors", "dit": "model.pt"}
 CONFIG_FILE = "sadm_fast.json"
 
 _OF_THE_TRAINING = ("data.path", "latents.images", "denoiser.weights", "structure_encoder.weights")
-_NULL_CLASS = 1000  # of DiTPipeline
 
 
 def check_export(form: str, config: Config, denoiser: Denoiser, steps: int) -> None:
@@ -41,8 +40,8 @@ def check_export(form: str, config: Config, denoiser: Denoiser, steps: int) -> N
         ),
         (config.denoiser.position_grid in (None, here), "its DiT has no stretched positions (denoiser.position_grid)"),
         (
-            denoiser.num_classes <= _NULL_CLASS,
-            f"its DiTPipeline takes label {_NULL_CLASS} for no class, and here are {denoiser.num_classes} classes",
+            denoiser.num_classes <= PIPELINE_NULL_CLASS,
+            f"its DiTPipeline takes label {PIPELINE_NULL_CLASS} for no class, here are {denoiser.num_classes} classes",
         ),
     ):
         if not fits:

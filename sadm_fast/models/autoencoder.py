@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sadm_fast.errors import UserError
 from sadm_fast.files import expand_home
 from sadm_fast.scales import LatentScale
 
+_WITH_GRADIENT = 4  # latents decoded at once, of those that get a gradient
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # What has a say in the result beside the weights. Not the whole configuration: versions of diffusers add keys to it.
@@ -114,6 +116,21 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images float32 [B, C, H, W], about [-1, 1], of scaled latents [B, c, h, w]."""
+        return self._decode(latents)
+
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """As `decode`, with the gradient to `latents`; a few at a time, which the backward pass decodes once more.
+
+        So memory is that of a few images, whatever B is: a decoder keeps some hundred times the memory of its image.
+        """
+        if not (latents.requires_grad and torch.is_grad_enabled()):
+            return torch.cat([self.decode(part) for part in latents.split(_WITH_GRADIENT)])
+        parts = latents.split(_WITH_GRADIENT)
+        return torch.cat(
+            [checkpoint(self._decode, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        )
+
+    def _decode(self, latents: Tensor) -> Tensor:
         weights = next(self.module.parameters())
         return self.module.decode(self.scale.to_raw(latents).to(weights)).sample.float()
 

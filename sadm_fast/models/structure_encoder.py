@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sadm_fast.models.pixels import ImageNetPixels
+from sadm_fast.models.vit import ViT
 
 _GROUPS = 8
 _CELLS = 2  # SmallCNN pools its last map to so many cells a side
@@ -144,4 +145,4 @@ class SmallCNN(nn.Module):
         return self.head(F.adaptive_avg_pool2d(maps, _CELLS).flatten(1))
 
 
-StructureEncoder = ResNet18 | SmallCNN
+StructureEncoder = ResNet18 | SmallCNN | ViT

@@ -54,7 +54,7 @@ def step_flops(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> dic
         "denoiser backward": _flops(lambda: xhat0.sum().backward()),
     }
     if psi is not None:
-        leaf = torch.empty_like(xhat0).requires_grad_(True)
+        leaf = xhat0.new_empty(len(xhat0), *config.psi_shape).requires_grad_(True)
 
         def structure() -> None:
             with frozen(psi):
@@ -96,11 +96,12 @@ def activations(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> Ac
             checkpointed = _kept(denoiser, lambda denoise: predict(process, denoise, batch)) + block
         structure = discriminator = 0
         if psi is not None:
-            xhat0 = torch.empty_like(x, requires_grad=True)
+            seen = torch.empty(samples, *config.psi_shape, requires_grad=True)
             with frozen(psi):
-                structure = _kept(psi, lambda encode: encode(xhat0))
+                structure = _kept(psi, lambda encode: encode(seen))
             if config.game.mode == "sadm":
-                discriminator = _kept(psi, lambda encode: encode(torch.cat([x, x])))
+                both = torch.empty(2 * samples, *config.psi_shape)
+                discriminator = _kept(psi, lambda encode: encode(both))
     return Activations(whole, checkpointed, structure, discriminator)
 
 

@@ -74,7 +74,8 @@ def players(config: Config, denoiser: nn.Module, psi: nn.Module | None) -> list[
 
     x = torch.empty(1, *config.sample_shape, device="meta")
     t, y = torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
-    return [player("denoiser", denoiser, x, t, y)] + ([] if psi is None else [player("Psi", psi, x)])
+    seen = torch.empty(1, *config.psi_shape, device="meta")
+    return [player("denoiser", denoiser, x, t, y)] + ([] if psi is None else [player("Psi", psi, seen)])
 
 
 def _call_tree(module: nn.Module, *inputs: Tensor) -> Node:

@@ -407,6 +407,8 @@ def default_sizes(tree: ast.AST) -> set[int]:
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             if node.target.id in ("num_classes", "num_steps"):
                 found.add(id(node.value))
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PIPELINE_NULL_CLASS":
+            found.add(id(node.value))  # another program's
     return found
 
 

@@ -122,8 +122,12 @@ def play(config: Config, denoiser: nn.Module, psi: nn.Module, iterations: list[l
         loss = torch.cat([_estimate(denoiser, batch, 0.5)[1] for batch in ranks]).mean()
         trace.losses.append(loss.item())
         distance = None
+        alone = playing and step < game.start_step + game.warmup_steps  # the discriminator learns alone
+        optimizers[0].param_groups[0]["lr"] = 0.0 if alone else config.denoiser_optimizer.lr
         if playing:
-            ramp = min(1.0, (step - game.start_step + 1) / game.ramp_steps) if game.ramp_steps else 1.0
+            first = game.start_step + game.warmup_steps
+            ramp = min(1.0, (step - first + 1) / game.ramp_steps) if game.ramp_steps else 1.0
+            ramp = 0.0 if alone else ramp
             terms, new = [], []
             for batch in groups:
                 f = psi(batch.x0.double()).detach()

@@ -101,6 +101,8 @@ def cases(world_size: int) -> list[Case]:
         Case("global-structure", "structure", 1, game={"scope": "global", "same_class": True}),
         Case("ramp", "sadm", 1, game={"start_step": 1, "ramp_steps": 4}),
         Case("ramp-accumulation2", "structure", 0, 2, game={"start_step": 1, "ramp_steps": 4}),
+        Case("warmup", "sadm", 2, game={"warmup_steps": 1, "ramp_steps": 4}),
+        Case("warmup-zero3", "sadm", 3, 2, game={"warmup_steps": 1, "start_step": 1}),
         Case("gate-same-class", "sadm", 0, game={"gate_log_snr": 0.5, "gate_slope": 2.0, "same_class": True}),
         # Three steps of 8 samples on one rank, 16 on two; 4 and 8 with one micro-batch.
         Case("queue", "sadm", 0, 2, game={"queue": 20}),
