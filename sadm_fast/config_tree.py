@@ -59,6 +59,13 @@ LATER: dict[str, Any] = {
     "denoiser.position_grid": None,
     "denoiser.weights_entry": "ema",
     "diffusion.direction": "noise",
+    "game.warmup_steps": 0,
+    "structure_encoder.input": "samples",
+    "structure_encoder.depth": 12,
+    "structure_encoder.patch_size": 14,
+    "structure_encoder.input_size": 224,
+    "structure_encoder.position_grid": 37,
+    "structure_encoder.registers": 0,
     "train.more_ema": [],
 }
 

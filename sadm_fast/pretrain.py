@@ -15,6 +15,7 @@ import torch
 from sadm_fast.build import build_psi
 from sadm_fast.classifier import accuracy, train_classifier
 from sadm_fast.config import ClassifierTraining, Config
+from sadm_fast.config_tree import without_later
 from sadm_fast.console import Console
 from sadm_fast.data import MicroBatchPlan, make_loader
 from sadm_fast.data.source import Source, split
@@ -51,7 +52,8 @@ def prepare_psi(
     psi = config.structure_encoder
     if psi.weights is not None:
         return load_psi(config, psi.weights), {"weights": psi.weights}
-    architecture = psi.model_dump(exclude={"weights", "pretrain"})
+    tree = without_later({"structure_encoder": psi.model_dump(exclude={"weights", "pretrain"})})
+    architecture = tree["structure_encoder"]
     network = _Classifier("structure encoder", lambda: build_psi(config), psi.pretrain, config.seed, architecture)
     return _prepare(network, pretrained / PSI_FILE, config, images, device, console)
 

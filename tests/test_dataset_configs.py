@@ -42,6 +42,7 @@ IMAGENET = _folder(
 )  # fmt: skip
 LAYOUTS = {
     "imagenet256": IMAGENET,
+    "imagenet256_posttrain": IMAGENET,
     "imagenet512": IMAGENET,
     "cifar10": _folder("cifar10", "airplane/00029.png", "truck/00001.png", size=(32, 32), classes=10),
     "cifar10_unconditional": _folder(

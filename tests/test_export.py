@@ -77,6 +77,7 @@ def test_official_weights_go_out_and_back_with_equal_samples(
     else:
         assert torch.equal(found, wanted)
     card = (out / "README.md").read_text()
+    assert {path.stat().st_mode for path in out.rglob("*") if path.is_file()} == {(out / "README.md").stat().st_mode}
     assert '"sha256": "' in card and "None of this step." in card and str(tmp_path) not in card
     assert ("**Only with\n50 steps of DDIM**" in card) == (options == ["--to", "diffusers"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -86,7 +86,10 @@ def export(
             save: Callable[..., Any] = save_file if form == "safetensors" else torch.save
             save(state, folder / file)
         write_json(folder / CONFIG_FILE, tree)
-        write_text(folder / "README.md", model_card(form, file, tree, steps, scores, record))
+        card = folder / "README.md"
+        write_text(card, model_card(form, file, tree, steps, scores, record))
+        for path in folder.rglob("*.safetensors"):
+            path.chmod(card.stat().st_mode)  # safetensors lets nobody but the owner read
 
 
 @contextmanager

@@ -29,10 +29,13 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     collecting = False
 
     def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        if not self.collecting and mean is not None and variance is not None:
+            mean, variance = mean.to(x.dtype), variance.to(x.dtype)  # an engine in bf16 may leave buffers in fp32
         return F.batch_norm(
             x,
-            self.running_mean,
-            self.running_var,
+            mean,
+            variance,
             self.weight,
             self.bias,
             training=self.collecting,

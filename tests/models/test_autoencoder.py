@@ -191,3 +191,17 @@ def test_a_pickle_is_not_read(saved: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         Autoencoder.load(str(folder))
+
+
+def test_a_decoded_latent_passes_its_gradient_back_whatever_the_batch(tmp_path: Path) -> None:
+    autoencoder = Autoencoder.load(str(save_autoencoder(tmp_path / "x")))
+    latents = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = autoencoder.decode_with_gradient(latents)
+    assert torch.equal(autoencoder.decode_with_gradient(latents.detach()), found.detach())
+    torch.testing.assert_close(found.detach(), autoencoder.decode(latents))  # kernels may differ with the batch
+    (gradient,) = torch.autograd.grad((weight * found).sum(), latents)
+    plain = autoencoder.module.decode(autoencoder.scale.to_raw(latents)).sample
+    (expected,) = torch.autograd.grad((weight * plain).sum(), latents)
+    torch.testing.assert_close(gradient, expected)
+    assert all(p.grad is None and not p.requires_grad for p in autoencoder.module.parameters())

@@ -248,3 +248,11 @@ def test_a_block_left_by_an_error_collects_no_longer() -> None:
     before = layer.running_mean.clone()  # type: ignore[union-attr]
     layer(images(4) + 3)
     assert torch.equal(layer.running_mean, before)  # type: ignore[arg-type]
+
+
+def test_weights_in_bf16_beside_statistics_in_fp32_are_what_an_engine_may_leave() -> None:
+    psi = ResNet18(4, stem="small", norm="frozen")
+    for parameter in psi.parameters():
+        parameter.data = parameter.data.bfloat16()
+    features = psi(torch.randn(2, 4, 8, 8))
+    assert features.dtype == torch.bfloat16 and features.isfinite().all()
