@@ -1,6 +1,7 @@
 """A finished (or stopped) run, for use: its configuration, classes and averaged denoiser; samples drawn from it."""
 
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.run import checkpoint
 from sadm_fast.run.folder import RunFolder
-from sadm_fast.run.manifest import EMA_FILE, Damaged, OtherFormat, step_of
+from sadm_fast.run.manifest import EMA_FILE, MORE_EMA, Damaged, OtherFormat, step_of
+from sadm_fast.run.snapshots import reconstructed
 
 
 class Trained(NamedTuple):
@@ -33,11 +35,12 @@ class Trained(NamedTuple):
     config: Config
     classes: list[str]
     filled: list[int]  # the labels that it was trained on, of those of `classes`
-    model: Denoiser  # EMA weights, eval mode
+    model: Denoiser  # averaged weights, eval mode
     step: int | None  # None: weights alone, of which it is not known
     latent_space: dict[str, Any] | None  # of the autoencoder it was trained with; None: not known, or it paints pixels
     checkpoint: Path  # its folder, or the file of weights
-    sha256: str  # of the file of the weights
+    sha256: str  # of the file of the weights; of their values where they are made of several
+    ema: dict[str, Any] | None  # the profile of the average; None: weights alone, of which it is not known
 
     def autoencoder(self, device: torch.device, path: str | None = None) -> Autoencoder | None:
         """What turns its samples into images, from `path` or where the run had it; None if they are images.
@@ -56,19 +59,26 @@ class Trained(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """Which weights these are, for the record beside what is made with them."""
-        average = None if self.step is None else self.config.train.ema.model_dump(mode="json")
-        return {"file": str(self.checkpoint), "sha256": self.sha256, "step": self.step, "ema": average}
+        return {"file": str(self.checkpoint), "sha256": self.sha256, "step": self.step, "ema": self.ema}
 
 
-def load_trained(run: Path, device: torch.device, say: Callable[[str], None], overrides: Sequence[str] = ()) -> Trained:
-    """The averaged weights of a run's newest whole checkpoint; damaged ones are named by `say`.
+def load_trained(
+    run: Path,
+    device: torch.device,
+    say: Callable[[str], None],
+    overrides: Sequence[str] = (),
+    ema: str | None = None,
+) -> Trained:
+    """Averaged weights of a run's newest whole checkpoint; damaged ones are named by `say`.
 
     Args:
         run: the run's folder, or that of one of its checkpoints.
         overrides: as --set, of `seed` and `sampling` only.
+        ema: which average: the label of one that the run keeps, or a number, the relative width of a power-function
+            average, which is made of the run's snapshots if the checkpoint does not hold it. None: train.ema.
 
     Raises:
-        UserError: the folder holds no run, or no checkpoint that is whole.
+        UserError: the folder holds no run, no checkpoint that is whole, or no such average.
     """
     asked = run if step_of(run) is not None and run.parent.name == "checkpoints" else None
     folder = RunFolder(run.parent.parent if asked else run)
@@ -91,15 +101,47 @@ def load_trained(run: Path, device: torch.device, say: Callable[[str], None], ov
         model = build_denoiser(config, config.denoiser.num_classes or len(classes))
     model = model.to(device).eval().requires_grad_(False)
     space = found.manifest.latent_space
+    state, digest, profile = _average(config, folder, found, ema)
     try:
-        load_weights(model, load_file(found.folder / EMA_FILE))
+        load_weights(model, state)
         if config.latents is not None and space is None:
             raise RuntimeError("it does not say which autoencoder it was trained with")
-    except (RuntimeError, SafetensorError) as error:
+    except RuntimeError as error:
         raise UserError(f"{found.folder}: does not fit the run's config.json ({error})") from None
     filled = [label for label in range(len(classes)) if label not in empty]
-    digest = found.manifest.files[EMA_FILE]
-    return Trained(config, classes, filled, model, found.manifest.step, space, found.folder, digest)
+    return Trained(config, classes, filled, model, found.manifest.step, space, found.folder, digest, profile)
+
+
+def _average(
+    config: Config, run: RunFolder, found: checkpoint.Found, ema: str | None
+) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """The state of an average (`load_trained`), its sha256, and its profile; UserError if there is none such."""
+    profiles = {profile.label: profile for profile in config.train.profiles}
+    label = config.train.ema.label if ema is None else ema
+    std = _number(label)
+    if std is not None:
+        label = f"power-{std:g}"
+    if label in profiles:
+        name = EMA_FILE if label == config.train.ema.label else f"{MORE_EMA}{label}.safetensors"
+        try:
+            state = load_file(found.folder / name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{found.folder / name}: cannot be read ({error})") from None
+        return state, found.manifest.files[name], profiles[label].model_dump(mode="json")
+    if std is None or not 1e-3 <= std < 0.28:
+        raise UserError(f"--ema {ema}: must be one of {', '.join(profiles)}, or a number from 0.001 to 0.28")
+    state = reconstructed(run.snapshots, found.manifest.step, std)
+    digest = sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].numpy().tobytes())
+    return state, digest.hexdigest(), {"profile": "power", "std": std, "made_of": "snapshots"}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _whole(folder: Path) -> checkpoint.Found:
@@ -123,7 +165,7 @@ def load_alone(config: Config, device: torch.device) -> Trained:
     start_from_weights(config, model)
     model = model.to(device).eval().requires_grad_(False)
     names, file = [str(label) for label in range(classes)], find_weights("denoiser.weights", config.denoiser.weights)
-    return Trained(config, names, list(range(classes)), model, None, None, file, checkpoint.sha256(file))
+    return Trained(config, names, list(range(classes)), model, None, None, file, checkpoint.sha256(file), None)
 
 
 def sampling_facts(config: Config) -> dict[str, Any]:

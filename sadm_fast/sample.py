@@ -39,6 +39,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "run", type=cli.path, nargs="?",
         help="the run's folder, for example runs/mnist, or one of its checkpoints, runs/mnist/checkpoints/step-000500",
     )  # fmt: skip
+    parser.add_argument(
+        "--ema", metavar="WHICH",
+        help="of the run's averages, for example power-0.05; a number is the length of any power-function average, made"
+        " of its snapshots (default: train.ema)",
+    )  # fmt: skip
     parser.add_argument("--weights", type=cli.path, metavar="FILE", help="a denoiser's weights, without a run")
     parser.add_config(required=False)
     parser.add_argument("--classes", nargs="+", action="extend", metavar="CLASS", help="class names (default: all)")
@@ -78,6 +83,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give either the folder of a run, or --weights and --config")
     if (arguments.weights is None) != (arguments.config is None):
         parser.error("--weights and --config go together; a run has its own")
+    if arguments.weights is not None and arguments.ema is not None:
+        parser.error("--ema chooses among a run's averages; --weights are as they are")
     if arguments.weights is not None and arguments.out is None and arguments.folder is None:
         parser.error("--weights needs --out or --folder")
     if arguments.guide_config is not None and arguments.guide is None:
@@ -163,7 +170,7 @@ def _load(
     }
     overrides = [*arguments.overrides, *(f"{key}={value}" for key, value in settings.items() if value is not None)]
     if arguments.weights is None:
-        trained = load_trained(arguments.run, device, say, overrides)
+        trained = load_trained(arguments.run, device, say, overrides, arguments.ema)
     else:
         weights = [f"denoiser.weights={arguments.weights}"]
         trained = load_alone(load_config(arguments.config, [*overrides, *weights]), device)

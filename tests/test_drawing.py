@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sadm_fast import drawing, sample
 from sadm_fast.ranks.stopping import StopRequest
+from sadm_fast.run.snapshots import snapshot_name
 from tests.support.finished_run import finished_run
 from tests.support.programs import tree
 from tests.support.ranks import run_ranks
@@ -199,6 +201,31 @@ def test_a_checkpoint_may_be_named(run: Path, capsys: pytest.CaptureFixture[str]
     drawn(named, "--count", "2", out="step.npz")
     error = refused(capsys, str(named.with_name("step-000011")), "--out", "x.png")
     assert "step-000011: cannot be used (COMPLETE cannot be read" in error
+
+
+def test_another_average_is_chosen_by_its_name_or_length(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, other = drawn(run, "--count", "3"), drawn(run, "--count", "3", "--ema", "power-0.05", out="y.npz")
+    assert not np.array_equal(first, other)
+    assert record(run.parent / "y.npz")["weights"]["ema"] == {"profile": "power", "std": 0.05}
+    for name, expected in (("0.05", other), ("power-0.1", first), ("0.10", first)):
+        assert np.array_equal(drawn(run, "--count", "3", "--ema", name, out=f"{name}.npz"), expected)
+    # Snapshots of one average after each of ten steps: any length that is near to theirs is made of them.
+    state = load_file(run / "checkpoints/step-000010/ema.safetensors")
+    for step in range(1, 11):
+        path = run / "snapshots" / snapshot_name(0.1).format(step=step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, path)
+    # Their weights add up to 1, so that it is the same network again, up to rounding.
+    assert np.abs(drawn(run, "--count", "3", "--ema", "0.11", out="z.npz").astype(int) - first).max() <= 1
+    there = record(run.parent / "z.npz")["weights"]
+    assert there["ema"] == {"profile": "power", "std": 0.11, "made_of": "snapshots"} and len(there["sha256"]) == 64
+    for ema, words in (
+        ("exponential-0.9", "--ema exponential-0.9: must be one of power-0.1, power-0.05, or a number from 0.001"),
+        ("0.5", "--ema 0.5: must be one of power-0.1, power-0.05, or a number from 0.001 to 0.28"),
+        ("nan", "--ema nan: must be one of"),
+        ("0.001", "EMA length 0.001 at step 10: 10 snapshots"),
+    ):
+        assert words in refused(capsys, str(run), "--ema", ema)
 
 
 def test_a_worse_model_guides(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from sadm_fast.config import check_config
 from sadm_fast.engine.masters import Fragment, trainable_shapes
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
 from sadm_fast.run.folder import RunFolder
-from sadm_fast.run.manifest import EMA_FILE
+from sadm_fast.run.manifest import EMA_FILE, MORE_EMA
 from sadm_fast.run.state import TrainState
 from tests.test_train import CLASSES, write_images
 
@@ -25,6 +25,7 @@ def finished_run(root: Path) -> Path:
             "data": {"path": str(write_images(root / "images")), "resolution": 8, "threads": 1},
             "denoiser": {"hidden_size": 16, "depth": 1, "num_heads": 2},
             "sampling": {"steps": 2},
+            "train": {"more_ema": [{"profile": "power", "std": 0.05}]},
             "evaluate": {"every": 10, "samples": 12, "batch": 8, "steps": 2, "judge": training},
         }
     )
@@ -36,8 +37,10 @@ def finished_run(root: Path) -> Path:
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(i))
     average = [Fragment(n, 0, p.detach().flatten()) for n, p in model.named_parameters() if p.requires_grad]
+    other = [fragment._replace(value=0.5 * fragment.value) for fragment in average]
     writer = CheckpointWriter(
-        folder.checkpoints, {}, {EMA_FILE: lambda: average}, trainable_shapes(model),
+        folder.checkpoints, {}, {EMA_FILE: lambda: average, f"{MORE_EMA}power-0.05.safetensors": lambda: other},
+        trainable_shapes(model),
         identity={}, keep_last=1, say=print,
     )  # fmt: skip
     writer.save(TrainState(step=10, ema_updates=10))
