@@ -66,7 +66,7 @@ def _encode(arguments: argparse.Namespace) -> int:
     from sadm_fast.ranks.collectives import first_on_rank_zero
     from sadm_fast.ranks.launch import distributed
 
-    with distributed() as place:
+    with distributed(deepspeed=False) as place:
         from sadm_fast.encoding import check_autoencoder, encode
         from sadm_fast.feed import open_images_to_encode
         from sadm_fast.models.autoencoder import Autoencoder

@@ -52,7 +52,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             f"{arguments.run}: is trained on latents, which the judges do not know; write images with"
             " sample.py --folder and score those"
         )
-    with distributed() as place:
+    with distributed(deepspeed=False) as place:
         console = Console(place.rank)
         images = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0, path=arguments.data))
         if other := other_classes([trained.classes[label] for label in trained.filled], images):

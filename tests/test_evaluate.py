@@ -48,7 +48,7 @@ def test_samples_that_cannot_be_scored_are_one_line(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     @contextmanager
-    def alone() -> Iterator[launch.Place]:
+    def alone(*, deepspeed: bool) -> Iterator[launch.Place]:
         yield launch.Place(0, 1, torch.device("cpu"))
 
     monkeypatch.setattr(launch, "distributed", alone)
