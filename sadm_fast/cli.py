@@ -44,11 +44,16 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
 
     def add_model(self) -> None:
-        """Add what names a trained model: a run, or --weights and --config; and --set. `check_model` is for later."""
+        """Add what names a trained model: a run and --ema, or --weights and --config; and --set; then `check_model`."""
         self.add_argument(
             "run", type=path, nargs="?",
             help="the run's folder, for example runs/mnist, or one of its checkpoints,"
             " runs/mnist/checkpoints/step-000500",
+        )  # fmt: skip
+        self.add_argument(
+            "--ema", metavar="WHICH",
+            help="of the run's averages, for example power-0.05; a number is the length of any power-function average,"
+            " made of its snapshots (default: train.ema)",
         )  # fmt: skip
         self.add_argument(
             "--weights", type=path, metavar="PATH", help="a denoiser's weights without a run, as denoiser.weights"
@@ -61,6 +66,8 @@ class Parser(argparse.ArgumentParser):
             self.error("give either the folder of a run, or --weights and --config")
         if (arguments.weights is None) != (arguments.config is None):
             self.error("--weights and --config go together; a run has its own")
+        if arguments.weights is not None and arguments.ema is not None:
+            self.error("--ema chooses among a run's averages; --weights are as they are")
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message as a UserError; "argument --count: 0: too small" becomes "--count 0: too small"."""

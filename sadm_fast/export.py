@@ -56,9 +56,9 @@ def _export(arguments: argparse.Namespace) -> int:
     console, device = Console(), torch.device("cpu")
     scores = None
     if arguments.weights is None:
-        trained = load_trained(arguments.run, device, console.complain, arguments.overrides)
-        folder = RunFolder(trained.checkpoint.parent.parent)
-        scores = scores_at(folder.evaluations, trained.step)
+        trained = load_trained(arguments.run, device, console.complain, arguments.overrides, arguments.ema)
+        if arguments.ema is None:  # the average that the run evaluates
+            scores = scores_at(RunFolder(trained.checkpoint.parent.parent).evaluations, trained.step)
     else:
         overrides = [*arguments.overrides, f"denoiser.weights={arguments.weights}"]
         trained = load_alone(load_config(arguments.config, overrides), device)

@@ -35,17 +35,7 @@ _PICTURES = (".png", ".jpg", ".jpeg")
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser("sample.py", __doc__)
-    parser.add_argument(
-        "run", type=cli.path, nargs="?",
-        help="the run's folder, for example runs/mnist, or one of its checkpoints, runs/mnist/checkpoints/step-000500",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ema", metavar="WHICH",
-        help="of the run's averages, for example power-0.05; a number is the length of any power-function average, made"
-        " of its snapshots (default: train.ema)",
-    )  # fmt: skip
-    parser.add_argument("--weights", type=cli.path, metavar="FILE", help="a denoiser's weights, without a run")
-    parser.add_config(required=False)
+    parser.add_model()
     parser.add_argument("--classes", nargs="+", action="extend", metavar="CLASS", help="class names (default: all)")
     parser.add_argument(
         "--labels", default="in-turn", metavar="HOW",
@@ -79,12 +69,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="write every sample to DIR/class/number.png instead; DIR must be new or empty, or begun so",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
-    if (arguments.run is None) == (arguments.weights is None):
-        parser.error("give either the folder of a run, or --weights and --config")
-    if (arguments.weights is None) != (arguments.config is None):
-        parser.error("--weights and --config go together; a run has its own")
-    if arguments.weights is not None and arguments.ema is not None:
-        parser.error("--ema chooses among a run's averages; --weights are as they are")
+    parser.check_model(arguments)
     if arguments.weights is not None and arguments.out is None and arguments.folder is None:
         parser.error("--weights needs --out or --folder")
     if arguments.guide_config is not None and arguments.guide is None:

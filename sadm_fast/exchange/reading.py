@@ -7,6 +7,7 @@ they are used.
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,7 +110,7 @@ def _load_torch(file: Path) -> Any:
     zipped = zipfile.is_zipfile(file)  # since PyTorch 1.6; only these can be mapped
     try:
         # A train.py keeps its arguments beside the weights: a Namespace, which is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged pickle raises nearly anything
         refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None

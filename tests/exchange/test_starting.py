@@ -169,3 +169,28 @@ def test_a_learned_variance_that_is_not_asked_for_is_left_out(tmp_path: Path) ->
     x, t, y = torch.randn(2, 1, 28, 28), torch.tensor([3.0, 700.0]), torch.tensor([1, 10])
     with torch.no_grad():
         torch.testing.assert_close(mean(x, t, y), both(x, t, y)[:, :1])
+
+
+def test_torchvision_s_resnet18_is_read_as_it_is_downloaded(tmp_path: Path) -> None:
+    path = tmp_path / "resnet18-f37072fd.pth"
+    psi = {"architecture": "resnet18", "norm": "frozen", "weights": str(path)}
+    config = changed(data={"channels": 3}, structure_encoder=psi)
+    weights = {name: torch.full_like(value, 2) for name, value in build_psi(config).state_dict().items()}
+    assert weights["bn1.num_batches_tracked"].dtype == torch.int64
+    torch.save(weights | {"fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}, path)
+    with torch.device("meta"):
+        check_psi_weights(config, build_psi(config))
+    found = load_psi(config, str(path)).state_dict()
+    assert all((value == 2).all() for name, value in found.items() if "num_batches" not in name)
+
+
+def test_a_vit_in_dinov2_s_layout_is_psi_with_the_sizes_of_its_weights(tmp_path: Path) -> None:
+    psi = {"architecture": "vit", "width": 64, "depth": 2, "position_grid": 5, "input_size": 28}
+    weights = {name: value + 1 for name, value in build_psi(changed(structure_encoder=psi)).state_dict().items()}
+    torch.save(weights | {"mask_token": torch.zeros(1, 64)}, tmp_path / "dinov2.pth")
+    config = changed(structure_encoder=psi | {"weights": str(tmp_path / "dinov2.pth")})
+    found = load_psi(config, str(tmp_path / "dinov2.pth"))
+    assert all(torch.equal(value, weights[name]) for name, value in found.state_dict().items())
+    other = changed(structure_encoder=psi | {"depth": 3, "weights": str(tmp_path / "dinov2.pth")})
+    with pytest.raises(UserError, match=r"does not fit ViT \(it lacks blocks.2.*a vit needs its own width, depth"):
+        check_psi_weights(other, build_psi(other))
