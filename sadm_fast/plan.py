@@ -3,8 +3,9 @@
     python sadm_fast/plan.py --config configs/imagenet512.json --gpus 64 --gpu h100
     python sadm_fast/plan.py --config configs/imagenet512.json --set train.micro_batch=8 --json plan.json
 
-Parameters, FLOPs, memory and bytes are counted; times are predicted from datasheets and two assumed fractions. Nothing
-is trained or allocated, and the data is only needed if denoiser.num_classes is not given. docs/planning.md explains.
+Parameters, FLOPs, memory and bytes are counted; times are predicted from datasheets and what was measured of them on
+one GPU. Nothing is trained or allocated, and the data is only needed if denoiser.num_classes is not given.
+docs/planning.md explains.
 """
 
 import argparse
@@ -35,12 +36,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="network: Gbit/s in one direction for each GPU, so a node has GPUS_PER_NODE times that (default: 400)",
     )  # fmt: skip
     parser.add_argument(
-        "--fraction-of-peak", type=cli.real(1e-3, 1), default=0.4, metavar="F",
-        help="share of the peak FLOP/s that the run is assumed to reach (default: 0.4)",
+        "--fraction-of-peak", type=cli.real(1e-3, 1), metavar="F",
+        help="share of the peak FLOP/s that the run reaches (default: 0.4, as an H200)",
     )  # fmt: skip
     parser.add_argument(
-        "--fraction-of-bandwidth", type=cli.real(1e-3, 1), default=0.75, metavar="F",
-        help="share of the bandwidth of memory and links that it is assumed to reach (default: 0.75)",
+        "--fraction-of-bandwidth", type=cli.real(1e-3, 1), metavar="F",
+        help="share of the bandwidth of memory and links that it reaches (default: 0.78, as an H200's memory)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--launch-us", type=cli.real(0.1, 1e4), metavar="US",
+        help="microseconds that a launch takes the host (default: 21, as beside an H200)",
     )  # fmt: skip
     parser.add_argument("--json", type=cli.path, metavar="FILE", help="write the same numbers there")
     return parser.parse_args(argv)
@@ -70,17 +75,18 @@ def _plan(arguments: argparse.Namespace) -> int:
         config = with_precision(config, "bf16")  # every GPU in gpus.py is quicker in it
     if arguments.json is not None:
         require_writable(arguments.json, "--json")
+    launch = None if arguments.launch_us is None else 1e-6 * arguments.launch_us
+    numbers = {
+        "fraction_of_peak": arguments.fraction_of_peak,
+        "fraction_of_bandwidth": arguments.fraction_of_bandwidth,
+        "seconds_a_launch": launch,
+    }
+    given = {name: value for name, value in numbers.items() if value is not None}
     plan = make_plan(
         config,
         _num_classes(config),
         arguments.gpus,
-        Assumptions(
-            gpu,
-            arguments.gpus_per_node,
-            arguments.network_gbit,
-            arguments.fraction_of_peak,
-            arguments.fraction_of_bandwidth,
-        ),
+        Assumptions(gpu, arguments.gpus_per_node, arguments.network_gbit, **given),
     )
     if arguments.json is not None:
         write_json(arguments.json, plan)

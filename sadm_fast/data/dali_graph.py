@@ -67,6 +67,7 @@ def _decoded(images: Any, channels: int, device: str) -> Any:
         device=device,
         output_type=types.RGB if channels == 3 else types.GRAY,
         adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # nvJPEG interpolates colours as libjpeg-turbo does, which a CPU decodes with
     )
 
 

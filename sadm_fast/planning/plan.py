@@ -6,6 +6,7 @@ from typing import Any
 from sadm_fast.config import Config
 from sadm_fast.planning.communication import transfers
 from sadm_fast.planning.cost import activations, meta_models, step_flops
+from sadm_fast.planning.measured import launches
 from sadm_fast.planning.memory import Memory, Offload, offload_of, rank_memory
 from sadm_fast.planning.players import players
 from sadm_fast.planning.roofline import Assumptions, step_time
@@ -32,6 +33,7 @@ def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumpti
     feature_dim = 0 if psi is None else psi.feature_dim
     stage = config.deepspeed.zero_optimization.stage
     train = config.train
+    launched = launches(config, len(denoiser.blocks), sum(len(player.parameters) for player in both))
     samples = train.micro_batch * train.grad_accumulation
 
     def memory(n: int, stage: int, offload: Offload, checkpointing: bool | None = None) -> Memory:
@@ -41,7 +43,7 @@ def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumpti
 
     def scaled(n: int) -> dict[str, Any]:
         moved = transfers(config, both, feature_dim, n)
-        time = step_time(config, both, sum(flops.values()), moved, assumptions, n, stage)
+        time = step_time(config, both, sum(flops.values()), moved, assumptions, n, stage, launched)
         return {
             "world_size": n,
             "nodes": -(-n // assumptions.gpus_per_node),
@@ -53,6 +55,7 @@ def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumpti
                 "compute_s": time.compute,
                 "update_s": time.update,
                 "communication_s": time.communication,
+                "host_s": time.host,
                 "step_s": time.exposed,
                 "images_per_s": samples * n / time.exposed,
                 "step_s_if_overlapped": time.hidden,
@@ -81,6 +84,7 @@ def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumpti
         "num_classes": num_classes,
         "parameters": {player.name: {"all": player.everything, "trained": player.trained} for player in both},
         "flops": flops,
+        "launches": launched,
         "activation_checkpointing": train.activation_checkpointing,
         "flops_added_by_checkpointing": flops["denoiser forward"],
         "memory": [

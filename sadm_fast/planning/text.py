@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from sadm_fast.planning.gpus import GPUS
+from sadm_fast.planning.measured import FRACTION_OF_BANDWIDTH, FRACTION_OF_PEAK, SECONDS_A_LAUNCH, Measured
 from sadm_fast.planning.memory import Kind
 
 _GIB, _MIB = 2**30, 2**20
@@ -19,7 +21,6 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"{plan['gpus']} x {gpu['name']}; {plan['micro_batch']} samples x {plan['grad_accumulation']} micro-batches a"
         f" rank, {samples * plan['gpus']} a step",
         "Counted: parameters, FLOPs, memory, bytes. Predicted, by a roofline: times and images/s, and marked so.",
-        "Measured so far, on one H200: 0.22 to 0.34 of the bf16 peak, where --fraction-of-peak assumes 0.4 by default.",
     ]
     for section in (_parameters, _flops, _memory, _communication, _prediction, _scaling):
         lines += ["", *section(plan)]
@@ -97,25 +98,45 @@ def _prediction(plan: dict[str, Any]) -> Iterator[str]:
     if plan["precision"] == "fp32":
         rate += f" (TF32 is off in PyTorch by default; it would be {gpu['tf32'] / 1e12:,.0f})"
     yield "PREDICTED time of a step (roofline; not measured)"
-    yield f"  compute        {row['compute_s']:>10.4f} s  FLOPs / ({a['fraction_of_peak']:g} x {rate})"
+    peak, bandwidth, launch = (
+        _origin(plan, number, a[field])
+        for number, field in (
+            (FRACTION_OF_PEAK, "fraction_of_peak"),
+            (FRACTION_OF_BANDWIDTH, "fraction_of_bandwidth"),
+            (SECONDS_A_LAUNCH, "seconds_a_launch"),
+        )
+    )
+    yield f"  compute        {row['compute_s']:>10.4f} s  FLOPs / ({a['fraction_of_peak']:g} {peak} x {rate})"
     yield (
-        f"  update         {row['update_s']:>10.4f} s  AdamW and EMA / ({a['fraction_of_bandwidth']:g} x memory"
-        f" {gpu['bandwidth'] / 1e9:,.0f} GB/s)"
+        f"  update         {row['update_s']:>10.4f} s  AdamW and EMA / ({a['fraction_of_bandwidth']:g} {bandwidth} x"
+        f" memory {gpu['bandwidth'] / 1e9:,.0f} GB/s)"
     )
     yield (
         f"  communication  {row['communication_s']:>10.4f} s  ring bytes / ({a['fraction_of_bandwidth']:g} x links"
         f" {a['links'] / 1e9:,.0f} GB/s)"
     )
     yield (
+        f"  host           {row['host_s']:>10.4f} s  about {plan['launches']:,} launches x"
+        f" {1e6 * a['seconds_a_launch']:g} us {launch}, ahead of the device"
+    )
+    yield (
         f"  step           {row['step_s']:>10.4f} s  no overlap: {row['images_per_s']:,.0f} images/s; all overlapped:"
         f" {row['step_s_if_overlapped']:.4f} s, {row['images_per_s_if_overlapped']:,.0f} images/s"
     )
-    yield f"  Rates: {gpu['source']}. Both fractions are assumed, not measured."
+    yield f"  Rates: {gpu['source']}."
+    yield f"  [m] measured: {FRACTION_OF_PEAK.where}"
+    yield "  [a] assumed: given, or measured on another GPU, precision or network"
     yield (
         f"  Links, one direction: {gpu['link_name']} {gpu['link'] / 1e9:,.0f} GB/s for each GPU in a node of"
         f" {a['gpus_per_node']}, network {a['network_gbit']:g} Gbit/s for each GPU."
     )
     yield "  Left out: latency (it counts from some hundred ranks on), offloading, reading data, checkpoints, pictures."
+
+
+def _origin(plan: dict[str, Any], number: Measured, used: float) -> str:
+    """[m] if a number is the one that was measured on this GPU in this precision, else [a]."""
+    here = (plan["assumptions"]["gpu"]["name"], plan["precision"]) == (GPUS[number.gpu].name, number.precision)
+    return "[m]" if here and used == number.value else "[a]"
 
 
 def _scaling(plan: dict[str, Any]) -> Iterator[str]:

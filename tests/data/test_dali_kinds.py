@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sadm_fast.data import LoaderSpec, MicroBatchPlan, load_samples, open_images
+from sadm_fast.data import LoaderSpec, MicroBatchPlan, dali_graph, load_samples, open_images
 from sadm_fast.data.checking import check
 from sadm_fast.data.dali_kinds import for_dali
 from tests.data.loaders import open_loader
@@ -233,3 +233,11 @@ def test_a_picture_of_too_many_pixels_is_not_handed_to_dali(monkeypatch: pytest.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE // 2 - 1)
     with pytest.raises(Image.DecompressionBombError):
         for_dali(JPEG)
+
+
+def test_a_gpu_is_told_to_interpolate_colours_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvJPEG's own way is some 3 dB further from Pillow; a CPU's decoder knows one way only."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("sadm_fast.data.dali_graph.fn.decoders.image", lambda images, **options: given.update(options))
+    dali_graph._decoded("images", 3, "mixed")
+    assert given["device"] == "mixed" and given["jpeg_fancy_upsampling"] is True
