@@ -2,18 +2,21 @@
 
     python benchmarks/compilation.py --depth 28 --hidden-size 64 --batch 8 --precision bf16
 
-Forward and backward of a DiT on 32x32x4 latents in patches of 4, its weights in flat parameters as in training. The
-first step is measured with an empty cache of Inductor, `--compilations` times; Inductor itself has been started before.
-Later steps take turns. Prints a table.
+Forward and backward of a DiT on 32x32x4 latents, its weights in flat parameters as in training, and of Psi.
+Compiling is measured with an empty cache, `--compilations` times: CPU seconds of this process + those of the compilers
+that it starts, one after another. Later steps take turns. Prints a table.
 """
 
 import argparse
+import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch._inductor import config as inductor
 from torch._inductor.utils import fresh_cache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +28,7 @@ from benchmarks.structure_loss import environment  # noqa: E402
 from sadm_fast.engine.compilation import compile_in_place, why_not  # noqa: E402
 from sadm_fast.engine.flat import Flat  # noqa: E402
 from sadm_fast.models.dit import DiT  # noqa: E402
+from sadm_fast.models.structure_encoder import ResNet18  # noqa: E402
 
 WAYS = ("eager", "blocks", "whole")
 CLASSES = 10
@@ -50,16 +54,40 @@ def step(way: str, arguments: argparse.Namespace) -> Callable[[], None]:
     return forward_and_backward
 
 
-def first_step(way: str, arguments: argparse.Namespace) -> float:
-    """Seconds, from an empty cache."""
+def ways_of_psi(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """Psi as the game calls it: a ResNet-18 in its own step, and frozen."""
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    with torch.device(arguments.device):
+        psi = ResNet18(4, "small").to(dtype)
+        x0, xhat0 = torch.randn(arguments.batch, 4, 32, 32), torch.randn(arguments.batch, 4, 32, 32, requires_grad=True)
+    compile_in_place(psi)
+
+    def frozen(x: Tensor) -> None:
+        psi.requires_grad_(False)
+        with torch.set_grad_enabled(x.requires_grad):
+            features = psi(x)
+        if x.requires_grad:
+            features.sum().backward()
+        psi.requires_grad_(True)
+
+    return {
+        "Psi, its own step": lambda: psi(torch.cat([x0, xhat0.detach()])).sum().backward(),
+        "Psi, frozen, x0": lambda: frozen(x0),
+        "Psi, frozen, xhat0": lambda: frozen(xhat0),
+    }
+
+
+def compilation(call: Callable[[], None]) -> str:
+    """CPU seconds that the first call takes more than the second: of this process, and of compilers that it started."""
     torch._dynamo.reset()
-    with fresh_cache():
-        call = step(way, arguments)
-        start = time.perf_counter()
-        call()
-        if arguments.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    begin, middle, end = _seconds(), (call(), _seconds())[1], (call(), _seconds())[1]
+    here, compilers = (2 * b - a - c for a, b, c in zip(begin, middle, end, strict=True))
+    return f"{here:.1f} + {compilers:.1f}"
+
+
+def _seconds() -> tuple[float, float]:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time(), children.ru_utime + children.ru_stime
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,25 +98,31 @@ def main(argv: list[str] | None = None) -> int:
     add("--precision", choices=("fp32", "bf16"), default="fp32")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
-    add("--compilations", type=int, default=2, help="first steps (default %(default)s)")
+    add("--compilations", type=int, default=2, help="times that each is compiled (default %(default)s)")
     add("--repeats", type=int, default=15, help="later steps (default %(default)s)")
     arguments = parser.parse_args(argv)
     measure.use_threads(arguments.threads)
     reason = why_not(0, torch.device(arguments.device))
     if reason is not None:
         parser.error(f"nothing can be compiled here: {reason}")
-    first = {way: [first_step(way, arguments) for _ in range(arguments.compilations)] for way in WAYS[1:]}
+    inductor.compile_threads = 1  # compilers are then children of this process
+    first: dict[str, list[str]] = {}
+    for _ in range(arguments.compilations):
+        for name, call in ({way: step(way, arguments) for way in WAYS[1:]} | ways_of_psi(arguments)).items():
+            with fresh_cache():
+                first.setdefault(name, []).append(compilation(call))
     torch._dynamo.reset()
     calls = {way: step(way, arguments) for way in WAYS}
     for call in calls.values():
         call()
     later = measure.interleaved(calls, arguments.repeats, arguments.device)
-    lines = [["", "first step, s", "later steps, ms (p20-p80)", "/ eager"]]
-    for way in WAYS:
-        low, middle, high = (1e3 * value for value in measure.spread(later[way]))
-        seconds = ", ".join(f"{value:.1f}" for value in first.get(way, []))
-        ratio = measure.ratio(later[way], later["eager"])
-        lines.append([way, seconds, f"{middle:.0f} ({low:.0f}-{high:.0f})", f"{ratio:.2f}"])
+    lines = [["", "compiling, s", "later steps, ms (p20-p80)", "/ eager"]]
+    for name in dict.fromkeys((*WAYS, *first)):
+        line = [name, ", ".join(first.get(name, [])), "", ""]
+        if name in later:
+            low, middle, high = (1e3 * value for value in measure.spread(later[name]))
+            line[2:] = [f"{middle:.0f} ({low:.0f}-{high:.0f})", f"{measure.ratio(later[name], later['eager']):.2f}"]
+        lines.append(line)
     about = environment(arguments.device, arguments.threads)
     print(f"{about['machine']}, {about['threads']} threads, torch {about['torch']}, {about['commit']}")
     print(aligned(lines, markdown=True))

@@ -1,10 +1,11 @@
 """torch.compile of both players, where it works.
 
 Each player is compiled in place, so its engine and the other player's step run the same code. Shapes never change in a
-run, so they are taken as constants. The denoiser's blocks are alike, so one graph serves them all: a depth of 28
-compiles as fast as 1, and their gradients arrive block by block. What lies around them is left eager. The graphs are:
-a block with gradient (and without, for accumulation's extra pass), Psi as a whole in its own step, and Psi frozen, over
-real and over xhat0. Nothing compiles after the first iteration of the game.
+run, so they are taken as constants. A transformer's blocks are alike, so one graph serves them all: a depth of 28
+compiles as fast as 1, and their gradients arrive block by block. What lies around them is left eager. A convolutional
+Psi is one graph. The graphs are: a block of the denoiser with gradient (and without, for accumulation's extra pass),
+Psi or its block in its own step, and frozen, over real and over xhat0. Nothing compiles after the first iteration of
+the game.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import nn
 
 from sadm_fast.config import Config
 from sadm_fast.errors import UserError
-from sadm_fast.models.denoiser import Denoiser
+from sadm_fast.models import Denoiser, ViT
 
 
 def check_compilation(config: Config) -> None:
@@ -45,5 +46,5 @@ def compile_in_place(network: nn.Module) -> None:
 
 
 def blocks_of(network: nn.Module) -> Sequence[nn.Module]:
-    """The parts, alike, that a network calls one after another; none of Psi, which is small."""
-    return list(network.blocks) if isinstance(network, Denoiser) else []
+    """The parts, alike, that a network calls one after another; none of a convolutional Psi, whose parts differ."""
+    return list(network.blocks) if isinstance(network, Denoiser | ViT) else []

@@ -1,15 +1,21 @@
-"""Where torch.compile cannot be had, one line says why and the run goes on."""
+"""One graph for all blocks; where torch.compile cannot be had, one line says why and the run goes on."""
 
+import copy
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from sadm_fast.config import check_config
-from sadm_fast.engine.compilation import check_compilation, compile_in_place, why_not
+from sadm_fast.engine.compilation import blocks_of, check_compilation, compile_in_place, why_not
+from sadm_fast.engine.flat import Flat
 from sadm_fast.errors import UserError
+from sadm_fast.models import DiT, SmallCNN, ViT
 
 CPU = torch.device("cpu")
 
@@ -48,3 +54,39 @@ def test_with_a_compiler_it_works_and_names_stay() -> None:
     assert list(module.state_dict()) == before
     expected = nn.functional.linear(torch.ones(2, 3), module.weight, module.bias)
     torch.testing.assert_close(module(torch.ones(2, 3)), expected)
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (lambda: DiT(8, 4, hidden_size=16, depth=3, num_heads=2, num_classes=3), ((2, 4, 8, 8), (2,), None)),
+        (lambda: ViT(3, patch_size=8, width=16, depth=3, position_grid=2, input_size=16), ((2, 3, 16, 16),)),
+        (lambda: SmallCNN(1, width=8, feature_dim=4), ((2, 1, 8, 8),)),
+    ],
+    ids=["DiT", "ViT", "SmallCNN"],
+)
+@pytest.mark.parametrize("flat", [False, True])
+def test_one_graph_of_a_pass_at_any_depth_in_train_and_eval(
+    network: Callable[[], nn.Module], inputs: tuple[tuple[int, ...] | None, ...], flat: bool, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.manual_seed(0)
+    eager = network()
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    compiled = copy.deepcopy(eager)
+    compile_in_place(compiled)
+    called = Flat(compiled, 500, blocks_of(compiled)) if flat else compiled
+    arguments = [torch.tensor([0, 2]) if shape is None else torch.rand(shape) for shape in inputs]
+    expected = eager(*arguments)
+    counters.clear()
+    for training in (True, False, True):
+        called.train(training)
+        # Sums of a few dozen products of order 1, in fp32, in another order.
+        torch.testing.assert_close(called(*arguments), expected, rtol=1e-5, atol=1e-5)
+        called(*arguments).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    with torch.no_grad():
+        called(*arguments)
+    assert counters["stats"]["unique_graphs"] == 2
