@@ -48,4 +48,8 @@ def describe(config: Config, num_classes: int, world_size: int) -> str:
     lines.append(f"  {'all':<46} {memory.peak / 2**20:>12,.1f} MiB")
     if memory.host:
         lines.append(f"  {'offloaded to the host':<46} {sum(memory.host.values()) / 2**20:>12,.1f} MiB")
+    if psi is not None and config.structure_encoder.input == "pixels":
+        lines.append(
+            "Not counted: the decoder through which Psi sees pixels, its FLOPs and its memory (docs/training.md)"
+        )
     return "\n".join(lines)

@@ -1,10 +1,11 @@
 """Costs counted on the meta device, against published numbers and arithmetic."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sadm_fast.config import Config, check_config
+from sadm_fast.config import Config, check_config, load_config
 from sadm_fast.planning.cost import activations, meta_models, step_flops
 from sadm_fast.planning.dry_run import describe
 from sadm_fast.planning.memory import Memory, rank_memory
@@ -176,3 +177,17 @@ def test_the_largest_numbers_can_be_planned(blocks: dict[str, Any]):
     blocks["structure_encoder"] = blocks["structure_encoder"] | {"pretrain": {"batch": 2}}
     asked = config(evaluate={"batch": 1, "judge": {"batch": 1}}, **blocks)
     assert "Memory of one rank" in describe(asked, asked.denoiser.num_classes or 10, 1)
+
+
+def test_a_psi_that_sees_pixels_is_counted_at_their_size_and_its_decoder_is_named_as_left_out() -> None:
+    posttrain = Path(__file__).parents[2] / "configs/imagenet256_posttrain.json"
+    narrow = [
+        "denoiser.name=null", "denoiser.hidden_size=16", "denoiser.depth=1", "denoiser.num_heads=2",
+        "train.micro_batch=2", "train.compile=off",
+    ]  # fmt: skip
+    text = describe(load_config(posttrain, narrow), 1000, world_size=1)
+    # ResNet-18 at 224 x 224 is 1.81 GMAC with, and 0.0005 less without its classifier; at 256 x 256 (8/7)^2 times that.
+    # The structure term is a forward of x0 and xhat0 and a backward to pixels, of 2 samples and 4 micro-batches.
+    (line,) = (line for line in text.splitlines() if "structure term" in line)
+    assert float(line.split()[-2].replace(",", "")) == pytest.approx(1.814 * (8 / 7) ** 2 * 3 * 8, rel=0.01)
+    assert text.splitlines()[-1].startswith("Not counted: the decoder")
