@@ -225,6 +225,17 @@ def test_patches_are_read_row_by_row() -> None:
         assert tokens[token].tolist() == patch.flatten().tolist()
 
 
+def test_every_block_reads_and_writes_features_of_a_token_side_by_side() -> None:
+    model = tiny()
+    strides = []
+    for block in (*model.blocks, model.final_layer):
+        block.register_forward_pre_hook(lambda module, inputs: strides.append(inputs[0].stride()))
+    with torch.no_grad():
+        model(torch.randn(2, model.in_channels, 8, 8), torch.rand(2), torch.tensor([0, 1]))
+    _, tokens, width = model.pos_embed.shape
+    assert strides == [(tokens * width, width, 1)] * (len(model.blocks) + 1)
+
+
 @pytest.mark.parametrize(("patch", "channels"), [(1, 3), (2, 3), (4, 1), (2, 8)])
 def test_within_a_token_the_channel_runs_fastest(patch: int, channels: int) -> None:
     model = tiny(patch_size=patch, out_channels=channels)
