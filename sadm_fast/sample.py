@@ -3,7 +3,7 @@
 python sadm_fast/sample.py runs/mnist                                   a grid, all classes
 python sadm_fast/sample.py runs/mnist --classes 3 7 --count 64 --guidance-scale 3 --out threes_and_sevens.png
 python sadm_fast/sample.py runs/mnist --count 1000 --folder samples/    one PNG a sample, in class folders
-deepspeed --num_gpus 8 sadm_fast/sample.py --weights DiT-XL-2-256x256.safetensors --config configs/imagenet256.json
+deepspeed --num_gpus 8 sadm_fast/sample.py --weights DiT-XL-2-256x256.pt --config configs/imagenet256.json
     --set sampling.sampler=ddpm --steps 250 --guidance-scale 1.5 --set sampling.guidance_channels=3
     --labels random --count 50000 --out samples.npz                     what the evaluator of ADM reads
 
