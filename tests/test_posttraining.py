@@ -105,7 +105,7 @@ def test_the_example_plays_on_the_pixels_of_decoded_latents(tmp_path: Path, monk
     shorter = [override for override in NARROWER if not override.startswith(("structure_encoder", "game.start"))]
     overrides = [
         *shorter, f"data.path={tmp_path / 'latents'}", f"latents.autoencoder={autoencoder}", "data.resolution=64",
-        f"latents.images={tmp_path / 'images'}", "latents.batch=4", "train.compile=off", "train.grad_accumulation=1",
+        f"latents.images={tmp_path / 'images'}", "latents.batch=4", "train.compile=off",
         "game.warmup_steps=1", "train.steps=2", "train.log_every=1",
     ]  # fmt: skip
     config = load_config(POSTTRAIN, overrides)

@@ -205,13 +205,16 @@ class Players:
         self._meanwhile = meanwhile
         reuse = self.config.implementation == "fast" and len(batches) == 1
         prediction = predict(self.process, self.denoiser, batches[0]) if reuse else None
+        shown = None
+        if prediction is not None and self.playing(step):
+            shown = self._shown(batches[0], prediction.xhat0)
         veto = loss_discriminator = None
         try:
             if self.mode == "sadm" and self.playing(step):
-                xhat0 = self._xhat0(batches) if prediction is None else [prediction.xhat0]
                 self._before.take()
-                loss_discriminator, veto = self._discriminator_turn(batches, xhat0)
-            outcome = self._denoiser_turn(batches, prediction, step, veto)
+                pairs = self._shown_without_graphs(batches) if shown is None else [shown]
+                loss_discriminator, veto = self._discriminator_turn(pairs)
+            outcome = self._denoiser_turn(batches, prediction, shown, step, veto)
         except NotFinite:
             if self.mode == "sadm" and self.playing(step):
                 self._before.restore()
@@ -231,28 +234,33 @@ class Players:
             self.queue.push(outcome.samples)
         return taken
 
-    def _discriminator_turn(self, batches: Sequence[Batch], xhat0: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Steps that ascend S: the loss -S of the last one, and a 0-d that is finite if all were taken."""
-        loss = torch.zeros((), device=batches[0].x0.device)
+    def _discriminator_turn(self, pairs: Sequence[tuple[Batch, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Steps that ascend S of `_shown` pairs: the last one's loss -S, and a 0-d that is finite if all were taken."""
+        loss = torch.zeros((), device=pairs[0][0].x0.device)
         veto: Tensor | None = None
         for _ in range(self.config.game.discriminator_steps):
             loss = torch.zeros_like(loss)
-            for batch, estimate in zip(batches, xhat0, strict=True):
+            for batch, xhat0 in pairs:
                 part = discriminator_loss(
-                    self.compare, self.process, self._looks(self.discriminator), batch, estimate, self._past
+                    self.compare, self.process, self.discriminator, batch, xhat0, self._past
                 )  # fmt: skip
                 self._backward("discriminator", part, veto)
-                loss = loss + part.detach() / len(batches)
+                loss = loss + part.detach() / len(pairs)
             veto = self._norm("discriminator")
         assert veto is not None
         return loss, veto
 
     def _denoiser_turn(
-        self, batches: Sequence[Batch], prediction: Prediction | None, step: int, veto: Tensor | None
+        self,
+        batches: Sequence[Batch],
+        prediction: Prediction | None,
+        shown: tuple[Batch, Tensor] | None,
+        step: int,
+        veto: Tensor | None,
     ) -> Outcome:
         """The step that descends L_den + lambda_s S.
 
-        prediction: of the only micro-batch, if there is one already.
+        prediction, shown: of the only micro-batch, if there are already.
         """
         lambda_s, playing = self.lambda_s(step), self.playing(step)
         losses, distances, samples = [], [], []
@@ -260,10 +268,11 @@ class Players:
             xhat0, loss = predict(self.process, self.denoiser, batch) if prediction is None else prediction
             losses.append(loss.detach())
             if playing:
+                looked_at, estimate = self._shown(batch, xhat0) if shown is None else shown
                 with frozen(self.psi):
                     structure = structure_distance(
-                        self.compare, self.process, self._looks(self.psi), batch, xhat0, self._past
-                    )
+                        self.compare, self.process, self.psi, looked_at, estimate, self._past
+                    )  # fmt: skip
                     self._backward("denoiser", denoiser_loss(loss, structure.distance, lambda_s), veto)
                 distances.append(structure.distance.detach())
                 samples.append(structure.samples)
@@ -277,10 +286,10 @@ class Players:
             OnHost(self._norm("denoiser")),
         )
 
-    def _looks(self, psi: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Psi, or its engine, as a function of samples."""
+    def _shown(self, batch: Batch, xhat0: Tensor) -> tuple[Batch, Tensor]:
+        """What Psi looks at, as `see` shows it: x0 in the batch's place, and xhat0 with its graph."""
         see = self._see
-        return psi if see is None else lambda samples: psi(see(samples))
+        return (batch, xhat0) if see is None else (batch._replace(x0=see(batch.x0)), see(xhat0))
 
     @property
     def _past(self) -> Queue | None:
@@ -291,9 +300,9 @@ class Players:
         return self.queue.columns
 
     @torch.no_grad()
-    def _xhat0(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """xhat0 of every micro-batch, without graphs."""
-        return [predict(self.process, self.denoiser, batch).xhat0 for batch in batches]
+    def _shown_without_graphs(self, batches: Sequence[Batch]) -> list[tuple[Batch, Tensor]]:
+        """What Psi looks at in every micro-batch."""
+        return [self._shown(batch, predict(self.process, self.denoiser, batch).xhat0) for batch in batches]
 
     def _backward(self, player: str, loss: Tensor, veto: Tensor | None) -> None:
         """Backward and step; DeepSpeed itself steps only at the last micro-batch.

@@ -31,6 +31,7 @@ from tests.support.engine_cases import (
     matrix,
     micro_batch,
     poisoned_cases,
+    see,
     starting_weights,
     traced_cases,
 )
@@ -61,7 +62,8 @@ _TRACES: dict[str, Trace] = {}
 
 def reference(case: Case, world_size: int, first: int = 0) -> Trace:
     """Plain autograd's answer to iterations `first` .. ITERATIONS-1; it knows neither stages nor implementations."""
-    settings = [case.mode, case.clipping, case.game, case.precision, case.accumulation, case.depth, world_size, first]
+    settings = [case.mode, case.clipping, case.game, case.precision, case.accumulation, case.depth, case.shown]
+    settings += [world_size, first]
     key = json.dumps(settings)
     if key not in _TRACES:
         config = case.config
@@ -77,7 +79,7 @@ def reference(case: Case, world_size: int, first: int = 0) -> Trace:
             starting_weights(module, seed)
             if case.precision == "bf16":
                 module.bfloat16()
-        _TRACES[key] = play(config, denoiser, psi, batches)
+        _TRACES[key] = play(config, denoiser, psi, batches, *([see] if case.shown else []))
     return _TRACES[key]
 
 

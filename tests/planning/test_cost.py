@@ -187,7 +187,7 @@ def test_a_psi_that_sees_pixels_is_counted_at_their_size_and_its_decoder_is_name
     ]  # fmt: skip
     text = describe(load_config(posttrain, narrow), 1000, world_size=1)
     # ResNet-18 at 224 x 224 is 1.81 GMAC with, and 0.0005 less without its classifier; at 256 x 256 (8/7)^2 times that.
-    # The structure term is a forward of x0 and xhat0 and a backward to pixels, of 2 samples and 4 micro-batches.
+    # The structure term is a forward of x0 and xhat0 and a backward to pixels, of 2 samples.
     (line,) = (line for line in text.splitlines() if "structure term" in line)
-    assert float(line.split()[-2].replace(",", "")) == pytest.approx(1.814 * (8 / 7) ** 2 * 3 * 8, rel=0.01)
+    assert float(line.split()[-2].replace(",", "")) == pytest.approx(1.814 * (8 / 7) ** 2 * 3 * 2, rel=0.01)
     assert text.splitlines()[-1].startswith("Not counted: the decoder")

@@ -3,6 +3,7 @@
 Nothing here comes from game.py, engine/ or sadm_kernels; only the networks are shared.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -97,10 +98,20 @@ def _optimizer(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Opti
     )  # fmt: skip
 
 
-def play(config: Config, denoiser: nn.Module, psi: nn.Module, iterations: list[list[list[Batch]]]) -> Trace:
-    """Train both networks on iterations[i][micro step][rank]; they end as float64."""
-    denoiser, psi = denoiser.double(), psi.double()
-    optimizers = _optimizer(denoiser, config.denoiser_optimizer), _optimizer(psi, config.discriminator_optimizer)
+def play(
+    config: Config,
+    denoiser: nn.Module,
+    encoder: nn.Module,
+    iterations: list[list[list[Batch]]],
+    see: Callable[[Tensor], Tensor] = lambda samples: samples,
+) -> Trace:
+    """Train both networks on iterations[i][micro step][rank]; they end as float64. Psi encodes see(samples)."""
+    denoiser, encoder = denoiser.double(), encoder.double()
+    optimizers = _optimizer(denoiser, config.denoiser_optimizer), _optimizer(encoder, config.discriminator_optimizer)
+
+    def psi(samples: Tensor) -> Tensor:
+        return encoder(see(samples))
+
     game, trace = config.game, Trace({}, {})
     queue: list[Seen] = []
     for step, micro_steps in enumerate(iterations):
@@ -117,7 +128,7 @@ def play(config: Config, denoiser: nn.Module, psi: nn.Module, iterations: list[l
                 for batch in groups:
                     xhat0 = _estimate(denoiser, batch, 0.5)[0].detach()
                     terms.append(-_structure(config, _seen(config, psi(batch.x0.double()), psi(xhat0), batch), queue))
-                norm = _step(psi, optimizers[1], torch.stack(terms).mean(), config.discriminator_optimizer)
+                norm = _step(encoder, optimizers[1], torch.stack(terms).mean(), config.discriminator_optimizer)
         trace.psi_norms.append(norm)
         loss = torch.cat([_estimate(denoiser, batch, 0.5)[1] for batch in ranks]).mean()
         trace.losses.append(loss.item())
@@ -141,5 +152,5 @@ def play(config: Config, denoiser: nn.Module, psi: nn.Module, iterations: list[l
         trace.distances.append(None if distance is None else distance.item())
         trace.denoiser_norms.append(_step(denoiser, optimizers[0], loss, config.denoiser_optimizer))
     trace.denoiser = {name: p.detach() for name, p in denoiser.named_parameters() if p.requires_grad}
-    trace.psi = {name: p.detach() for name, p in psi.named_parameters() if p.requires_grad}
+    trace.psi = {name: p.detach() for name, p in encoder.named_parameters() if p.requires_grad}
     return trace

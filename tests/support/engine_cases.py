@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sadm_fast.config import Config, check_config
 from sadm_fast.game import Batch, draw
@@ -34,6 +34,7 @@ class Case:
     zero: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False  # of activations
     depth: int = 1
+    shown: bool = False  # Psi looks at samples as `see` shows them
 
     @property
     def config(self) -> Config:
@@ -103,6 +104,8 @@ def cases(world_size: int) -> list[Case]:
         Case("ramp-accumulation2", "structure", 0, 2, game={"start_step": 1, "ramp_steps": 4}),
         Case("warmup", "sadm", 2, game={"warmup_steps": 1, "ramp_steps": 4}),
         Case("warmup-zero3", "sadm", 3, 2, game={"warmup_steps": 1, "start_step": 1}),
+        Case("shown", "sadm", 2, shown=True),
+        Case("shown-accumulation2", "sadm", 0, 2, shown=True),
         Case("gate-same-class", "sadm", 0, game={"gate_log_snr": 0.5, "gate_slope": 2.0, "same_class": True}),
         # Three steps of 8 samples on one rank, 16 on two; 4 and 8 with one micro-batch.
         Case("queue", "sadm", 0, 2, game={"queue": 20}),
@@ -185,6 +188,11 @@ def bad_gradient_cases(world_size: int) -> list[Case]:
         Case("turns-zero2", "sadm", 2, game={"discriminator_steps": 2}),
         Case("queue-zero2", "sadm", 2, game={"queue": 8}),
     ]
+
+
+def see(samples: Tensor) -> Tensor:
+    """Stands for a decoder: another size, and neither linear nor one pixel at a time."""
+    return torch.nn.functional.interpolate(samples, scale_factor=2.0, mode="bilinear").tanh()
 
 
 @torch.no_grad()

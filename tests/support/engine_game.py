@@ -7,7 +7,7 @@ from sadm_fast.engine.masters import gather, local_masters, trainable_shapes
 from sadm_fast.engine.players import Outcome, Players, gradient_norm
 from sadm_fast.game import Batch
 from sadm_fast.ranks.launch import Place
-from tests.support.engine_cases import CLASSES, Case, micro_batch, starting_weights
+from tests.support.engine_cases import CLASSES, Case, micro_batch, see, starting_weights
 
 
 class Game:
@@ -19,7 +19,9 @@ class Game:
         starting_weights(denoiser, seeds[0])
         starting_weights(psi, seeds[1])
         self.shapes = {"denoiser": trainable_shapes(denoiser), "discriminator": trainable_shapes(psi)}
-        self.players = Players(self.config, denoiser, psi if case.mode != "plain" else None, place.device)
+        self.players = Players(
+            self.config, denoiser, psi if case.mode != "plain" else None, place.device, see if case.shown else None
+        )
 
     def batches(self, iteration: int) -> list[Batch]:
         return [
