@@ -95,7 +95,7 @@ def assemble(
     fixed = {name: p.detach().clone() for name, p in denoiser.named_parameters() if not p.requires_grad}
     with Watchdog(config.train.patience, rank, "starting the engines"):
         see = None
-        if config.structure_encoder.input == "pixels":
+        if psi is not None and config.structure_encoder.input == "pixels":
             assert autoencoder is not None
             see = autoencoder.decode_with_gradient
         players = Players(config, denoiser, psi, device, see)
