@@ -577,6 +577,12 @@ class Config(Block):
     denoiser_optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig())
     discriminator_optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(lr=1e-6))
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    logging: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        ("tensorboard",),
+        strict=False,
+        description="where the numbers of metrics.jsonl go as well; wandb and trackio have to be installed, and are"
+        " offline until WANDB_MODE and the like say otherwise",
+    )
     sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig())
     evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
     deepspeed: DeepSpeedConfig = Field(default_factory=lambda: DeepSpeedConfig())

@@ -42,6 +42,7 @@ CHANGEABLE = (
     "latents.shard_size",
     "sampling",
     "evaluate",
+    "logging",
 )
 
 # Fields of older versions, with their default: the config.json of a run of that time holds them.

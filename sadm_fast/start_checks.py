@@ -23,6 +23,7 @@ from sadm_fast.planning.players import players
 from sadm_fast.planning.storage import checkpoint_bytes, checkpoints_at_once
 from sadm_fast.pretrain import JUDGE_FILE, PSI_FILE, hold_out
 from sadm_fast.run.folder import RunFolder
+from sadm_fast.run.loggers import check_loggers
 from sadm_fast.run.manifest import completed
 from sadm_fast.train_once import require_own
 
@@ -34,6 +35,7 @@ def check_start(config: Config, source: Source, num_classes: int, folder: RunFol
     check_weights(config, num_classes)
     check_optimizers(config)
     check_compilation(config)
+    check_loggers(config.logging)
     check_queue(config, world_size)
     if config.game.mode != "plain" and config.structure_encoder.weights is None:
         _check_classes(

@@ -22,6 +22,7 @@ from sadm_fast.feed import loader_spec
 from sadm_fast.files import append_json
 from sadm_fast.gallery import Gallery
 from sadm_fast.game import draw
+from sadm_fast.planning.speed import StepSpeed
 from sadm_fast.ranks.collectives import barrier, rank_and_world_size
 from sadm_fast.ranks.stopping import StopRequest
 from sadm_fast.ranks.vote import Vote
@@ -31,6 +32,7 @@ from sadm_fast.run import checkpoint, divergence
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.log import Interval, TrainingLog, peak_memory
+from sadm_fast.run.loggers import loggers
 from sadm_fast.run.state import TrainState
 
 # So many skipped iterations in a row are not bad luck.
@@ -69,6 +71,7 @@ class Trainer:
         self._finite_step = 0  # the last one that was taken, or the one of the checkpoint that the run goes on from
         self._resumed_step = 0
         self._skipped_in_a_row = 0
+        self._speed: StepSpeed | None = None
         self._noted = 0  # of the loader's broken images
         self._started = time.perf_counter()
 
@@ -95,7 +98,8 @@ class Trainer:
         """Train to the last step; True when it is reached, False when asked to stop before."""
         train = self.config.train
         vote = Vote(lambda: request.asked, self.writer.status)
-        log = TrainingLog(self.folder, self.rank, self.step)
+        log = self._log()
+        self._speed = StepSpeed.of(self.config, self.null_class, self.device) if self.rank == 0 else None
         loader = self._loader()
         self._started = time.perf_counter()
         first, taken_before = self.step, self.state.ema_updates
@@ -151,6 +155,12 @@ class Trainer:
                 " --run-dir"
             )
         return finished
+
+    def _log(self) -> TrainingLog:
+        if self.rank != 0:
+            return TrainingLog(self.folder, writing=False)
+        made = loggers(self.config.logging, self.folder, self.config.resolved(), self.step)
+        return TrainingLog(self.folder, writing=True, loggers=made)
 
     def _loader(self) -> Loader:
         """This rank's micro-batches from the samples on that the run has not seen; close it."""
@@ -244,6 +254,7 @@ class Trainer:
             "step": self.step,
             "samples_seen": self.state.samples_seen,
             **means,
+            **self._achieved(means["samples_per_s"]),
             "grad_norm_denoiser": gradient_norm(self.players.denoiser),
             "grad_norm_discriminator": None if discriminator is None else gradient_norm(discriminator),
             "lr": rates["denoiser"],
@@ -252,6 +263,12 @@ class Trainer:
             "skipped_steps": self.state.skipped_steps,
             "wall_s": self.seconds,
         }
+
+    def _achieved(self, samples_per_s: Any) -> dict[str, float | None]:
+        """FLOP/s of one rank, and their share of its GPU's peak."""
+        if self._speed is None:
+            return {"flops_per_s": None, "mfu": None}
+        return self._speed.achieved(samples_per_s / self.samples_per_step, self.players.playing(self.step - 1))
 
     def _save(self) -> None:
         if self.step == self._saved_step or not self.state.ema_updates:  # nothing is worth saving before the first step
@@ -270,4 +287,5 @@ def _note(line: dict[str, Any]) -> str:
     if line["structure_undefined"]:
         game += f" (no pair to compare in {line['structure_undefined']} micro-batches)"
     wait = f"{line['data_wait_fraction']:.1%}"
-    return f"loss {number('loss_denoise')}{game} {number('samples_per_s')} samples/s, data wait {wait}"
+    mfu = "" if line["mfu"] is None else f" ({line['mfu']:.0%} MFU)"
+    return f"loss {number('loss_denoise')}{game} {number('samples_per_s')} samples/s{mfu}, data wait {wait}"

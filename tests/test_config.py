@@ -472,6 +472,8 @@ def other_values(value: Any) -> list[Any]:
         return [n for n in (value + 8, 2 * value, 2 * value + 8, value - 1, 3, 512) if n != value]
     if isinstance(value, float):
         return [value + 0.125, value * 0.5]
+    if value and isinstance(value, list) and isinstance(value[0], str):
+        return [[]]
     if isinstance(value, list):
         return [[v / 2 for v in value]] if value else [[{"profile": "power", "std": 0.05}]]
     words = ["bf16", "reference", "torch", "apex_fused_adam", "resnet18", "small", "frozen", "structure", "global"]
@@ -553,7 +555,7 @@ def test_how_long_how_often_and_how_parallel_may_change_on_resume() -> None:
     how_long_and_often |= {"train.ema_snapshot_every"}
     divided = {"train.micro_batch", "train.grad_accumulation", "deepspeed.zero_optimization", "train.compile"}
     divided |= {"train.activation_checkpointing"}
-    looking = {"sampling", "evaluate", "name"}
+    looking = {"sampling", "evaluate", "logging", "name"}
     how = {f"data.{key}" for key in ("path", "threads", "prefetch", "loader", "decode", "broken")}
     making = {f"latents.{key}" for key in ("autoencoder", "images", "images_source", "batch", "shard_size")}
     assert set(CHANGEABLE) == how_long_and_often | looking | how | making | divided | set(LEARNING_RATES)

@@ -32,10 +32,10 @@ SCRIPT = ROOT / "sadm_fast" / "train.py"
 METRICS = {
     "step", "samples_seen", "loss_denoise", "loss_denoise_q1", "loss_denoise_q2", "loss_denoise_q3", "loss_denoise_q4",
     "structure_distance", "loss_discriminator", "grad_norm_denoiser", "grad_norm_discriminator", "lr",
-    "lr_discriminator", "samples_per_s", "data_wait_fraction", "memory_bytes", "broken_images", "skipped_steps",
-    "wall_s", "structure_undefined",
+    "lr_discriminator", "samples_per_s", "flops_per_s", "mfu", "data_wait_fraction", "memory_bytes", "broken_images",
+    "skipped_steps", "wall_s", "structure_undefined",
 }  # fmt: skip
-TIMES = {"samples_per_s", "data_wait_fraction", "memory_bytes", "wall_s"}
+TIMES = {"samples_per_s", "flops_per_s", "data_wait_fraction", "memory_bytes", "wall_s"}
 SCORES = {"fid_classifier", "fid_random", "fid_pixels"}
 
 

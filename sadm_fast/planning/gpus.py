@@ -55,6 +55,24 @@ GPUS = {
 }  # fmt: skip
 
 
+# What a CUDA device calls itself, and its row; the first that is part of the name.
+_DEVICES = {
+    "H200": "h200",
+    "H100": "h100",
+    "B200": "b200",
+    "A100-SXM4-40GB": "a100-40g",
+    "A100": "a100",
+    "L40S": "l40s",
+    "RTX 4090": "rtx4090",
+}
+
+
+def of_device(name: str) -> Gpu | None:
+    """The row of a device by the name that CUDA gives it, "NVIDIA H200"; None if it is of another kind."""
+    key = next((key for part, key in _DEVICES.items() if part in name), None)
+    return None if key is None else GPUS[key]
+
+
 def find_gpu(name: str) -> Gpu:
     """Return the row of `name`, in any case of letters; UserError with the nearest name if there is none."""
     gpu = GPUS.get(name.lower())

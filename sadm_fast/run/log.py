@@ -2,16 +2,17 @@
 
 import resource
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from sadm_fast.engine.players import Outcome
 from sadm_fast.files import append_json
 from sadm_fast.ranks.collectives import sum_over_ranks
 from sadm_fast.run.folder import RunFolder
+from sadm_fast.run.loggers import Logger
 
 _QUARTILES = 4
 
@@ -86,40 +87,36 @@ def _ratio(total: float, count: float) -> float | None:
 
 
 class TrainingLog:
-    """metrics.jsonl and TensorBoard; writes on rank 0 only."""
+    """metrics.jsonl, evaluations.jsonl and the run's loggers; writes where there are loggers: on rank 0."""
 
-    def __init__(self, folder: RunFolder, rank: int, purge_step: int) -> None:
-        self._folder = folder
-        self._writer: SummaryWriter | None = None
-        if rank == 0:
-            self._writer = SummaryWriter(str(folder.tensorboard), purge_step=purge_step or None)
+    def __init__(self, folder: RunFolder, writing: bool, loggers: Sequence[Logger] = ()) -> None:
+        self._folder, self._writing, self._loggers = folder, writing, loggers
 
     def write(self, line: dict[str, Any]) -> None:
         """Write one logged step."""
-        if self._writer is None:
-            return
-        append_json(self._folder.metrics, line)
-        self._scalars("train", line)
+        if self._writing:
+            append_json(self._folder.metrics, line)
+            self._scalars("train", line)
 
     def write_evaluation(self, line: dict[str, Any]) -> None:
         """Write one evaluation."""
-        if self._writer is None:
-            return
-        append_json(self._folder.evaluations, line)
-        self._scalars("evaluation", line)
+        if self._writing:
+            append_json(self._folder.evaluations, line)
+            self._scalars("evaluation", line)
 
     def image(self, name: str, picture: Tensor, step: int) -> None:
-        """Write a picture, uint8 [C, H, W], to TensorBoard."""
-        if self._writer is not None:
-            self._writer.add_image(name, picture, step)
+        """Show a picture, uint8 [C, H, W]."""
+        for logger in self._loggers:
+            logger.image(name, picture, step)
 
     def _scalars(self, prefix: str, line: dict[str, Any]) -> None:
-        assert self._writer is not None
-        for key, value in line.items():
-            if key != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(f"{prefix}/{key}", value, line["step"])
+        values = {
+            f"{prefix}/{key}": value for key, value in line.items() if key != "step" and isinstance(value, int | float)
+        }
+        for logger in self._loggers:
+            logger.scalars(values, line["step"])
 
     def close(self) -> None:
-        """Flush what TensorBoard has not written yet."""
-        if self._writer is not None:
-            self._writer.close()
+        """Flush what the loggers have not written yet."""
+        for logger in self._loggers:
+            logger.close()
