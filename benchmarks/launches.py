@@ -13,7 +13,7 @@ import argparse
 import collections
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.latent_game import CLASSES, game_config, made_up, made_up_players  # noqa: E402
+from benchmarks.latent_game import game_config, made_up, made_up_players, steady_iteration  # noqa: E402
 from benchmarks.report import Row, aligned  # noqa: E402
 from sadm_fast.config import Config  # noqa: E402
-from sadm_fast.game import draw, frozen  # noqa: E402
+from sadm_fast.game import frozen  # noqa: E402
 from sadm_fast.ranks.launch import distributed  # noqa: E402
 from sadm_kernels import native  # noqa: E402
 from sadm_kernels.adamw import bytes_per_element  # noqa: E402
@@ -116,33 +116,6 @@ def configuration(mode: str, stage: int, precision: str = "bf16") -> Config:
         train={"precision": precision},
         zero_optimization={"stage": stage},
     )
-
-
-def steady_iteration(config: Config, players: Any) -> Callable[[], None]:
-    """The trainer's work on one micro-batch after another, each settled when the next is on its way."""
-    from sadm_fast.ema import EMA
-    from sadm_fast.engine.masters import named, owned
-
-    engine = players.denoiser
-    ema = EMA(lambda: list(owned(engine)), config.train.ema, lambda fragments: named(engine.module, fragments))
-    if players.fused:
-        ema.join(players.fused["denoiser"])
-    on_its_way: list[Any] = []
-
-    def settle() -> None:
-        if on_its_way:
-            players.settle(on_its_way.pop())
-            ema.update()
-
-    given, ids = made_up(config, 0), torch.arange(config.train.micro_batch)
-    options = {"seed": 0, "null_class": CLASSES, "label_dropout": config.denoiser.label_dropout}
-
-    def iteration() -> None:
-        players.set_learning_rates(0)
-        batch = draw(config.process, given.x0, given.labels, ids, **options)
-        on_its_way.append(players.launch([batch], 0, settle))
-
-    return iteration
 
 
 def of_the_networks(config: Config, players: Any) -> Count:
