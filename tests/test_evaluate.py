@@ -1,11 +1,14 @@
 """evaluate.py on a finished run made by hand. What it prints, from two ranks, is in test_train.py."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sadm_fast import evaluate
 from sadm_fast.metrics import run_evaluation
@@ -56,3 +59,59 @@ def test_samples_that_cannot_be_scored_are_one_line(
     assert evaluate.main([str(run)]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {run}: cannot be scored: the moments hold NaN") and err.count("\n") == 1
+
+
+@contextmanager
+def alone(*, deepspeed: bool) -> Iterator[launch.Place]:
+    yield launch.Place(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ("size=1", "--sweep size=1: must be one of guidance, steps, ema and its values"),
+        ("guidance=", "--sweep guidance=: must be one of"),
+        ("guidance=1,big", "--sweep guidance=1,big: guidance=big is no value of it"),
+        ("steps=0", "--sweep steps=0: steps=0 is no value of it"),
+    ],
+)
+def test_a_sweep_that_is_none_is_one_line(run: Path, sweep: str, words: str, capsys: pytest.CaptureFixture[str]):
+    assert evaluate.main([str(run), "--sweep", sweep]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+def test_a_sweep_is_a_table_with_the_best_marked_and_a_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch, "distributed", alone)
+    scores = tmp_path / "scores.json"
+    sweeps = ["--sweep", "guidance=1,4", "--sweep", "steps=1,2"]
+    assert evaluate.main([str(run), "--samples", "12", *sweeps, "--json", str(scores)]) == 0
+    rows = json.loads(scores.read_text())["scores"]
+    assert [(row["steps"], row["guidance"]) for row in rows] == [("1", "1"), ("1", "4"), ("2", "1"), ("2", "4")]
+    assert [row["sampler"]["guidance_scale"] for row in rows] == [1.0, 4.0, 1.0, 4.0]
+    assert all(set(row["kid"]) == set(row["floor"]) == set(row["recall"]) for row in rows)
+    table = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(table) if line.split()[:2] == ["guidance", "steps"])
+    column = table[head].split().index("fid_pixels")
+    best = min(range(4), key=lambda i: rows[i]["fid_pixels"])
+    starred = [line.split()[column].endswith("*") for line in table[head + 1 : head + 5]]
+    assert starred[best] and table[head + 5].split()[0] == "floor"
+
+
+def test_other_images_have_a_judge_of_their_own(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch, "distributed", alone)
+    assert evaluate.main([str(run), "--samples", "12"]) == 0
+    own = run / "pretrained" / "judge.safetensors"
+    before = own.read_bytes()
+    other = tmp_path / "other"
+    for i, name in enumerate(("0", "1")):
+        (other / name).mkdir(parents=True)
+        for k in range(12):
+            picture = np.full((8, 8), 20 * k + 5 * i, np.uint8)
+            Image.fromarray(picture).save(other / name / f"{k}.png")
+    assert evaluate.main([str(run), "--samples", "12", "--data", str(other)]) == 0
+    assert own.read_bytes() == before and len(list((run / "pretrained").glob("on-*/judge.safetensors"))) == 1

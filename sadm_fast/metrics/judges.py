@@ -164,6 +164,7 @@ class PixelJudge(Judge):
 JUDGES: tuple[type[Judge], ...] = (ClassifierJudge, RandomJudge, PixelJudge)  # in the order of the report
 
 
-def judges_of(channels: int, resolution: int, classifier: ClassifierJudge) -> list[Judge]:
-    """Build the judges of a run on square images, one of each in JUDGES; `classifier` is the trained one."""
-    return [classifier, RandomJudge(channels), PixelJudge(channels, resolution, resolution)]
+def judges_of(channels: int, resolution: int, classifier: ClassifierJudge | None) -> list[Judge]:
+    """Build the judges of a run on square images, one of each in JUDGES; `classifier` is the trained one, if any."""
+    trained: list[Judge] = [] if classifier is None else [classifier]
+    return [*trained, RandomJudge(channels), PixelJudge(channels, resolution, resolution)]

@@ -22,6 +22,6 @@ def test_labels_go_round_the_given_classes_and_no_others(monkeypatch: pytest.Mon
     monkeypatch.setattr(run_evaluation.Evaluator, "build", lambda *_, **__: SimpleNamespace(score=score))
     monkeypatch.setattr(run_evaluation, "generate", lambda config, model, labels, ids, **_: labels)
     source: Any = range(1)
-    evaluation = RunEvaluation(config, source, None, [1, 4, 9], torch.device("cpu"))  # type: ignore[arg-type]
+    evaluation = RunEvaluation(config, source, None, [1, 4, 9], torch.device("cpu"))
     evaluation.score(None, step=1)  # type: ignore[arg-type]
     assert drawn == [1, 4, 9, 1, 4, 9, 1, 4, 9, 1]
