@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import measure, peers  # noqa: E402
 from benchmarks.peers import FLOOR, Case, Unavailable  # noqa: E402
 from benchmarks.report import MEANS, Row, picture, table  # noqa: E402
+from sadm_fast.planning.gpus import of_device  # noqa: E402
 from sadm_kernels import structure_loss  # noqa: E402
 from sadm_kernels.reference import NORMALIZATIONS, PENALTIES, RELATIONS  # noqa: E402
 
@@ -41,12 +43,6 @@ COLUMNS = (
     *(f"{what}_error_mean{mean}" for what in ("loss", "grad") for mean in MEANS),
     "roofline_share",
 )
-# Dense TFLOP/s by NVIDIA's datasheets; for float32 those of products exact to float32, three tf32 ones each (tf32x3).
-PEAK_TFLOPS = {
-    "A100": {"bfloat16": 312.0, "float16": 312.0, "float32": 156.0 / 3},
-    "H100 80GB HBM3": {"bfloat16": 989.4, "float16": 989.4, "float32": 494.7 / 3},
-    "H200": {"bfloat16": 989.4, "float16": 989.4, "float32": 494.7 / 3},
-}
 
 
 def machine(device: str) -> str:
@@ -78,24 +74,33 @@ def environment(device: str, threads: int) -> Row:
     }
 
 
+@contextmanager
+def left_out_if_it_fails(name: str) -> Iterator[None]:
+    """Make any error of a peer Unavailable, for the others count without it. Our own failures end the benchmark."""
+    try:
+        yield
+    except Unavailable:
+        raise
+    except Exception as error:
+        if name in peers.OURS:
+            raise
+        raise Unavailable(f"fails here: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
 def admit(name: str, case: Case, repeats: int, limit: float) -> peers.Loss:
     """Return the provider's loss after a first call; Unavailable if it cannot run, or needs too much memory or time."""
     needed, free = DENSE_MATRICES * 4 * case.batch**2, measure.available_bytes(case.device)
     if name in peers.DENSE and needed > free:
         raise Unavailable(f"may take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
-    loss = peers.loss_of(name, case)
-    call = measure.forward_backward(loss, case)
-    try:
+    with left_out_if_it_fails(name):
+        loss = peers.loss_of(name, case)
+        call = measure.forward_backward(loss, case)
         first = measure.seconds(call, 1, case.device)  # includes compilation
-    except Exception as error:
-        if name in peers.OURS:
-            raise
-        raise Unavailable(f"fails here: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-    if first > limit:
-        raise Unavailable(f"the first call took {first:.1f} s, over --time-limit {limit:g}")
-    total = repeats * measure.seconds(call, 1, case.device)
-    if total > limit:
-        raise Unavailable(f"{repeats} repeats would take {total:.1f} s, over --time-limit {limit:g}")
+        if first > limit:
+            raise Unavailable(f"the first call took {first:.1f} s, over --time-limit {limit:g}")
+        total = repeats * measure.seconds(call, 1, case.device)
+        if total > limit:
+            raise Unavailable(f"{repeats} repeats would take {total:.1f} s, over --time-limit {limit:g}")
     return loss
 
 
@@ -119,9 +124,12 @@ def roofline_share(case: Case, seconds: float) -> float | str:
     """Return the share of the GPU's peak that the least products reach in this time; "" if the peak is not known."""
     if case.device == "cpu":
         return ""
-    name = torch.cuda.get_device_name()
-    peak = next((peaks[case.dtype_name] for part, peaks in PEAK_TFLOPS.items() if part in name), None)
-    return "" if peak is None else case.flops / seconds / (peak * 1e12)
+    gpu = of_device(torch.cuda.get_device_name())
+    if gpu is None:
+        return ""
+    # float32 products that are exact to float32 are three of tf32 each (tf32x3).
+    peak = gpu.tf32 / 3 if case.dtype == torch.float32 else gpu.bf16
+    return case.flops / seconds / peak
 
 
 def measure_case(case: Case, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
@@ -156,10 +164,14 @@ def measure_case(case: Case, arguments: argparse.Namespace) -> tuple[list[Row], 
         if best_peer is not None:
             row["ratio_to_best_peer"] = measure.ratio(samples[name], samples[best_peer])
         if name != FLOOR:
-            peak = measure.peak_extra_mb(name, case, arguments.threads)
-            row["peak_extra_mb"] = "" if peak is None else peak
-            if case.batch <= arguments.error_size:
-                row |= errors(losses[name], case)
+            try:
+                with left_out_if_it_fails(name):
+                    peak = measure.peak_extra_mb(name, case, arguments.threads)
+                    row["peak_extra_mb"] = "" if peak is None else peak
+                    if case.batch <= arguments.error_size:
+                        row |= errors(losses[name], case)
+            except Unavailable as reason:  # its times stand
+                left_out[f"memory and errors of {name}"] = str(reason)
         rows.append(row)
     return rows, left_out
 

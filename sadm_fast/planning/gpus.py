@@ -58,7 +58,7 @@ GPUS = {
 # What a CUDA device calls itself, and its row; the first that is part of the name.
 _DEVICES = {
     "H200": "h200",
-    "H100": "h100",
+    "H100 80GB HBM3": "h100",  # PCIe cards are slower
     "B200": "b200",
     "A100-SXM4-40GB": "a100-40g",
     "A100": "a100",

@@ -4,8 +4,10 @@ import csv
 import itertools
 import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,15 +176,27 @@ def test_what_would_not_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_peer_that_fails_is_left_out_with_its_reason_and_our_own_failure_ends_the_benchmark(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: object
 ) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("not\ntraceable")
+    def fails(name: str) -> Callable[..., Any]:
+        def call(provider: str, *rest: Any) -> Any:
+            if provider == name:
+                raise RuntimeError("not\ntraceable")
+            return 1.0 if name == "cdist" else loss_of(provider, *rest)
 
-    monkeypatch.setattr(measure, "seconds", fail)
-    with pytest.raises(Unavailable, match="fails here: RuntimeError: not traceable"):
-        structure_loss.admit("gram", Case(8, 4), 1, 60.0)
-    monkeypatch.setattr(structure_loss.peers, "loss_of", lambda name, case: lambda f, g: f)
+        return call
+
+    monkeypatch.setattr(peers, "loss_of", fails("compile"))
+    monkeypatch.setattr(measure, "peak_extra_mb", fails("cdist"))
+    rows = run(
+        tmp_path, "--sizes", "8", "--dims", "4", "--dtypes", "float32", "--providers", "compile", "cdist", "gram"
+    )
+    assert [row["provider"] for row in rows] == 2 * ["cdist", "gram", "gemm_floor"]
+    assert [row["peak_extra_mb"] for row in rows] == 2 * ["", "1.0", ""]
+    where = "at B=8 d=4 float32 fake, B=8 d=4 float32 both: fails here: RuntimeError: not traceable"
+    printed = capsys.readouterr().out
+    assert f"Left out: compile {where}" in printed and f"Left out: memory and errors of cdist {where}" in printed
+    monkeypatch.setattr(peers, "loss_of", fails("native"))
     with pytest.raises(RuntimeError, match="not\ntraceable"):
         structure_loss.admit("native", Case(8, 4), 1, 60.0)
 
@@ -200,7 +214,9 @@ def test_what_would_take_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_roofline_share_is_of_the_named_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(4096, 512, torch.bfloat16, "both", device="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    assert structure_loss.roofline_share(case, case.flops / 989.4e12) == pytest.approx(1)
+    assert structure_loss.roofline_share(case, case.flops / 989e12) == pytest.approx(1)
+    exact = Case(4096, 512, torch.float32, "both", device="cuda")
+    assert structure_loss.roofline_share(exact, case.flops / 494e12) == pytest.approx(3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
     assert structure_loss.roofline_share(case, 1.0) == ""
     assert structure_loss.roofline_share(Case(8, 4), 1.0) == ""

@@ -28,3 +28,4 @@ def test_a_step_before_the_game_counts_the_denoiser_only():
 def test_a_device_is_found_by_the_name_that_it_has(name: str, key: str):
     assert of_device(name) is GPUS[key]
     assert of_device("NVIDIA T4") is None
+    assert of_device("NVIDIA H100 PCIe") is None  # slower than the table's
