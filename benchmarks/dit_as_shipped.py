@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{arguments.checkout}: has no models.py; clone https://github.com/facebookresearch/DiT there")
     measure.use_threads(arguments.threads)
     with distributed() as place:
+        about = environment_of_training(arguments.threads, place.device)
         plain = ours("plain", arguments.micro_batch)
         calls: dict[str, Callable[[], object]] = {
             "facebookresearch/DiT": as_shipped(arguments.checkout, plain, place.device),
@@ -137,7 +138,6 @@ def main(argv: list[str] | None = None) -> int:
 
         turns: dict[str, Call] = {name: partial(clocked, name) for name in calls}
         times = measure.interleaved(turns, arguments.repeats, place.device.type)
-        about = environment_of_training(arguments.threads, place.device)
     lines = [["", "ms (p20-p80)", "CPU ms (p20-p80)", "images/s", "over DiT's", "by CPU time"]]
     for name, seconds in times.items():
         wall, used = ([1e3 * value for value in measure.spread(found)] for found in (seconds, spent[name]))
