@@ -1,9 +1,10 @@
 """The fused loss as a torch operator and as an autograd function: what torch.compile and autograd see of a backend.
 
 The gradients come with the loss, in one sequence of passes; backward only scales them, out of place, so it can be
-repeated. It is not differentiable again: that is refused, never left out. Compiled code calls the operator, which holds
-the collectives of a process group as well; plain eager code calls the function, which saves the operator's Python
-layers (a few times the kernel's own time at small batches).
+repeated. (A micro-batch on a GPU keeps pair weights instead and multiplies them in the backward pass: fewer launches.)
+It is not differentiable again: that is refused, never left out. Compiled code calls the operator, which holds the
+collectives of a process group as well; plain eager code calls the function, which saves the operator's Python layers
+(a few times the kernel's own time at small batches).
 
 A backend takes its rows against all columns. A queue's pairs count twice, once each way, but have one way among them:
 the sums of all columns are doubled, and those of the batch's columns, where both ways are, taken off once. That is one
@@ -111,12 +112,16 @@ def _narrowed(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient[:, : x.shape[1]].contiguous()
 
 
-def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """The gradients of real and fake for the gradient of the loss, in their dtypes; None where none was needed."""
+def _refuse_second_derivative() -> None:
     if torch.is_grad_enabled():  # torch's own once_differentiable does not see torch.autograd.grad
         raise RuntimeError(
             "structure_loss: its fused gradient has no second derivative (create_graph=True); use impl='reference'"
         )
+
+
+def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """The gradients of real and fake for the gradient of the loss, in their dtypes; None where none was needed."""
+    _refuse_second_derivative()
     inverse_total, *gradients = ctx.saved_tensors
     scale = grad * inverse_total
     sides = zip(gradients, ctx.dtypes, ctx.needed, strict=True)
@@ -221,6 +226,25 @@ class _Eager(torch.autograd.Function):
         return (*_scaled(ctx, grad), *([None] * 7))
 
 
+class _Few(torch.autograd.Function):
+    """A micro-batch on a GPU, whose gradients are formed in the backward pass: three launches in all."""
+
+    @staticmethod
+    def forward(ctx: Any, real: Tensor, fake: Tensor, batch: Samples, options: Options, need: tuple[bool, bool]) -> Any:
+        loss, *state = triton.few.forward(batch, options, need)
+        if any(need):
+            ctx.save_for_backward(batch.real, batch.fake, *state)
+            ctx.options, ctx.need = options, need
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        real, fake, *state = ctx.saved_tensors
+        found = triton.few.gradients(real, fake, ctx.options, ctx.need, triton.few.Forward(grad, *state), grad)
+        return (*found, None, None, None)
+
+
 def structure_loss(
     backend: str,
     batch: Samples,
@@ -237,6 +261,9 @@ def structure_loss(
         past = (None,) * 4 if queue is None else queue
         name = "" if group is None else group.group_name
         return _structure_loss(*batch, *past, *options.operands(), backend, *need, name)[0]
+    if backend == "triton" and queue is None and group is None and shared is None and triton.few.fits(batch, options):
+        few: Tensor = _Few.apply(batch.real, batch.fake, batch.alike(), options, need)
+        return few
     if shared is None and group is not None:
         shared = _send(batch, options, queue, backend, group)
     loss: Tensor = _Eager.apply(*batch, options, queue, backend, need, shared)

@@ -5,9 +5,10 @@ from importlib.util import find_spec
 
 import torch
 
+from sadm_kernels.triton import few
 from sadm_kernels.triton.launch import distance_sums, loss_and_gradients, slope_sums
 
-__all__ = ["distance_sums", "loss_and_gradients", "slope_sums", "why_missing"]
+__all__ = ["distance_sums", "few", "loss_and_gradients", "slope_sums", "why_missing"]
 
 
 @cache  # asked by every call of the loss on a GPU

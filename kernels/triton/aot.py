@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sadm_kernels.samples import Options, Pairs, Samples
-from sadm_kernels.triton import launch
+from sadm_kernels.triton import few, launch
 
 ARCHITECTURES = (80, 90, 100)
 # 80 is also what launch.py takes for Ada and consumer Blackwell; an A100 has 163 KB.
@@ -107,6 +107,15 @@ VARIANTS: dict[str, Variant] = {
     "gradient fp32 few": Variant("row_gradient", _FP32, 256, 512),
     "strip bf16 both, all options": Variant("weight_strip", _BF16, 4096, 512, need=(True, True), plain=False),
     "finish": Variant("finish_strip", _BF16, 4096, 512),
+    "micro-batch weights bf16": Variant("few_weights", _BF16, 64, 512, call="few"),
+    "micro-batch weights fp16 both, all options": Variant(
+        "few_weights", _FP16, 250, 208, call="few", need=(True, True), plain=False
+    ),
+    "micro-batch weights fp32 both": Variant("few_weights", _FP32, 64, 512, call="few", need=(True, True)),
+    "micro-batch sums": Variant("few_sums", _BF16, 64, 512, call="few"),
+    "micro-batch gradient bf16": Variant("few_gradient", _BF16, 64, 512, call="few"),
+    "micro-batch gradient fp16 both": Variant("few_gradient", _FP16, 250, 208, call="few", need=(True, True)),
+    "micro-batch gradient fp32 both": Variant("few_gradient", _FP32, 64, 512, call="few", need=(True, True)),
 }
 
 
@@ -117,7 +126,10 @@ def record(variant: Variant, capability: int) -> Launch:
     options = {} if variant.plain else {"relation": "gaussian", "penalty": "huber", "normalize": "none"}
     p = _pairs(variant.dtype, variant.size, variant.d, rest=not variant.plain, **options)
     moments = None if variant.plain else torch.empty(4, dtype=torch.float64, device="meta")
-    if variant.call == "distance_sums":
+    if variant.call == "few":
+        state = few.forward(p.samples, p.options, variant.need, machine=machine)
+        few.gradients(*p.samples[:2], p.options, variant.need, state, state.loss, machine=machine)
+    elif variant.call == "distance_sums":
         launch.distance_sums(p, machine=machine)
     elif variant.call == "slope_sums":
         assert moments is not None
@@ -170,7 +182,7 @@ def usage_of(cubin: bytes, shared: int) -> Usage:
         stack=int(found[2]),
         local=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         shared=shared,
-        matrix=sorted(set(re.findall(r"\b[A-Z]*MMA\b", code)) - {"FMMA"}),
+        matrix=sorted(set(re.findall(r"\b[A-Z]+MMA\b", code)) - {"FMMA"}),
     )
 
 

@@ -1,10 +1,11 @@
 """Triton's interpreter, made to fail where a GPU would.
 
 As it comes, the interpreter computes bfloat16 on its bit patterns, reads beyond tensors, fills masked lanes with 0,
-takes tf32 for float32, keeps a float argument in float64, rounds fused multiply-adds twice and knows no races: its
-programs run one after the other. `strict_mode` corrects or refuses all that, for interpreted kernels only; kernels
-compiled in the same process are not touched, and everything it changes is put back. It stands on private parts of
-Triton and therefore refuses versions it was not written against.
+takes tf32 for float32, keeps a float argument in float64, rounds fused multiply-adds twice and sums of a matrix product
+to nearest, contracts nothing and knows no races: its programs run one after the other.
+`strict_mode` corrects or refuses all that, for interpreted kernels only; kernels compiled in the same process are not
+touched, and everything it changes is put back. It stands on private parts of Triton and therefore refuses versions it
+was not written against.
 
 It does not see: races between the threads of one program, layouts, shared memory, registers, speed.
 """
@@ -53,6 +54,28 @@ def _to_tf32(x: np.ndarray) -> np.ndarray:
     """float32 with 10 bits of fraction left, to nearest."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     return np.where(np.isfinite(x), ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32), x)
+
+
+def _product(factors: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Of float32 factors, exact."""
+    return factors[0].astype(np.float64) * factors[1]
+
+
+def _accumulated(x: np.ndarray, y: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """sums + x y as tensor cores add it up: 16 products at a time, everything cut off towards zero.
+
+    Products of 16-bit floats are exact. Those of a step and the sum so far are aligned to the largest and keep two bits
+    more than float32 has, as on Hopper at least (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores").
+    """
+    for k in range(0, x.shape[-1], 16):
+        terms = x[..., :, k : k + 16, None].astype(np.float64) * y[..., None, k : k + 16, :]
+        terms = np.concatenate([terms, sums[..., :, None, :].astype(np.float64)], axis=-2)
+        largest = np.abs(terms).max(axis=-2, keepdims=True)
+        last = np.exp2(np.floor(np.log2(np.where((largest > 0) & np.isfinite(largest), largest, 1.0))) - 25)
+        exact = (np.trunc(terms / last) * last).sum(axis=-2)
+        sums = exact.astype(np.float32)
+        sums = np.where(np.abs(sums) > np.abs(exact), np.nextafter(sums, np.float32(0)), sums)
+    return sums
 
 
 class _Memory:
@@ -117,6 +140,7 @@ class Strict:
         self.order_seed: int | None = None
         self.memory = _Memory([])
         self.program = 0
+        self.contracts = False  # whether the compiler may make fused multiply-adds of the running kernel
         self._order: np.ndarray | None = None
 
     def shuffle(self, seed: int) -> None:
@@ -173,6 +197,24 @@ def _corrections(strict: Strict) -> dict[str, Any]:
 
         return checked
 
+    checked_binary = without_bfloat16("binary_op")
+
+    def binary_op(self, lhs, rhs, op):
+        result = checked_binary(self, lhs, rhs, op)
+        if not strict.contracts or result.data.dtype != np.float32 or op not in (np.multiply, np.add, np.subtract):
+            return result
+        if op is np.multiply:
+            result.factors = lhs.data, rhs.data
+            return result
+        sign = -1.0 if op is np.subtract else 1.0
+        if hasattr(lhs, "factors"):
+            exact = _product(lhs.factors) + sign * rhs.data
+        elif hasattr(rhs, "factors"):
+            exact = lhs.data + sign * _product(rhs.factors)
+        else:
+            return result
+        return Handle(exact.astype(np.float32), result.dtype)
+
     def cast_impl(self, src, dst_type, *_rounding):
         source, target = src.dtype.scalar, dst_type.scalar
         data = _from_bfloat16(src.data) if source == tl.bfloat16 else src.data
@@ -192,7 +234,7 @@ def _corrections(strict: Strict) -> dict[str, Any]:
             elif input_precision != ir.INPUT_PRECISION.TF32:
                 raise StrictError(f"dot with {input_precision}: not modelled")
         else:
-            product = x @ y
+            return Handle(_accumulated(x, y, d.data), d.dtype.scalar)
         return Handle(product + d.data, d.dtype.scalar)
 
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
@@ -238,7 +280,8 @@ def _corrections(strict: Strict) -> dict[str, Any]:
         original_idx(self, number // (ny * nz), number // nz % ny, number % nz)
 
     return {
-        **{name: without_bfloat16(name) for name in ("binary_op", "unary_op", "create_fabs")},
+        **{name: without_bfloat16(name) for name in ("unary_op", "create_fabs")},
+        "binary_op": binary_op,
         "cast_impl": cast_impl,
         "create_fp_to_fp": cast_impl,
         "create_dot": create_dot,
@@ -292,6 +335,11 @@ def strict_mode() -> Iterator[Strict]:
     fill_before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
     original_init, original_apply, original_cvt = Executor._init_args_hst, Reduce.apply, interpreter._implicit_cvt
+    original_call = Executor.__call__
+
+    def call(self, *args, **kwargs):
+        strict.contracts = kwargs.get("enable_fp_fusion", True)  # Triton's default
+        return original_call(self, *args, **kwargs)
 
     def implicit_cvt(arg):
         if isinstance(arg, float):
@@ -319,6 +367,7 @@ def strict_mode() -> Iterator[Strict]:
             for name, method in corrections.items():
                 setattr(Builder, name, method)
             Executor._init_args_hst, Reduce.apply, interpreter._implicit_cvt = init_args, apply, implicit_cvt
+            Executor.__call__ = call
             # tl.sum and its like were compiled kernels' functions when triton was imported.
             for namespace in (tl.standard, tl):
                 for name, function in list(vars(namespace).items()):

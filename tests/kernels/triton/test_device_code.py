@@ -118,9 +118,14 @@ def assert_as_exact_as_eager(real: Tensor, fake: Tensor, found: Result, *, mean:
     # of the epilogue, at a magnitude of the largest value: 8 eps, for an eager error that happens to be none. Both
     # grow with ||a||^2 + ||b||^2 over ||a - b||^2, which is 1 + mean^2 (see features).
     # Gradients of narrow features sum pulls rounded to that dtype, as the result will be: one eps of it.
+    # Their products are exact, but tensor cores cut sums off where eager code rounds: each step of 16 features takes
+    # up to 1 + 16/4 units of the last place of the sum so far (see strict_interpreter._accumulated), always towards
+    # zero. The sum of squares grows evenly, so |x|^2 is up to 5 eps (steps + 1) / 2 too small, and with it S of
+    # distances that are not normalised.
     narrow = 0.0 if real.dtype == FP32 else torch.finfo(real.dtype).eps
+    cut = 0.0 if real.dtype == FP32 else 2.5 * (math.ceil(real.shape[1] / 16) + 1) * torch.finfo(FP32).eps
     for name, value, expected, other, unit in zip(
-        ("loss", "real", "fake"), found, exact, eager, (0.0, narrow, narrow), strict=True
+        ("loss", "real", "fake"), found, exact, eager, (cut, narrow, narrow), strict=True
     ):
         scale = float(expected.abs().max())
         rounding = 8 * torch.finfo(FP32).eps * (1 + mean**2)
@@ -291,7 +296,12 @@ def test_the_ranks_of_a_group_share_the_work(place, monkeypatch, normalize, stri
     moments = moments_of([whole], normalize)
     eps = torch.finfo(FP32).eps
     if moments is not None:
-        torch.testing.assert_close(moments_of(ranks, normalize), moments, rtol=16 * eps, atol=0)
+        found = moments_of(ranks, normalize)
+        assert found is not None
+        torch.testing.assert_close(found[:2], moments[:2], rtol=16 * eps, atol=0)
+        # kappa is a mean of Q u, where Q = 2 (u_G - u_F) and u = D/m is near 1: what one last bit of 1/m does to u, it
+        # does to Q as well, though Q and its mean be small. An error of eps in each u is 4 eps in Q u.
+        torch.testing.assert_close(found[2:], moments[2:], rtol=0, atol=4 * 16 * eps)
     expected = loss_and_gradients(whole, moments, True, True)
     parts = [loss_and_gradients(p, moments, True, True) for p in ranks]
     losses = [loss_and_gradients(p, moments, False, False)[0] for p in ranks]
