@@ -134,4 +134,4 @@ def _describe(config: "Config", folder: "RunFolder") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

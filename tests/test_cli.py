@@ -140,3 +140,13 @@ def test_what_trains_nothing_does_without_deepspeed() -> None:
     code = f"import sys, {modules}; print('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
     assert done.stdout == "False\n" and done.stderr == ""
+
+
+def test_leaving_flushes_and_runs_nothing_of_the_interpreters_own_end() -> None:
+    program = (
+        "import atexit; from sadm_fast import cli; atexit.register(print, 'late'); print('said', end=''); cli.leave(75)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=clean_environment(), cwd=ROOT
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (75, "said", "")
