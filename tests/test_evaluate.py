@@ -12,6 +12,7 @@ from PIL import Image
 
 from sadm_fast import evaluate
 from sadm_fast.metrics import run_evaluation
+from sadm_fast.models import ViT
 from sadm_fast.ranks import launch
 from tests.support.finished_run import finished_run
 
@@ -115,3 +116,23 @@ def test_other_images_have_a_judge_of_their_own(
             Image.fromarray(picture).save(other / name / f"{k}.png")
     assert evaluate.main([str(run), "--samples", "12", "--data", str(other)]) == 0
     assert own.read_bytes() == before and len(list((run / "pretrained").glob("on-*/judge.safetensors"))) == 1
+
+
+def test_a_judge_from_a_file_stands_beside_the_others_and_one_without_is_refused_first(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch, "distributed", None)
+    assert evaluate.main([str(run), "--judges", "inception"]) == 2
+    err = capsys.readouterr().err
+    assert "--judges inception: needs pt_inception-2015-12-05-6726825d.pth" in err and err.count("\n") == 1
+    monkeypatch.setattr(launch, "distributed", alone)
+    vit = ViT(3, patch_size=14, width=8, depth=1, position_grid=2, input_size=28)
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    scores = tmp_path / "scores.json"
+    assert (
+        evaluate.main([str(run), "--samples", "8", "--judges", f"vit={tmp_path / 'vit.pt'}", "--json", str(scores)])
+        == 0
+    )
+    row = json.loads(scores.read_text())["scores"][0]
+    assert row["fd_vit"] >= 0 and set(row["kid"]) == {"fid_classifier", "fid_random", "fid_pixels", "fd_vit"}
+    assert "8 samples are fewer than the features of fd_vit (8) plus one" in capsys.readouterr().out

@@ -5,7 +5,7 @@ To add one: write the class with its texts and what builds its network from a fi
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -149,10 +149,10 @@ def pretrained_judge(name: str, file: str | Path | None) -> PretrainedJudge:
     """
     if name not in PRETRAINED:
         raise UserError(f"--judges {name}: must be one of {', '.join(PRETRAINED)}")
-    kind, option = PRETRAINED[name], f"--weights-of {name}"
+    kind, option = PRETRAINED[name], f"--judges {name}"
     file = file or _installed(kind)
     if file is None:
-        raise UserError(f"--judges {name}: needs {kind.file}; give it with {option}=FILE")
+        raise UserError(f"--judges {name}: needs {kind.file}; give it as {name}=FILE")
     state = read_weights(option, file)
     if kind is InceptionJudge:
         found = hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -166,6 +166,20 @@ def pretrained_judge(name: str, file: str | Path | None) -> PretrainedJudge:
         return kind.from_state(state)
     except ValueError as error:
         raise UserError(f"{option}={file}: does not fit ({error}); expected {kind.file}") from None
+
+
+def without_rank(judges: Sequence[Judge], samples: int) -> str | None:
+    """A line about judges whose covariance of so many samples has not full rank; None if there is none.
+
+    The published tools allow it, and so do we: such distances are too large, by an amount that depends on the count.
+    """
+    wide = [f"{judge.metric} ({judge.feature_dim})" for judge in judges if samples <= judge.feature_dim]
+    if not wide:
+        return None
+    return (
+        f"{samples} samples are fewer than the features of {', '.join(wide)} plus one: covariances are rank-deficient;"
+        " compare distances of equally many samples only"
+    )
 
 
 def _installed(kind: type[PretrainedJudge]) -> Path | None:

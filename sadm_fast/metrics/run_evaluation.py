@@ -12,7 +12,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.feed import load_samples
 from sadm_fast.generation import generate, to_images
 from sadm_fast.metrics.evaluator import Evaluator
-from sadm_fast.metrics.judges import ClassifierJudge, judges_of
+from sadm_fast.metrics.judges import ClassifierJudge, Judge, judges_of
 from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.ranks.collectives import rank_and_world_size
@@ -31,6 +31,7 @@ class RunEvaluation:
         classes: labels to draw samples of. Sample i is of classes[i mod len(classes)], whatever the number of ranks.
         autoencoder: of a run on latents, whose real and drawn latents it decodes.
         detailed: also kernel distances, precision and recall.
+        more: judges beside the run's own.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class RunEvaluation:
         *,
         autoencoder: Autoencoder | None = None,
         detailed: bool = False,
+        more: Sequence[Judge] = (),
     ) -> None:
         """Pass the real images through the judges. Collective: each rank takes its share of them.
 
@@ -58,7 +60,7 @@ class RunEvaluation:
             to_images(load_samples(config, images, mine[i : i + evaluate.batch]).to(device), autoencoder)
             for i in range(0, len(mine), evaluate.batch)
         )
-        judges = judges_of(data.channels, data.resolution, classifier)
+        judges = [*judges_of(data.channels, data.resolution, classifier), *more]
         try:
             self._evaluator = Evaluator.build(real, judges, seed=config.seed, device=device, detailed=detailed)
         except ValueError as error:
@@ -108,7 +110,7 @@ def table(rows: Sequence[dict[str, Any]], swept: Sequence[str]) -> str:
     for detail, best in (("kid", min), ("precision", max), ("recall", max)):
         if detail in rows[0]:
             for metric in metrics:
-                name = metric.removeprefix("fid_")
+                name = metric.removeprefix("fid_").removeprefix("fd_")
                 columns.append((f"{detail}_{name}", [row[detail][metric] for row in rows], best))
     cells = [[*swept, *(name for name, _, _ in columns)]]
     for i, row in enumerate(rows):

@@ -10,7 +10,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.metrics import pretrained
 from sadm_fast.metrics.efficientnet import EfficientNetLite0, SameConv2d
 from sadm_fast.metrics.judges import JUDGES
-from sadm_fast.metrics.pretrained import PRETRAINED, pretrained_judge
+from sadm_fast.metrics.pretrained import PRETRAINED, ResNetJudge, pretrained_judge, without_rank
 from sadm_fast.models import ResNet18, ViT
 
 
@@ -67,6 +67,13 @@ def test_a_judge_without_its_file_is_one_line(name: str, words: str, monkeypatch
     assert words in str(found.value) and "\n" not in str(found.value)
 
 
+def test_too_few_samples_for_a_covariance_are_said() -> None:
+    judge = ResNetJudge(ResNet18(3))
+    line = without_rank([judge], 512)
+    assert line is not None and line.startswith("512 samples are fewer than the features of fd_resnet18 (512) plus one")
+    assert without_rank([judge], 513) is None
+
+
 def test_a_file_of_something_else_is_one_line(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(3)}, tmp_path / "a.pt")
     for name, words in (
@@ -77,7 +84,7 @@ def test_a_file_of_something_else_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError) as found:
             pretrained_judge(name, tmp_path / "a.pt")
-        assert words in str(found.value) and f"--weights-of {name}=" in str(found.value)
+        assert words in str(found.value) and f"--judges {name}=" in str(found.value)
     state = ResNet18(3, "imagenet", "frozen").state_dict()
     state["bn1.bias"][0] = torch.nan
     torch.save(state, tmp_path / "nan.pt")
