@@ -162,12 +162,17 @@ def machine_code(kernel: Any, work: Launch, capability: int) -> tuple[bytes, int
         return compiled.asm["cubin"], compiled.metadata.shared
 
 
-def compile_variant(name: str, capability: int) -> Usage:
-    """Compile VARIANTS[name] for compute capability / 10 and read off what it takes."""
+def compiled(name: str, capability: int) -> tuple[bytes, int]:
+    """VARIANTS[name] compiled for compute capability / 10: the cubin and its shared bytes."""
     from sadm_kernels.triton import device_code
 
     work = record(VARIANTS[name], capability)
-    return usage_of(*machine_code(getattr(device_code, work.kernel), work, capability))
+    return machine_code(getattr(device_code, work.kernel), work, capability)
+
+
+def compile_variant(name: str, capability: int) -> Usage:
+    """Compile VARIANTS[name] for compute capability / 10 and read off what it takes."""
+    return usage_of(*compiled(name, capability))
 
 
 def usage_of(cubin: bytes, shared: int) -> Usage:
