@@ -106,6 +106,8 @@ VARIANTS: dict[str, Variant] = {
     "gradient bf16 few, all options": Variant("row_gradient", _BF16, 256, 512, plain=False),
     "gradient fp32 few": Variant("row_gradient", _FP32, 256, 512),
     "strip bf16 both, all options": Variant("weight_strip", _BF16, 4096, 512, need=(True, True), plain=False),
+    "strip fp32 both, all options": Variant("weight_strip", _FP32, 4096, 512, need=(True, True), plain=False),
+    "product fp32": Variant("strip_product", _FP32, 4096, 512),
     "finish": Variant("finish_strip", _BF16, 4096, 512),
     "micro-batch weights bf16": Variant("few_weights", _BF16, 64, 512, call="few"),
     "micro-batch weights fp16 both, all options": Variant(

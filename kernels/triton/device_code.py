@@ -383,8 +383,9 @@ def weight_strip(
 ):  # fmt: skip
     """V (see row_gradient) of the rows start ... start + height - 1, for the inputs REAL, FAKE; a GEMM does the rest.
 
-    Strips [height, n], bfloat16, rows `stride` apart. `partials` [3, column blocks, height] float32 takes the rows'
-    sums over a tile: the loss, and what row_gradient calls `along`, real and fake. Grid: column blocks, row blocks.
+    Strips [height, n], in the features' dtype, rows `stride` apart. `partials` [3, column blocks, height] float32
+    takes the rows' sums over a tile: the loss, and what row_gradient calls `along`, real and fake. Grid: column
+    blocks, row blocks.
     """
     scale_f, scale_g = _scales(moments, MEAN)
     kappa_f = 0.0
@@ -417,6 +418,26 @@ def weight_strip(
             g, slope, omega, scale_g, kappa_g, gamma, fake_strip, partials, offsets, inside, RELATION, UNIT, MEAN
         )  # fmt: skip
         tl.store(line_sums + 2 * plane, along, mask=own)
+
+
+@triton.jit(do_not_specialize=["height", "n"])
+def strip_product(
+    strip, X, product, height, stride, n, d,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`product` [height, d] of a strip V [height, n], its rows `stride` apart, and X. Grid: lines, chunks of d."""
+    lines = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    of_strip = strip + tl.minimum(lines, height - 1)[:, None] * stride
+    of_features = X + tl.minimum(dims, d - 1)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for start in range(0, n, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        pull = tl.load(of_strip + columns[None, :], mask=columns[None, :] < n, other=0.0)
+        x = tl.load(of_features + tl.minimum(columns, n - 1)[:, None] * d)
+        acc = tl.dot(pull, x, acc, input_precision=PRECISION)
+    inside = (lines < height)[:, None] & (dims < d)[None, :]
+    tl.store(product + lines[:, None] * d + dims[None, :], acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=["start", "height", "blocks", "first", "n"])

@@ -3,7 +3,7 @@
 The work of one call: norms of all columns, then one of
     pair_sums       no gradient wanted: half of the pairs (all of them when a group's rows meet its columns)
     row_gradient    one launch for each gradient; the first one brings the loss along
-    weight_strip    bfloat16 from STRIPS_FROM rows on: W for some rows at a time and one GEMM a gradient and strip
+    weight_strip    from STRIPS_FROM rows on, but for float16: W for some rows at a time, a GEMM a gradient and strip
 Sums are float32 within a program and float64 across programs, in an order that no scheduling changes.
 """
 
@@ -45,6 +45,7 @@ TILES: dict[int, dict[tuple[str, int], Tile]] = {
         ("few", 2): Tile(32, 64, 64, 128, 4, 3),
         ("few", 4): Tile(32, 64, 32, 64, 8, 3),
         ("strip", 2): Tile(64, 64, 64, 0, 8, 3),
+        ("strip", 4): Tile(32, 64, 32, 0, 8, 3),
     },
     90: {
         ("sums", 2): Tile(64, 64, 64, 0, 4, 3),
@@ -53,7 +54,8 @@ TILES: dict[int, dict[tuple[str, int], Tile]] = {
         ("rows", 4): Tile(64, 32, 32, 64, 8, 3),
         ("few", 2): Tile(32, 64, 64, 128, 4, 3),
         ("few", 4): Tile(32, 64, 32, 64, 8, 3),
-        ("strip", 2): Tile(64, 64, 64, 0, 8, 3),
+        ("strip", 2): Tile(64, 128, 64, 0, 8, 3),
+        ("strip", 4): Tile(64, 64, 32, 0, 8, 3),
     },
     100: {
         ("sums", 2): Tile(64, 64, 64, 0, 8, 3),
@@ -63,11 +65,15 @@ TILES: dict[int, dict[tuple[str, int], Tile]] = {
         ("few", 2): Tile(32, 64, 64, 128, 4, 3),
         ("few", 4): Tile(32, 64, 32, 64, 8, 3),
         ("strip", 2): Tile(64, 64, 64, 0, 8, 3),
+        ("strip", 4): Tile(64, 64, 32, 0, 8, 3),
     },
 }
 FEW_ROWS = 512
 STRIPS_FROM = 2048
-STRIP_ELEMENTS = 2**23  # of bfloat16: 16 MB a gradient, to be read back from the L2 cache
+# 64 MB of bfloat16 a gradient: at n = 16384 and d = 512 the GEMM has 64 tiles of 128 x 128; a quarter of the strip
+# would stay in the L2 cache, but leave seven of eight multiprocessors without a tile.
+STRIP_ELEMENTS = 2**25
+PRODUCT_TILE = Tile(64, 0, 32, 64, 4, 3)
 WEIGHT_TILE = Tile(32, 64, 0, 0, 4, 1)
 FINISH_TILE = Tile(16, 0, 0, 128, 4, 1)
 
@@ -292,11 +298,33 @@ def _row_gradients(run: _Run, needed: tuple[bool, bool]) -> tuple[Tensor, list[T
     return loss, gradients
 
 
-def _product(strip: Tensor, x: Tensor) -> Tensor:
-    """bfloat16 matrices to a float32 product: rounded to bfloat16 it would lose small differences of large sums."""
-    if strip.is_cuda:
-        return torch.mm(strip, x, out_dtype=torch.float32)
-    return strip.float() @ x.float()
+def _product(run: _Run, strip: Tensor, x: Tensor) -> Tensor:
+    """V X [height, d], float32: rounded to bfloat16 it would lose small differences of large sums.
+
+    A float32 torch.mm would follow the caller's allow_tf32.
+    """
+    if strip.dtype == torch.bfloat16:
+        return torch.mm(strip, x, out_dtype=torch.float32) if strip.is_cuda else strip.float() @ x.float()
+    height, n = strip.shape
+    d, tile = x.shape[1], PRODUCT_TILE
+    product = run.empty(height, d)
+    _launch(
+        run.machine.kernels.strip_product,
+        (math.ceil(height / tile.m), math.ceil(d / tile.d)),
+        tile,
+        strip,
+        x,
+        product,
+        height,
+        strip.stride(0),
+        n,
+        d,
+        BLOCK_M=tile.m,
+        BLOCK_D=tile.d,
+        BLOCK_K=tile.k,
+        PRECISION=run.shape["PRECISION"],
+    )
+    return product
 
 
 def _strip_gradients(run: _Run, needed: tuple[bool, bool]) -> tuple[Tensor, list[Tensor | None]]:
@@ -306,7 +334,7 @@ def _strip_gradients(run: _Run, needed: tuple[bool, bool]) -> tuple[Tensor, list
     height = strip_height(b, n)
     stride = math.ceil(n / 16) * 16  # rows of a GEMM's operand start on 16 bytes
     blocks = math.ceil(n / tile.n)
-    strips = [run.empty(height if wanted else 0, stride, dtype=torch.bfloat16) for wanted in needed]
+    strips = [run.empty(height if wanted else 0, stride, dtype=run.features[0].dtype) for wanted in needed]
     loss = run.empty(b)
     gradients = [run.empty(b, d) if wanted else None for wanted in needed]
     for start in range(0, b, height):
@@ -337,7 +365,7 @@ def _strip_gradients(run: _Run, needed: tuple[bool, bool]) -> tuple[Tensor, list
                 FINISH_TILE,
                 x,
                 run.stats,
-                _product(strips[fake][:rows, :n], x),
+                _product(run, strips[fake][:rows, :n], x),
                 partials,
                 gradients[fake],
                 loss,
@@ -392,9 +420,9 @@ def loss_and_gradients(
         p = rows.pairs
         if not any(needed):
             return _pair_sums(_start(p, moments, "sums", machine), "loss"), None, None
-        # Strips take W times X out of the kernel, so W must have the features' dtype and bfloat16's range: float16
-        # would need its powers of two (row_gradient), and a float32 GEMM would follow torch's allow_tf32.
-        if p.samples.real.dtype == torch.bfloat16 and min(b, n) >= STRIPS_FROM:
+        # Strips take W times X out of the kernel, so W must have the features' dtype and enough range: float16 would
+        # need its powers of two (row_gradient).
+        if p.samples.real.dtype != torch.float16 and min(b, n) >= STRIPS_FROM:
             run = _start(p, moments, "strip", machine)
             loss, gradients = _strip_gradients(run, needed)
         else:

@@ -266,10 +266,10 @@ def test_a_gradient_does_not_depend_on_the_other_one_being_asked_for(place, monk
     assert torch.equal(only_real[0], both[0]) and torch.equal(only_fake[0], both[0])
 
 
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("relation", RELATIONS)
-def test_strips_give_what_rows_give(place, monkeypatch, relation, normalize) -> None:
-    real, fake = features(place.size, place.d, BF16, place.device)
+@a_dtype_each
+def test_strips_give_what_rows_give(place, monkeypatch, relation, normalize, dtype) -> None:
+    dtype = BF16 if dtype == FP16 else dtype
+    real, fake = features(place.size, place.d, dtype, place.device)
     options = {"relation": relation, "normalize": normalize, "weight": some_weight(place.size, place.device)}
     rows = fused(real, fake, **options)
     monkeypatch.setattr(launch, "STRIPS_FROM", 0)
