@@ -85,11 +85,11 @@ def steady_iteration(config: Config, players: Any) -> Callable[[], None]:
 
     given = made_up(config, 0)
     x0, labels, ids = (v.to(engine.device) for v in (given.x0, given.labels, torch.arange(len(given.x0))))
-    options = {"seed": 0, "null_class": CLASSES, "label_dropout": config.denoiser.label_dropout}
+    dropout = config.denoiser.label_dropout
 
     def iteration() -> None:
         players.set_learning_rates(0)
-        batch = draw(config.process, x0, labels, ids, **options)
+        batch = draw(config.process, x0, labels, ids, seed=0, null_class=CLASSES, label_dropout=dropout)
         on_its_way.append(players.launch([batch], 0, settle))
 
     return iteration

@@ -6,7 +6,7 @@ are DiT's by definition: they never call our kernels.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.latent_game import CLASSES, made_up, with_noise
 from benchmarks.measure import Call
@@ -48,7 +48,7 @@ def iteration(config: Config, device: torch.device) -> Call:
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     averages = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=True)
-    compiled: nn.Module = torch.compile(network, fullgraph=True, dynamic=False)
+    compiled = torch.compile(network, fullgraph=True, dynamic=False)
     batch = Batch(*(value.to(device) for value in made_up(config, 0)))
     process, dropout = config.process, config.denoiser.label_dropout
 
@@ -64,6 +64,6 @@ def iteration(config: Config, device: torch.device) -> Call:
         predict(process, denoiser, drawn).loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_lerp_(averages, weights, 1e-4)
+        torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1e-4)
 
     return step
