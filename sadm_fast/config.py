@@ -296,7 +296,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class OptimizerConfig(Block):
     type: Literal["adamw", "apex_fused_adam"] = Field(
-        "adamw", description="adamw: torch's; apex_fused_adam: NVIDIA apex's FusedAdam, needs apex and a GPU"
+        "adamw",
+        description="adamw: as torch's, in one pass; apex_fused_adam: NVIDIA apex's FusedAdam, needs apex and a GPU",
     )
     lr: float = Field(1e-4, gt=0, le=1e6, description="learning rate")
     betas: tuple[Beta, Beta] = Field((0.9, 0.99), strict=False, description="decay of the two moments")

@@ -98,6 +98,17 @@ def test_pictures_are_decoded(run: Path) -> None:
             assert picture.mode == "RGB" and picture.width > 3 * 16
 
 
+@pytest.mark.slow
+def test_a_run_is_scored_decoded_and_without_a_classifier(run: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    argv = start_line(ROOT / "sadm_fast" / "evaluate.py", str(run), "--samples", "8", "--json", str(scores), ranks=2)
+    cached = {"SADM_CACHE": str(run.parent / "cache")}
+    Program(argv, tmp_path, cached).finish()
+    (row,) = json.loads(scores.read_text())["scores"]
+    assert set(row["floor"]) == set(row["kid"]) == {"fid_random", "fid_pixels"} and row["samples"] == 8
+    assert not (run / "pretrained" / "judge.safetensors").exists()
+
+
 def test_the_checkpoint_carries_the_autoencoders_identity(config: Path, run: Path) -> None:
     there = json.loads((run / "checkpoints/step-000004/COMPLETE").read_text())["latent_space"]
     made = json.loads((config.parent / "latents/manifest.json").read_text())["encoding"]

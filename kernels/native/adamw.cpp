@@ -5,14 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "clones.h"
 #include "structure.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONES
-#endif
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 

@@ -4,12 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONES
-#endif
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "clones.h"
 
 namespace {
 

@@ -5,6 +5,7 @@ To add one: write the class with its texts and what builds its network from a fi
 
 import hashlib
 import importlib.util
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -32,9 +33,9 @@ class PretrainedJudge(Judge):
     file: ClassVar[str]
 
     @classmethod
+    @abstractmethod
     def from_state(cls, state: dict[str, Tensor]) -> "PretrainedJudge":
         """Build it from a file's state, in eval mode; ValueError with a clause that says why it does not fit."""
-        raise NotImplementedError
 
 
 def _load(network: nn.Module, state: Mapping[str, Tensor], ignored: tuple[str, ...] = ()) -> None:

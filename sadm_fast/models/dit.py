@@ -127,7 +127,7 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # [B, D] each
         h = self.attn(layer_norm_modulate(x, shift_a, scale_a))  # [B, T, D]
         # The MLP's gate and residual could share a kernel with the next block's norm, which would save one reading of
-        # x a block (2 of 40 bytes an element in bf16); a block is the unit of compilation, recomputation and ZeRO-3.
+        # x a block (2 of 18 bytes an element forward, in bf16); a block is what is compiled, recomputed and gathered.
         x, y = gate_residual_norm_modulate(x, h, gate_a, shift_m, scale_m)  # [B, T, D] each
         return x + gate_m[:, None] * self.mlp(y)
 
