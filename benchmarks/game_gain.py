@@ -1,67 +1,273 @@
-"""Does the game pay off? Train the same configuration in several modes and seeds, and print the table.
+"""Does the game pay off? Train the configurations of a plan, score them in several feature spaces, print the tables.
 
-    python benchmarks/game_gain.py --config configs/mnist.json --modes plain structure sadm --seeds 0 1 2
+    python benchmarks/game_gain.py benchmarks/plans/digits.json                 train what is missing, then report
+    python benchmarks/game_gain.py benchmarks/plans/digits.json --report        only the report of what is there
+    python benchmarks/game_gain.py benchmarks/plans/digits.json --cost          time an iteration of each configuration
 
-Runs of one seed share data order, noise, starting noise of the samples, and the judge, so their ratio is paired.
-Finished runs are not repeated; interrupted ones continue.
+A finished run is one line of results.jsonl and is not repeated; one that was stopped goes on from its checkpoint. Runs
+of one set and seed share data order, noise, starting noise of the samples, the judges and the first weights of Psi, so
+their ratios are paired. Psi and the judge of fid_classifier learn from two halves of the images that share none.
 """
 
 import argparse
-import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gain_plan import Job, Plan, overrides  # noqa: E402
+from benchmarks.gain_report import Results, picture, tables  # noqa: E402
+from sadm_fast import cli  # noqa: E402
+from sadm_fast.errors import UserError  # noqa: E402
+from sadm_fast.files import append_json, parse_json, write_json  # noqa: E402
+
+Line = dict[str, Any]
+RESULTS, COSTS = "results.jsonl", "cost.json"
+_LAST = 0.2  # share of a run's log lines whose losses by noise level are averaged
+_LABELS_OF_JUDGE = 0.5  # share of the images that the judge learns from, and Psi does not
 
 
-def train(config: Path, mode: str, seed: int, folder: Path, overrides: list[str]) -> dict[int, dict[str, Any]]:
-    """Run one training to its end, and return the lines of its evaluations.jsonl by step."""
-    command = [sys.executable, str(ROOT / "sadm_fast" / "train.py"), "--config", str(config), "--run-dir", str(folder)]
-    for override in [f"name={mode}{seed}", f"seed={seed}", f"game.mode={mode}", *overrides]:
+def json_lines(path: Path) -> list[Line]:
+    """The lines of a JSON-lines file; none if it is not there. A last line that was cut off does not count."""
+    if not path.exists():
+        return []
+    lines: list[Line] = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(parse_json(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def results(plan: Plan, out: Path) -> Results:
+    """The finished runs of a plan as it stands now, by job; those of another state of it are left alone."""
+    lines = {(line["set"], line["configuration"], line["seed"], line["digest"]): line for line in
+             json_lines(out / RESULTS)}  # fmt: skip
+    found = {job: lines.get((job.set, job.configuration, job.seed, plan.digests[job])) for job in plan.jobs}
+    return {job: line for job, line in found.items() if line is not None}
+
+
+def groups(jobs: Iterable[Job]) -> list[tuple[str, int]]:
+    """The sets and seeds of jobs, each once: what one worker does, one job after the other."""
+    return list(dict.fromkeys((job.set, job.seed) for job in jobs))
+
+
+def supervise(plan_file: Path, plan: Plan, out: Path, jobs: int, threads: int) -> int:
+    """Start a worker for each set and seed with unfinished runs, `jobs` at a time; return the worst exit code."""
+    done = results(plan, out)
+    missing = groups(job for job in plan.jobs if job not in done)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+
+    def work(group: tuple[str, int]) -> int:
+        name, seed = group
+        command = [sys.executable, __file__, str(plan_file), "--out", str(out), "--work", f"{name}:{seed}"]
+        return subprocess.run(command, env=environment).returncode
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return max(pool.map(work, missing), default=0)
+
+
+def work(plan: Plan, out: Path, name: str, seed: int) -> int:
+    """Train and score the unfinished runs of one set and seed; return the exit code of the first that did not end."""
+    from sadm_fast.console import Console
+    from sadm_fast.data.source import split
+    from sadm_fast.feed import open_data
+    from sadm_fast.metrics.pretrained import pretrained_judge
+    from sadm_fast.metrics.run_evaluation import RunEvaluation, one_line
+    from sadm_fast.pretrain import PSI_FILE, prepare_judge, prepare_psi
+    from sadm_fast.ranks.launch import own_device
+    from sadm_fast.run.facts import commit, machine, versions
+
+    device, console = own_device(), Console()
+    done = results(plan, out)
+    jobs = [job for job in plan.jobs if (job.set, job.seed) == (name, seed) and job not in done]
+    folder = out / name / f"seed-{seed}"
+    base = plan.config(jobs[0])
+    images = open_data(base, console)
+    for_psi, for_judge = split(images, _LABELS_OF_JUDGE, seed)
+    judge, judge_facts = prepare_judge(base, for_judge, folder, device, console)
+    more = [pretrained_judge(judge_name, None) for judge_name in plan.judges]
+    evaluation = RunEvaluation(base, images, judge, images.filled, device, more=more)
+    for job in jobs:
+        config, changes, digest = plan.config(job), plan.changes(job), plan.digests[job]
+        psi_facts: dict[str, Any] = {}
+        if config.game.mode != "plain" and config.structure_encoder.weights is None:
+            kept = folder / f"psi-{_digest_of(config.structure_encoder.model_dump())}"
+            _, psi_facts = prepare_psi(config, for_psi, kept, device, console)
+            changes["structure_encoder.weights"] = str((kept / PSI_FILE).resolve())
+        run = folder / f"{job.configuration}-{digest[:8]}"
+        console.say(f"{name}, seed {seed}: {job.configuration}")
+        code, cpu_s = train(plan.config_file(job), run, changes)
+        if code:
+            console.say(f"{run}: training ended with {code}; what it said is in {run}.log")
+            return code
+        scores = []
+        for step in plan.score_at:
+            scores.append(evaluation.score(averaged(run, step, device), step))
+            console.say(f"  step {step}: {one_line(scores[-1])}")
+        log = json_lines(run / "metrics.jsonl")
+        append_json(
+            out / RESULTS,
+            {
+                "set": name,
+                "configuration": job.configuration,
+                "seed": seed,
+                "digest": digest,
+                "scores": scores,
+                "changes": changes,
+                "commit": commit(),
+                "versions": versions(),
+                "machine": machine(),
+                "judge_accuracy": judge_facts.get("accuracy"),
+                "psi_accuracy": psi_facts.get("accuracy"),
+                "cpu_s": cpu_s,
+                **facts_of_log(log, plan.score_at),
+            },
+        )
+        forget_checkpoints(run)
+    return 0
+
+
+def train(config: Path, run: Path, changes: Mapping[str, Any]) -> tuple[int, float]:
+    """Run one training to its end; return its exit code and the CPU seconds of this call."""
+    command = [sys.executable, str(ROOT / "sadm_fast" / "train.py"), "--config", str(config), "--run-dir", str(run)]
+    for override in overrides(changes):
         command += ["--set", override]
-    subprocess.run(command, check=True)
-    lines = (folder / "evaluations.jsonl").read_text().splitlines()
-    return {line["step"]: line for line in map(json.loads, lines)}
+    run.parent.mkdir(parents=True, exist_ok=True)
+    before = _children_s()
+    with run.with_name(f"{run.name}.log").open("a") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    return code, _children_s() - before
 
 
-def table(scores: dict[str, dict[int, dict[int, dict[str, Any]]]]) -> str:
-    """Markdown: for each step and feature space the mean of the first mode, and the change of the others against it."""
-    modes = list(scores)
-    base, others = modes[0], modes[1:]
-    head = ["step", "distance", base, *(f"{mode} against {base}: mean (each seed)" for mode in others)]
-    rows = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    evaluations = next(iter(scores[base].values()))
-    for step in sorted(evaluations):
-        for space in evaluations[step]["floor"]:
-            values = [run[step][space] for run in scores[base].values()]
-            cells = [str(step), space, f"{statistics.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})"]
-            for mode in others:
-                changes = [run[step][space] / scores[base][s][step][space] - 1 for s, run in scores[mode].items()]
-                each = ", ".join(f"{change:+.1%}" for change in changes)
-                cells.append(f"{statistics.mean(changes):+.1%} ({each})")
-            rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+def _children_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
-def main() -> int:
+def averaged(run: Path, step: int, device: Any) -> Any:
+    """The averaged denoiser of a run at a step that it has kept."""
+    from sadm_fast.generation import load_trained
+
+    return load_trained(run / "checkpoints" / f"step-{step:06d}", device, print).model
+
+
+def facts_of_log(log: Sequence[Line], steps: Sequence[int]) -> Line:
+    """Of a run's metrics.jsonl: seconds in the loop at each step, images/s, the last losses by quartile of noise."""
+    last = log[-max(1, round(_LAST * len(log))) :]
+    quartiles = [[line[f"loss_denoise_q{q}"] for line in last] for q in range(1, 5)]
+    return {
+        "seconds": [next((line["wall_s"] for line in log if line["step"] >= step), None) for step in steps],
+        "images_per_s": statistics.median(line["samples_per_s"] for line in log),
+        "loss_by_noise_quartile": [statistics.mean(q) if None not in q else None for q in quartiles],
+        "structure_distance": last[-1]["structure_distance"],
+    }
+
+
+def forget_checkpoints(run: Path) -> None:
+    """Keep the newest checkpoint of a run that has been scored: the others only take room."""
+    import shutil
+
+    for old in sorted((run / "checkpoints").glob("step-*"))[:-1]:
+        shutil.rmtree(old)
+
+
+def cost(plan: Plan, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Time an iteration of each configuration in turns: ms by set, configuration and "plain" or "game"."""
+    import torch
+
+    from benchmarks import measure
+    from benchmarks.latent_game import made_up, made_up_players
+    from sadm_fast.ranks.launch import distributed
+
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    with distributed() as place:
+        for name in plan.sets:
+            calls: dict[str, measure.Call] = {}
+            for configuration in plan.configurations:
+                config = plan.config(Job(name, configuration, plan.seeds[0]))
+                players, batch = made_up_players(config, place.device), made_up(config, 0)
+                batch = batch._replace(**{k: v.to(place.device) for k, v in batch._asdict().items()})
+                phases = {playing: next((s for s in range(plan.score_at[-1]) if players.playing(s) == playing), None)
+                          for playing in (False, True)}  # fmt: skip
+                for playing, step in phases.items():
+                    if step is not None:
+                        calls[f"{configuration}:{'game' if playing else 'plain'}"] = (
+                            lambda players=players, batch=batch, step=step: players.iteration([batch], step)
+                        )
+            for call in calls.values():
+                for _ in range(2):
+                    call()
+            times = measure.interleaved(calls, repeats, place.device.type)
+            found[name] = {}
+            for key, samples in times.items():
+                configuration, _, phase = key.rpartition(":")
+                found[name].setdefault(configuration, {})[phase] = 1e3 * torch.tensor(samples).median().item()
+    return found
+
+
+def _digest_of(tree: Any) -> str:
+    import hashlib
+    import json
+
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def report(plan: Plan, out: Path) -> Iterator[str]:
+    """The tables; draws the pictures beside them."""
+    found = results(plan, out)
+    if not found:
+        raise UserError(f"{out}: no run of this plan has finished yet")
+    costs = parse_json((out / COSTS).read_bytes()) if (out / COSTS).exists() else None
+    yield from tables(plan, found, costs)
+    for name in picture(plan, found, costs, out):
+        yield f"picture: {name}"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "mnist.json")
-    parser.add_argument("--modes", nargs="+", default=["plain", "structure", "sadm"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("runs/gain"))
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    arguments = parser.parse_args()
-    scores: dict[str, dict[int, dict[int, dict[str, Any]]]] = {mode: {} for mode in arguments.modes}
-    for seed in arguments.seeds:
-        for mode in arguments.modes:
-            folder = arguments.out / f"{mode}{seed}"
-            scores[mode][seed] = train(arguments.config, mode, seed, folder, arguments.overrides)
-    print(table(scores))
+    parser.add_argument("plan", type=Path, help="benchmarks/plans/NAME.json")
+    parser.add_argument("--out", type=Path, help="folder of runs and results (default: runs/evidence/NAME)")
+    parser.add_argument("--jobs", type=int, help="workers at a time (default: a core for each, one on a GPU)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default %(default)s)")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--cost", action="store_true", help="time an iteration of each configuration, train nothing")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of --cost (default %(default)s)")
+    parser.add_argument("--work", metavar="SET:SEED", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(lambda _: run(parse(argv)), again="goes on")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    plan = Plan.read(arguments.plan)
+    out = arguments.out or Path("runs/evidence") / plan.name
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.work:
+        name, _, seed = arguments.work.rpartition(":")
+        return work(plan, out, name, int(seed))
+    if arguments.cost:
+        write_json(out / COSTS, cost(plan, arguments.repeats))
+    elif not arguments.report:
+        jobs = arguments.jobs or max(1, len(os.sched_getaffinity(0)) // arguments.threads)
+        code = supervise(arguments.plan, plan, out, jobs, arguments.threads)
+        if code:
+            return code
+    for line in report(plan, out):
+        print(line)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

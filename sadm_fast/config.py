@@ -270,6 +270,15 @@ class GameConfig(Block):
         " learning rate are 0",
     )
     ramp_steps: int = Field(0, ge=0, le=_MOST_STEPS, description="steps over which lambda_s then grows linearly from 0")
+    decay_steps: int = Field(
+        0,
+        ge=0,
+        le=_MOST_STEPS,
+        description="last steps of the game, over which lambda_s falls linearly to 0",
+    )
+    stop_step: int | None = Field(
+        None, ge=1, le=_MOST_STEPS, description="from this step on the training is plain again; null: never"
+    )
     discriminator_steps: int = Field(1, ge=1, le=16, description="discriminator steps before each denoiser step")
     scope: Literal["rank", "global"] = Field(
         "rank", description="rank: pairs inside one rank's micro-batch; global: pairs over all ranks"
@@ -289,6 +298,19 @@ class GameConfig(Block):
     )
     gate_slope: float = Field(4.0, gt=0, le=1e6, description="steepness of the gate; large: a hard gate")
     same_class: bool = Field(False, description="compare only pairs of one class")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.stop_step is not None and self.stop_step <= self.start_step + self.warmup_steps:
+            raise ValueError(
+                f"stop_step={self.stop_step}: must be above start_step + warmup_steps ="
+                f" {self.start_step + self.warmup_steps}, or null"
+            )
+        return self
+
+    def playing(self, step: int) -> bool:
+        """Whether 0-based iteration `step` belongs to the game; before and after it the training is plain."""
+        return self.mode != "plain" and self.start_step <= step and (self.stop_step is None or step < self.stop_step)
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

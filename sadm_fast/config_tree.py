@@ -60,6 +60,8 @@ LATER: dict[str, Any] = {
     "denoiser.position_grid": None,
     "denoiser.weights_entry": "ema",
     "diffusion.direction": "noise",
+    "game.decay_steps": 0,
+    "game.stop_step": None,
     "game.warmup_steps": 0,
     "structure_encoder.input": "samples",
     "structure_encoder.depth": 12,

@@ -7,7 +7,7 @@
     [4]  S   = sum_{i != j} w_i w_j rho(R(G)_ij - R(F)_ij) / sum_{i != j} w_i w_j  `Comparison`
     [5]  min over theta:  L_den + lambda_s S                                      `denoiser_loss`
     [6]  max over Psi:    S                                                       `discriminator_loss`
-    [7]  lambda_s(step):  0 before the game, then a linear ramp                   `ramp`
+    [7]  lambda_s(step):  a linear ramp, and a linear decay to the game's end     `schedule`
 
 There is no real/fake logit: the discriminator only compares relations. S is 0, with gradient 0, where no pair counts
 (no two samples of one class under `same_class`): that step has no structure term.
@@ -171,9 +171,10 @@ def discriminator_loss(
     return -compare.of_real(f, process.log_snr(batch.t), batch.labels, queue)(g)
 
 
-def ramp(step: int, lambda_s: float, start_step: int, ramp_steps: int) -> float:
-    """[7] lambda_s at 0-based `step`: 0 before start_step, then up to `lambda_s` over ramp_steps steps."""
-    return lambda_s * min(1.0, max(0, step - start_step + 1) / max(1, ramp_steps))
+def schedule(step: int, lambda_s: float, start: int, ramp_steps: int, end: int, decay_steps: int) -> float:
+    """[7] lambda_s at 0-based `step`: 0 before `start` and from `end` on; it grows and falls over so many steps."""
+    grown, left = max(0, step - start + 1), max(0, end - step)
+    return lambda_s * min(1.0, grown / max(1, ramp_steps), left / max(1, decay_steps))
 
 
 @contextmanager

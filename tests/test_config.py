@@ -686,3 +686,11 @@ def test_several_averages_and_their_snapshots() -> None:
     ):
         with pytest.raises(UserError, match=message):
             config(train=wrong)
+
+
+def test_the_game_ends_after_it_has_begun() -> None:
+    game = config(game={"mode": "sadm", "start_step": 2, "warmup_steps": 1, "stop_step": 4}).game
+    assert [game.playing(step) for step in range(6)] == [False, False, True, True, False, False]
+    assert not config(game={"mode": "plain"}).game.playing(3)
+    with pytest.raises(UserError, match="stop_step=3: must be above start_step"):
+        config(game={"start_step": 2, "warmup_steps": 1, "stop_step": 3})

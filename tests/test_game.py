@@ -16,7 +16,7 @@ from sadm_fast.game import (
     frozen,
     gate,
     predict,
-    ramp,
+    schedule,
     structure_distance,
 )
 from sadm_kernels import Queue
@@ -195,8 +195,14 @@ def test_the_queue_adds_its_pairs() -> None:
 
 
 def test_lambda_grows_linearly_once_the_game_has_begun() -> None:
-    assert [ramp(step, 0.3, 2, 3) for step in range(7)] == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0.3, 0.3])
-    assert [ramp(step, 0.3, 1, 0) for step in range(3)] == [0.0, 0.3, 0.3]
+    assert [schedule(step, 0.3, 2, 3, 99, 0) for step in range(7)] == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0.3, 0.3])
+    assert [schedule(step, 0.3, 1, 0, 99, 0) for step in range(3)] == [0.0, 0.3, 0.3]
+
+
+def test_lambda_falls_linearly_to_the_end_of_the_game() -> None:
+    found = [schedule(step, 0.3, 0, 2, 6, 3) for step in range(8)]
+    assert found == pytest.approx([0.15, 0.3, 0.3, 0.3, 0.2, 0.1, 0, 0])
+    assert [schedule(step, 0.3, 0, 0, 2, 0) for step in range(4)] == [0.3, 0.3, 0.0, 0.0]
 
 
 def test_the_samples_of_a_step_are_what_the_queue_wants() -> None:

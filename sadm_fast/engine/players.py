@@ -28,7 +28,7 @@ from sadm_fast.game import (
     discriminator_loss,
     frozen,
     predict,
-    ramp,
+    schedule,
     structure_distance,
 )
 from sadm_fast.ranks.collectives import rank_and_world_size
@@ -165,14 +165,17 @@ class Players:
                 group["lr"] = rate
 
     def playing(self, step: int) -> bool:
-        """Whether iteration `step` belongs to the game; before it the training is plain."""
-        return self.mode != "plain" and step >= self.config.game.start_step
+        """Whether iteration `step` belongs to the game; before and after it the training is plain."""
+        return self.config.game.playing(step)
 
     def lambda_s(self, step: int) -> float:
         """Weight of S at 0-based iteration `step`."""
+        if not self.playing(step):
+            return 0.0
         game = self.config.game
         first = game.start_step + game.warmup_steps
-        return ramp(step, game.lambda_s, first, game.ramp_steps) if self.playing(step) else 0.0
+        end = self.config.train.steps if game.stop_step is None else game.stop_step
+        return schedule(step, game.lambda_s, first, game.ramp_steps, end, game.decay_steps)
 
     def iteration(self, batches: Sequence[Batch], step: int) -> Outcome:
         """`launch` an iteration and wait for its end. Collective.

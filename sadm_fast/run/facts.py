@@ -58,6 +58,17 @@ def _processor() -> str:
     return platform.machine()
 
 
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads, GPU and system."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(terse=True),
+    }
+
+
 def _counts(images: Source) -> list[int]:
     """How many samples each class has."""
     return np.bincount(images.labels, minlength=len(images.classes)).tolist()
@@ -98,13 +109,7 @@ def run_facts(
     """The content of run.json; `shown` are the classes in the columns of the sample grids."""
     return {
         "versions": versions(),
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "system": platform.platform(terse=True),
-        },
+        "machine": machine(),
         "world_size": world_size,
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),

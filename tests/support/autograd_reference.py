@@ -120,7 +120,7 @@ def play(
         groups = ranks
         if game.scope == "global":
             groups = [Batch(*map(torch.cat, zip(*micro_step, strict=True))) for micro_step in micro_steps]
-        playing = game.mode != "plain" and step >= game.start_step
+        playing = game.mode != "plain" and step >= game.start_step and (not game.stop_step or step < game.stop_step)
         norm = None
         if playing and game.mode == "sadm":
             for _ in range(game.discriminator_steps):
@@ -138,6 +138,8 @@ def play(
         if playing:
             first = game.start_step + game.warmup_steps
             ramp = min(1.0, (step - first + 1) / game.ramp_steps) if game.ramp_steps else 1.0
+            left = (game.stop_step or config.train.steps) - step
+            ramp = min(ramp, left / game.decay_steps) if game.decay_steps else ramp
             ramp = 0.0 if alone else ramp
             terms, new = [], []
             for batch in groups:

@@ -102,6 +102,7 @@ def cases(world_size: int) -> list[Case]:
         Case("global-structure", "structure", 1, game={"scope": "global", "same_class": True}),
         Case("ramp", "sadm", 1, game={"start_step": 1, "ramp_steps": 4}),
         Case("ramp-accumulation2", "structure", 0, 2, game={"start_step": 1, "ramp_steps": 4}),
+        Case("stop", "sadm", 2, game={"stop_step": 2, "decay_steps": 2}),
         Case("warmup", "sadm", 2, game={"warmup_steps": 1, "ramp_steps": 4}),
         Case("warmup-zero3", "sadm", 3, 2, game={"warmup_steps": 1, "start_step": 1}),
         Case("shown", "sadm", 2, shown=True),
