@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +198,10 @@ def cost(plan: Plan, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
                 config = plan.config(Job(name, configuration, plan.seeds[0]))
                 players, batch = made_up_players(config, place.device), made_up(config, 0)
                 batch = batch._replace(**{k: v.to(place.device) for k, v in batch._asdict().items()})
-                phases = {playing: next((s for s in range(plan.score_at[-1]) if players.playing(s) == playing), None)
-                          for playing in (False, True)}  # fmt: skip
-                for playing, step in phases.items():
+                for phase, playing in (("plain", False), ("game", True)):
+                    step = next((s for s in range(plan.score_at[-1]) if players.playing(s) == playing), None)
                     if step is not None:
-                        calls[f"{configuration}:{'game' if playing else 'plain'}"] = (
-                            lambda players=players, batch=batch, step=step: players.iteration([batch], step)
-                        )
+                        calls[f"{configuration}:{phase}"] = partial(players.iteration, [batch], step)
             for call in calls.values():
                 for _ in range(2):
                     call()
