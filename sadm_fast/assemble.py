@@ -1,12 +1,14 @@
 """A run put together: networks, engines, checkpoints and pictures of one configuration, handed to its Trainer."""
 
 import copy
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
-from sadm_fast.build import Undrawn, build_denoiser, resolve_classes
+from sadm_fast.build import NONE, Own, Undrawn, build_denoiser, resolve_classes
 from sadm_fast.config import Config, PowerEMA
 from sadm_fast.console import Console
 from sadm_fast.data.latents import LatentSource
@@ -21,6 +23,7 @@ from sadm_fast.metrics.run_evaluation import RunEvaluation
 from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.pictures import save_picture
+from sadm_fast.planning.cost import meta_models
 from sadm_fast.pretrain import prepare_judge, prepare_psi
 from sadm_fast.ranks.launch import Place
 from sadm_fast.ranks.watchdog import Watchdog
@@ -40,22 +43,26 @@ def assemble(
     autoencoder: Autoencoder | None,
     place: Place,
     console: Console,
+    own: Own = NONE,
 ) -> Trainer:
     """The trainer of a claimed folder, at its newest whole checkpoint or at step 0. Collective.
 
     autoencoder: of the latents in `source`, on rank 0, which makes the pictures, and on every rank if Psi sees pixels;
         None elsewhere.
+    own: networks that the caller gives.
 
     Raises:
         UserError: the folder's checkpoint belongs to another run, or Psi or the judge cannot be had.
     """
     rank, device = place.rank, place.device
     num_classes = resolve_classes(config, source)
-    identity = _identity(config, source, place.world_size)
+    identity = _identity(config, source, place.world_size, num_classes, own)
     # A checkpoint that does not belong here is found before any training.
     remedies = {
         "data": f"is not what it was: {data_changes(folder.facts, source)}; bring the old one back, or start another"
-        f" run (--run-dir) with it, from these weights if you like (--set denoiser.weights=.../{EMA_FILE})"
+        f" run (--run-dir) with it, from these weights if you like (--set denoiser.weights=.../{EMA_FILE})",
+        "networks": "has other weights than the denoiser and Psi that are given now; give the same, or start another"
+        " run (run_dir)",
     }
     found = checkpoint.find(
         folder.checkpoints,
@@ -69,21 +76,21 @@ def assemble(
     psi: StructureEncoder | None = None
     psi_facts: dict[str, Any] = {}
     if config.game.mode != "plain":
-        psi, psi_facts = prepare_psi(config, source, folder.pretrained, device, console)
+        psi, psi_facts = prepare_psi(config, source, folder.pretrained, device, console, own)
     evaluation: RunEvaluation | None = None
     judge_facts: dict[str, Any] = {}
     if config.evaluate.every is not None:
         judge, judge_facts = prepare_judge(config, source, folder.pretrained, device, console)
         evaluation = RunEvaluation(config, source, judge, source.filled, device)
     with nullcontext() if found is None else Undrawn():
-        denoiser = build_denoiser(config, num_classes)
+        denoiser = build_denoiser(config, num_classes, own)
     if found is None:
         start_from_weights(config, denoiser)
     # fp32 networks to look through, only where somebody looks: rank 0 draws, all ranks evaluate.
     viewer: Denoiser | None = None
     if rank == 0 or evaluation is not None:
         with Undrawn():
-            viewer = build_denoiser(config, num_classes).to(device).eval().requires_grad_(False)
+            viewer = build_denoiser(config, num_classes, own).to(device).eval().requires_grad_(False)
     psi_viewer: StructureEncoder | None = None
     shapes = {"denoiser": trainable_shapes(denoiser)}
     if psi is not None:
@@ -136,8 +143,9 @@ def assemble(
         console=console,
     )
     trainer = Trainer(
-        config, folder, source, players, emas, writer, gallery, null_class=num_classes, device=device, console=console
-    )
+        config, folder, source, players, emas, writer, gallery,
+        null_class=num_classes, device=device, console=console, own=own,
+    )  # fmt: skip
     if found is not None:
         trainer.resume(found)
     if rank == 0:
@@ -145,7 +153,8 @@ def assemble(
         shown = grid_classes(source.filled, config.sampling.columns)
         facts = run_facts(config, source, shapes, psi_facts, judge_facts, place.world_size, shown)
         write_json(folder.facts, facts)
-        save_picture(real_grid(config, source, device, autoencoder), folder.real_grid)
+        if config.data.shape is None:
+            save_picture(real_grid(config, source, device, autoencoder), folder.real_grid)
     return trainer
 
 
@@ -165,13 +174,20 @@ def _snapshots(config: Config, folder: RunFolder, files: Sequence[str]) -> Snaps
     return Snapshots(folder.snapshots, every, kept)
 
 
-def _identity(config: Config, source: Source, world_size: int) -> dict[str, Any]:
+def _identity(config: Config, source: Source, world_size: int, num_classes: int, own: Own) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued here; JSON values."""
+    given = {}
+    if own != NONE:
+        shapes = [
+            {} if player is None else trainable_shapes(player) for player in meta_models(config, num_classes, own)
+        ]
+        given["networks"] = sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
     latents = {"latent_space": source.encoding.space} if isinstance(source, LatentSource) else {}
     return {
         "configuration": config.fingerprint(),
         "data": source.fingerprint(),
         **latents,
+        **given,
         "samples_per_step": samples_per_step(config, world_size),
         "samples_compared": samples_compared(config, world_size),
     }

@@ -1,7 +1,7 @@
-"""The networks of a run, built from its configuration."""
+"""The networks of a run, built from its configuration or by the caller of sadm_fast.train."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,17 @@ from sadm_fast.models import Denoiser, DiT, ResNet18, SmallCNN, StructureEncoder
 _DRAWS = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
 
 
+class Own(NamedTuple):
+    """The networks that the configuration leaves to the caller of sadm_fast.train: architecture=own."""
+
+    denoiser: Callable[[int], Denoiser] | None = None  # of num_classes
+    psi: Callable[[], StructureEncoder] | None = None
+
+
+NONE = Own()
+_NOT_HERE = "architecture=own: is given to sadm_fast.train or sadm_fast.load from Python (docs/extending.md)"
+
+
 class Undrawn(TorchFunctionMode):
     """A context in which modules are built without drawing their weights: the caller loads all of them."""
 
@@ -24,11 +35,13 @@ class Undrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build_denoiser(config: Config, num_classes: int) -> Denoiser:
+def build_denoiser(config: Config, num_classes: int, own: Own = NONE) -> Denoiser:
     """The denoiser with weights drawn from the run's seed; on the CPU (or the default device)."""
     denoiser = config.denoiser
-    channels, side, _ = config.sample_shape
     torch.manual_seed(config.seed)
+    if denoiser.architecture == "own":
+        return _own_denoiser(config, num_classes, own)
+    channels, side, _ = config.sample_shape
     common: dict[str, Any] = {
         "input_size": side,
         "in_channels": channels,
@@ -48,10 +61,29 @@ def build_denoiser(config: Config, num_classes: int) -> Denoiser:
     )
 
 
-def build_psi(config: Config) -> StructureEncoder:
+def _own_denoiser(config: Config, num_classes: int, own: Own) -> Denoiser:
+    if own.denoiser is None:
+        raise UserError(f"denoiser.{_NOT_HERE}")
+    model = own.denoiser(num_classes)
+    if model.num_classes != num_classes:
+        raise UserError(f"{type(model).__name__}.num_classes={model.num_classes}: the data have {num_classes}")
+    if config.train.activation_checkpointing:
+        if not model.units():
+            raise UserError(
+                f"train.activation_checkpointing=true: {type(model).__name__} has no `blocks` to compute anew"
+            )
+        model.activation_checkpointing = True
+    return model
+
+
+def build_psi(config: Config, own: Own = NONE) -> StructureEncoder:
     """An untrained structure encoder; weights from the run's seed."""
     psi, channels = config.structure_encoder, config.psi_shape[0]
     torch.manual_seed(config.seed)
+    if psi.architecture == "own":
+        if own.psi is None:
+            raise UserError(f"structure_encoder.{_NOT_HERE}")
+        return own.psi()
     if psi.architecture == "vit":
         return ViT(
             channels, psi.patch_size, psi.width, psi.depth, psi.position_grid, psi.input_size, psi.registers

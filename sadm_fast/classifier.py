@@ -70,6 +70,7 @@ def train_classifier(
     weight_decay: float,
     seed: int,
     device: torch.device | str,
+    shift: bool = True,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> nn.Linear:
     """Train `features` in place with cross-entropy on a linear head, and return the head.
@@ -78,7 +79,7 @@ def train_classifier(
 
     features: images float32 [B, C, H, W] in [-1, 1] to [B, feature_dim]; moved to `device`. batches: at least
     `steps` of (images, labels int64 [B], ...), for example ImageBatch; further fields are ignored. AdamW
-    (decay on matrices and filters only), warm-up and cosine, small shifts of the images. progress(step,
+    (decay on matrices and filters only), warm-up and cosine, small shifts of images (shift). progress(step,
     steps, loss) is called about fifty times, with the mean loss of all ranks.
 
     Under torch.distributed each rank passes its own batches: gradients are averaged over all samples, every
@@ -116,7 +117,7 @@ def train_classifier(
         images, labels = batch[0].to(device), batch[1].to(device)
         for group in optimizer.param_groups:
             group["lr"] = lr * _learning_rate_factor(step, steps)
-        loss = F.cross_entropy(head(features(_shifted(images, generator))), labels)
+        loss = F.cross_entropy(head(features(_shifted(images, generator) if shift else images)), labels)
         optimizer.zero_grad()
         loss.backward()
         mean_loss = _average_over_ranks(parameters, buffers, loss, len(images))

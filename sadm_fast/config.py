@@ -5,6 +5,7 @@ Upper limits lie beyond what any machine holds: a larger number is a typing mist
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,13 +66,22 @@ FilePath = Annotated[str, AfterValidator(_expanded)]  # or a name that is no pat
 
 class DataConfig(Block):
     path: FilePath = Field("demo:mnist5k", description="folder of the samples; demo:mnist5k is the embedded demo set")
-    source: Literal["folder", "webdataset", "latents"] = Field(
-        "folder", description="folder: class/name.png; webdataset: tar shards; latents: what encode.py wrote"
+    source: Literal["folder", "webdataset", "latents", "own"] = Field(
+        "folder",
+        description="folder: class/name.png; webdataset: tar shards; latents: what encode.py wrote; own: given to"
+        " sadm_fast.train",
     )
     resolution: int = Field(
         16, ge=8, le=2**14, description="side of the square crop in pixels, also of the images behind latents"
     )
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour")
+    shape: tuple[Annotated[int, Field(ge=1, le=2**24)], ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=8,
+        strict=False,
+        description="own: of a sample, channels first, if it is no square image; sadm_fast.train fills it in",
+    )
     flip: bool = Field(False, description="mirror half of the images; wrong for digits and text")
     enlarge: bool = Field(
         False, description="true: enlarge images smaller than the crop, as DiT does; false: count them as broken"
@@ -148,6 +158,7 @@ DENOISER_SIZES = ("patch_size", "hidden_size", "depth", "num_heads")  # given in
 
 
 class DenoiserConfig(Block):
+    architecture: Literal["dit", "own"] = Field("dit", description="own: given to sadm_fast.train")
     name: str | None = Field(None, description='a published size, "DiT-S/4" .. "DiT-XL/2"; null: the four sizes below')
     patch_size: int = Field(4, ge=1, le=1024, description="side of the square that becomes one token")
     hidden_size: int = Field(128, ge=8, le=2**16, description="width of a token")
@@ -174,6 +185,8 @@ class DenoiserConfig(Block):
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
+        if self.architecture == "own" and self.weights is not None:
+            raise ValueError("weights: are for the networks of this program; load your own where you build it")
         if self.name is not None:
             try:
                 parse_name(self.name)
@@ -209,8 +222,10 @@ class ClassifierTraining(Block):
 class StructureEncoderConfig(Block):
     """Psi, which maps an image (or latent) to one feature row."""
 
-    architecture: Literal["cnn", "resnet18", "vit"] = Field(
-        "cnn", description="cnn: three layers for small images; vit: a vision transformer in DINOv2's layout"
+    architecture: Literal["cnn", "resnet18", "vit", "own"] = Field(
+        "cnn",
+        description="cnn: three layers for small images; vit: a vision transformer in DINOv2's layout; own: given to"
+        " sadm_fast.train",
     )
     input: Literal["samples", "pixels"] = Field(
         "samples",
@@ -612,13 +627,8 @@ class Config(Block):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        patch = self.denoiser.patch
-        cell = patch if self.latents is None else patch * self.latents.downsample
-        if self.data.resolution % cell:
-            allowed = f"the patch size {patch}"
-            if self.latents is not None:
-                allowed = f"{cell}, the patch size {patch} on {self.latents.downsample}x smaller latents"
-            raise ValueError(f"data.resolution={self.data.resolution}: must be a multiple of {allowed}")
+        if (problem := _shape_problem(self)) is not None:
+            raise ValueError(problem)
         if (self.data.source == "latents") != (self.latents is not None):
             raise ValueError(
                 f"data.source={self.data.source}: "
@@ -630,6 +640,11 @@ class Config(Block):
             raise ValueError(
                 "evaluate.every: the judges compare pixels; with data.source=latents it must be null"
                 " (sample.py --folder writes images for other evaluators)"
+            )
+        if self.data.shape is not None and self.evaluate.every is not None:
+            raise ValueError(
+                f"evaluate.every={self.evaluate.every}: the judges compare images; with data.shape it must be null"
+                " (sadm_fast.load draws samples for a judge of your own)"
             )
         if (problem := _sampling_problem(self)) is not None:
             raise ValueError(problem)
@@ -657,17 +672,19 @@ class Config(Block):
         return self
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of what the denoiser sees: an image or a latent."""
+    def sample_shape(self) -> tuple[int, ...]:
+        """[C, ...] of what the denoiser sees: [C, H, W] of an image or a latent."""
         data, latents = self.data, self.latents
+        if data.shape is not None:
+            return data.shape
         if latents is None:
             return data.channels, data.resolution, data.resolution
         side = data.resolution // latents.downsample
         return latents.channels, side, side
 
     @property
-    def psi_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of what Psi sees: a sample, or the pixels of one."""
+    def psi_shape(self) -> tuple[int, ...]:
+        """[C, ...] of what Psi sees: a sample, or the pixels of one."""
         if self.structure_encoder.input == "samples":
             return self.sample_shape
         return self.data.channels, self.data.resolution, self.data.resolution
@@ -679,7 +696,8 @@ class Config(Block):
     def resolved(self) -> dict[str, Any]:
         """Every field that has a say, with its value, for json.dumps; `check_config` makes the same Config of it."""
         tree = self.model_dump(mode="json", exclude={"schema_file"})
-        return tree if self.denoiser.name is None else without(tree, (f"denoiser.{size}" for size in DENOISER_SIZES))
+        named = self.denoiser.name is not None or self.denoiser.architecture == "own"
+        return without(tree, (f"denoiser.{size}" for size in DENOISER_SIZES)) if named else tree
 
     def fingerprint(self) -> str:
         """sha256 over the fields that must stay the same when a run is resumed."""
@@ -728,31 +746,65 @@ def _sampling_problem(config: Config) -> str | None:
         return (
             f"sampling.guidance_interval={list(sampling.guidance_interval)}: must be two noise levels, the lower first"
         )
+    if sampling.clip_denoised and config.data.shape is not None:
+        return "sampling.clip_denoised=true: clips pixels to [-1, 1]; with data.shape samples are no images"
     if sampling.clip_denoised and config.latents is not None:
         return "sampling.clip_denoised=true: clips pixels to [-1, 1]; latents have no such range"
     return None
 
 
+def _shape_problem(config: Config) -> str | None:
+    """Say why samples of this shape cannot go through the chosen networks; None if they can."""
+    data, patch = config.data, config.denoiser.patch
+    if data.shape is not None:
+        if data.source != "own":
+            return f"data.shape={list(data.shape)}: is for data.source=own"
+        square = len(data.shape) == 3 and data.shape[1] == data.shape[2]
+        if config.denoiser.architecture == "dit" and not (square and data.shape[1] % patch == 0):
+            return (
+                f"data.shape={list(data.shape)}: denoiser.architecture=dit takes [C, S, S], S a multiple of the patch"
+                f" size {patch}; give sadm_fast.train a denoiser of your own"
+            )
+        if config.game.mode != "plain" and config.structure_encoder.architecture != "own" and len(data.shape) != 3:
+            return (
+                f"data.shape={list(data.shape)}: structure_encoder.architecture={config.structure_encoder.architecture}"
+                " takes [C, H, W]; give sadm_fast.train an encoder of your own"
+            )
+        return None
+    if config.denoiser.architecture == "own":
+        return None
+    cell = patch if config.latents is None else patch * config.latents.downsample
+    if data.resolution % cell:
+        allowed = f"the patch size {patch}"
+        if config.latents is not None:
+            allowed = f"{cell}, the patch size {patch} on {config.latents.downsample}x smaller latents"
+        return f"data.resolution={data.resolution}: must be a multiple of {allowed}"
+    return None
+
+
 def _size_problem(config: Config) -> str | None:
     """Say which number makes one layer's output larger than any machine holds; None if none does."""
-    channels, side, _ = config.sample_shape
-    tokens = (side // config.denoiser.patch) ** 2
-    if tokens > _MOST_TOKENS:
-        return (
-            f"data.resolution={config.data.resolution}: is {tokens:,} tokens of {config.denoiser.patch} pixels a side;"
-            f" at most {_MOST_TOKENS:,} (a larger patch, or a lower resolution)"
-        )
-    psi, sampling = config.structure_encoder, config.sampling
-    denoise = 4 * config.denoiser.token_width * tokens  # of the MLP, the widest
-    encode = config.psi_shape[1] ** 2 * max(config.psi_shape[0], 64 if psi.architecture == "resnet18" else psi.width)
+    shape, psi, sampling = config.sample_shape, config.structure_encoder, config.sampling
+    denoise = encode = math.prod(shape)  # nothing more is known of a network that the caller gives
+    if config.denoiser.architecture == "dit":
+        tokens = (shape[1] // config.denoiser.patch) ** 2
+        if tokens > _MOST_TOKENS:
+            return (
+                f"data.resolution={config.data.resolution}: is {tokens:,} tokens of {config.denoiser.patch} pixels a"
+                f" side; at most {_MOST_TOKENS:,} (a larger patch, or a lower resolution)"
+            )
+        denoise = 4 * config.denoiser.token_width * tokens  # of the MLP, the widest
     if psi.architecture == "vit":
         encode = max(3 * psi.input_size**2, 4 * psi.width * (psi.input_size // psi.patch_size) ** 2)
+    elif psi.architecture != "own":
+        channels = max(config.psi_shape[0], 64 if psi.architecture == "resnet18" else psi.width)
+        encode = math.prod(config.psi_shape[1:]) * channels
     for key, samples, elements in (
         ("train.micro_batch", config.train.micro_batch, denoise if config.game.mode == "plain" else denoise + encode),
         ("structure_encoder.pretrain.batch", psi.pretrain.batch, encode),
         ("sampling.rows", sampling.columns * sampling.rows, denoise),
         ("evaluate.batch", config.evaluate.batch, denoise),
-        ("evaluate.judge.batch", config.evaluate.judge.batch, side**2 * 64),
+        ("evaluate.judge.batch", config.evaluate.judge.batch, math.prod(shape[1:]) * 64),
     ):
         if 4 * samples * elements > _MOST_BYTES:
             return (

@@ -23,14 +23,23 @@ def loader_spec(config: Config) -> LoaderSpec:
     return LoaderSpec(**config.data.model_dump(include=set(LoaderSpec.__dataclass_fields__)))
 
 
-def open_data(config: Config, console: Console, *, check: bool = True, path: str | None = None) -> Source:
+def open_data(
+    config: Config, console: Console, *, check: bool = True, path: str | None = None, own: Source | None = None
+) -> Source:
     """List what data.path (or `path`) holds. With `check` its contents are tested as data.broken says (remembered).
+
+    own: the source of a run that is given one (data.source=own).
 
     Raises UserError for what is missing, broken, or not what the configuration says.
     """
     with asked_as("data.path" if path is None else "--data"):
-        with console.progress("listing shards") as progress:
-            source = data.open_source(config.data.path if path is None else path, config.data.source, progress)
+        if own is not None:
+            source = own
+        elif config.data.source == "own":
+            raise UserError("data.source=own: is given to sadm_fast.train from Python (docs/extending.md)")
+        else:
+            with console.progress("listing shards") as progress:
+                source = data.open_source(config.data.path if path is None else path, config.data.source, progress)
         if isinstance(source, LatentSource):
             _require_fit(config, source)
         if check:
@@ -110,5 +119,5 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def load_samples(config: Config, source: Source, indices: Sequence[int] | np.ndarray) -> Tensor:
-    """Samples of `source`, not mirrored, latents at their posterior's mean: float32 [N, C, H, W]."""
+    """Samples of `source`, not mirrored, latents at their posterior's mean: float32 [N, C, ...]."""
     return data.load_samples(source, indices, loader_spec(config))

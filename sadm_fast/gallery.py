@@ -41,17 +41,20 @@ def grid_classes(classes: Sequence[int], columns: int) -> list[int]:
     return [classes[i * len(classes) // shown] for i in range(shown)]
 
 
-def sample_grid(
-    config: Config, model: Denoiser, classes: Sequence[int], device: torch.device, autoencoder: Autoencoder | None
-) -> Tensor:
-    """The grid of the run: a column a class of (some of) `classes`, a row a starting noise; uint8 [C, H', W']."""
+def grid_samples(
+    config: Config, model: Denoiser, classes: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The samples of the grid [N, C, ...], row by row, and their labels [N].
+
+    A column is a class of (some of) `classes`, a row a starting noise.
+    """
     classes = grid_classes(classes, config.sampling.columns)
     ids = torch.arange(len(classes) * config.sampling.rows, device=device)
     labels = torch.tensor(classes, device=device).repeat(config.sampling.rows)
     samples = generate(
         config, model, labels, ids, steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale
     )
-    return picture_grid(to_images(samples, autoencoder), len(classes))
+    return samples, labels
 
 
 def real_grid(config: Config, source: Source, device: torch.device, autoencoder: Autoencoder | None) -> Tensor:
@@ -175,12 +178,21 @@ class Gallery:
         return self._psi_viewer(to_images(samples, self._autoencoder) if pixels else samples)
 
     def _save_grid(self, log: TrainingLog, step: int, name: str, tag: str) -> None:
-        if self._rank == 0 and self._viewer is not None:
-            picture = sample_grid(self._config, self._viewer, self._classes, self._device, self._autoencoder)
-            path = self._folder.samples / f"{name}.png"
-            with self._optional(path):
-                save_picture(picture, path)
-            log.image(tag, picture, step)
+        """samples/NAME.png; of samples that are no pictures NAME.npz, samples float32 [N, C, ...] and labels [N]."""
+        if self._rank != 0 or self._viewer is None:
+            return
+        samples, labels = grid_samples(self._config, self._viewer, self._classes, self._device)
+        if self._config.data.shape is not None:
+            path = self._folder.samples / f"{name}.npz"
+            with self._optional(path), replacing(path) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, samples=samples.cpu().numpy(), labels=labels.cpu().numpy())
+            return
+        columns = len(grid_classes(self._classes, self._config.sampling.columns))
+        picture = picture_grid(to_images(samples, self._autoencoder), columns)
+        path = self._folder.samples / f"{name}.png"
+        with self._optional(path):
+            save_picture(picture, path)
+        log.image(tag, picture, step)
 
     @contextmanager
     def _optional(self, path: Path) -> Iterator[None]:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sadm_fast.build import Undrawn, build_denoiser, load_weights
+from sadm_fast.build import NONE, Own, Undrawn, build_denoiser, load_weights
 from sadm_fast.config import Config, check_config
 from sadm_fast.config_tree import override
 from sadm_fast.counters import Purpose, normal
@@ -57,6 +57,23 @@ class Trained(NamedTuple):
             loaded.require_space(self.latent_space, f"checkpoint {self.checkpoint}")
         return loaded
 
+    def sample(self, labels: Sequence[int] | Tensor, *, first: int = 0, batch: int = 250) -> Tensor:
+        """Draw samples number `first`, `first` + 1, ... of `labels` [N] as config.sampling says, `batch` at a time.
+
+        Returns float32 [N, C, ...] on the CPU: images in about [-1, 1], scaled latents, or what the data were.
+        """
+        device, sampling = next(self.model.parameters()).device, self.config.sampling
+        wanted = torch.as_tensor(labels, dtype=torch.long, device=device)
+        ids = torch.arange(first, first + len(wanted), device=device)
+        drawn = [
+            generate(
+                self.config, self.model, of_batch, numbers,
+                steps=sampling.steps, guidance_scale=sampling.guidance_scale,
+            ).cpu()
+            for of_batch, numbers in zip(wanted.split(batch), ids.split(batch), strict=True)
+        ]  # fmt: skip
+        return torch.cat(drawn)
+
     def facts(self) -> dict[str, Any]:
         """Which weights these are, for the record beside what is made with them."""
         return {"file": str(self.checkpoint), "sha256": self.sha256, "step": self.step, "ema": self.ema}
@@ -68,6 +85,7 @@ def load_trained(
     say: Callable[[str], None],
     overrides: Sequence[str] = (),
     ema: str | None = None,
+    own: Own = NONE,
 ) -> Trained:
     """Averaged weights of a run's newest whole checkpoint; damaged ones are named by `say`.
 
@@ -76,6 +94,7 @@ def load_trained(
         overrides: as --set, of `seed` and `sampling` only.
         ema: which average: the label of one that the run keeps, or a number, the relative width of a power-function
             average, which is made of the run's snapshots if the checkpoint does not hold it. None: train.ema.
+        own: the denoiser of a run whose caller gave it.
 
     Raises:
         UserError: the folder holds no run, no checkpoint that is whole, or no such average.
@@ -98,7 +117,7 @@ def load_trained(
     if found is None:
         raise UserError(f"{run}: has no whole checkpoint yet; train first")
     with Undrawn():
-        model = build_denoiser(config, config.denoiser.num_classes or len(classes))
+        model = build_denoiser(config, config.denoiser.num_classes or len(classes), own)
     model = model.to(device).eval().requires_grad_(False)
     space = found.manifest.latent_space
     state, digest, profile = _average(config, folder, found, ema)
@@ -205,7 +224,7 @@ def generate(
     guidance_scale: float,
     guide: Denoiser | None = None,
 ) -> Tensor:
-    """Samples of `labels` [B], drawn as config.sampling says but for steps and guidance: float32 [B, C, H, W].
+    """Samples of `labels` [B], drawn as config.sampling says but for steps and guidance: float32 [B, C, ...].
 
     All noise, the steps' too, is a function of (seed, id): a sample is the same in any batch and on any rank.
 

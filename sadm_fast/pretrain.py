@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sadm_fast.build import build_psi
+from sadm_fast.build import NONE, Own, Undrawn, build_psi
 from sadm_fast.classifier import accuracy, train_classifier
 from sadm_fast.config import ClassifierTraining, Config
 from sadm_fast.config_tree import without_later
@@ -46,15 +46,18 @@ class _Classifier:
 
 
 def prepare_psi(
-    config: Config, images: Source, pretrained: Path, device: torch.device, console: Console
+    config: Config, images: Source, pretrained: Path, device: torch.device, console: Console, own: Own = NONE
 ) -> tuple[StructureEncoder, dict[str, Any]]:
     """Load Psi, or train it on the run's own data; return it with what is known about it. Collective."""
     psi = config.structure_encoder
     if psi.weights is not None:
-        return load_psi(config, psi.weights), {"weights": psi.weights}
+        return load_psi(config, psi.weights, own), {"weights": psi.weights}
     tree = without_later({"structure_encoder": psi.model_dump(exclude={"weights", "pretrain"})})
     architecture = tree["structure_encoder"]
-    network = _Classifier("structure encoder", lambda: build_psi(config), psi.pretrain, config.seed, architecture)
+    if psi.architecture == "own":
+        with Undrawn():
+            architecture["network"] = str(build_psi(config, own))
+    network = _Classifier("structure encoder", lambda: build_psi(config, own), psi.pretrain, config.seed, architecture)
     return _prepare(network, pretrained / PSI_FILE, config, images, device, console)
 
 
@@ -83,7 +86,8 @@ def _prepare(
     """Load the network from `path`, or train it and keep it there. Collective."""
     depends_on = {
         "data": images.fingerprint(),
-        "pixels": config.data.model_dump(include={"resolution", "channels", "flip"}),
+        "pixels": config.data.model_dump(include={"resolution", "channels", "flip"})
+        | ({} if config.data.shape is None else {"shape": config.data.shape}),
         "architecture": network.architecture,
         "training": network.training.model_dump(),
         "seed": network.seed,
@@ -128,6 +132,7 @@ def _train(
                 weight_decay=training.weight_decay,
                 seed=network.seed,
                 device=device,
+                shift=config.data.shape is None,
                 progress=lambda done, _, loss: bar.at(done, f"loss {loss:.3f}"),
             )
     finally:

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from sadm_fast.build import NONE, Own
 from sadm_fast.config import Config
 from sadm_fast.data.source import Source
 from sadm_fast.engine.compilation import check_compilation
@@ -30,9 +32,12 @@ from sadm_fast.train_once import require_own
 _LEFT_FREE = 1 << 20  # bytes of disk for logs and pictures
 
 
-def check_start(config: Config, source: Source, num_classes: int, folder: RunFolder, world_size: int) -> None:
+def check_start(
+    config: Config, source: Source, num_classes: int, folder: RunFolder, world_size: int, own: Own = NONE
+) -> None:
     """Check everything that does not depend on the device; the run's folder itself has been checked before."""
-    check_weights(config, num_classes)
+    check_own(config, num_classes, own)
+    check_weights(config, num_classes, own)
     check_optimizers(config)
     check_compilation(config)
     check_loggers(config.logging)
@@ -49,12 +54,35 @@ def check_start(config: Config, source: Source, num_classes: int, folder: RunFol
             "use evaluate.every=null and score the samples afterwards",
         )  # fmt: skip
         require_own(folder.pretrained / JUDGE_FILE)
-    check_disk(config, num_classes, folder)
+    check_disk(config, num_classes, folder, own)
 
 
-def check_weights(config: Config, num_classes: int) -> None:
+def check_own(config: Config, num_classes: int, own: Own) -> None:
+    """UserError unless networks of the caller's run on tensors without values, and give what the game needs."""
+    denoiser, psi = meta_models(config, num_classes, own)
+    dtype, shape = next(denoiser.parameters()).dtype, config.sample_shape
+    with torch.device("meta"), torch.no_grad():
+        x, time, labels = torch.empty(2, *shape, dtype=dtype), torch.empty(2), torch.zeros(2, dtype=torch.long)
+        calls: list[tuple[nn.Module, tuple[Tensor, ...], tuple[int, ...]]] = []
+        if own.denoiser is not None:
+            output = (2, config.process.output_channels(shape[0]), *shape[1:])
+            calls.append((denoiser, (x, time, labels), output))
+        if own.psi is not None and psi is not None:
+            calls.append((psi, (torch.empty(2, *config.psi_shape, dtype=dtype),), (2, psi.feature_dim)))
+        for network, inputs, wanted in calls:
+            name, asked = type(network).__name__, ", ".join(str(list(value.shape)) for value in inputs)
+            try:
+                found = tuple(network(*inputs).shape)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{name}.forward: fails on tensors {asked} on the meta device ({reason})") from error
+            if found != wanted:
+                raise UserError(f"{name}.forward: makes {list(found)} of {asked}; must be {list(wanted)}")
+
+
+def check_weights(config: Config, num_classes: int, own: Own = NONE) -> None:
     """Check names and shapes in every file of weights that the run starts from, by the files' headers."""
-    denoiser, psi = meta_models(config, num_classes)
+    denoiser, psi = meta_models(config, num_classes, own)
     check_denoiser_weights(config, denoiser)
     if psi is not None:
         check_psi_weights(config, psi)
@@ -72,9 +100,9 @@ def _check_classes(config: Config, source: Source, who: str, remedy: str) -> Non
         raise UserError(f"{who} is trained on the data first, but {error}; add images, or {remedy}") from None
 
 
-def check_disk(config: Config, num_classes: int, folder: RunFolder) -> None:
+def check_disk(config: Config, num_classes: int, folder: RunFolder, own: Own = NONE) -> None:
     """UserError if the checkpoints that are still to be written do not fit on the disk of the run's folder."""
-    denoiser, psi = meta_models(config, num_classes)
+    denoiser, psi = meta_models(config, num_classes, own)
     one = checkpoint_bytes(config, players(config, denoiser, psi), 0 if psi is None else psi.feature_dim)
     missing = max(1, checkpoints_at_once(config) - len(completed(folder.checkpoints)))
     there = folder.path.absolute()
@@ -88,12 +116,14 @@ def check_disk(config: Config, num_classes: int, folder: RunFolder) -> None:
         )
 
 
-def check_memory(config: Config, num_classes: int, world_size: int, device: torch.device, ranks_here: int) -> None:
+def check_memory(
+    config: Config, num_classes: int, world_size: int, device: torch.device, ranks_here: int, own: Own = NONE
+) -> None:
     """UserError if what the planner counts for one rank is more than there is: a start would end in a traceback.
 
     ranks_here: ranks that share this machine's memory.
     """
-    denoiser, psi = meta_models(config, num_classes)
+    denoiser, psi = meta_models(config, num_classes, own)
     # Compiled passes keep less than the planner counts.
     kept = Activations(0, 0, 0, 0) if config.train.compile != "off" else activations(config, denoiser, psi)
     memory = rank_memory(

@@ -9,7 +9,8 @@ The same command continues an interrupted run.
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":  # the repository, not its folder sadm_fast/, whose names could hide other modules
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
     from sadm_fast.config import load_config
-    from sadm_fast.precision import kept_precision, settle_precision
+    from sadm_fast.precision import kept_precision
     from sadm_fast.run.folder import RunFolder
 
     config = load_config(arguments.config, arguments.overrides)
@@ -56,50 +57,9 @@ def _train(arguments: argparse.Namespace, request: StopRequest) -> int:
             _describe(config, folder)
         return 0
 
-    from sadm_fast.console import Console
-    from sadm_fast.ranks.collectives import barrier, first_on_rank_zero
-    from sadm_fast.ranks.launch import distributed
+    from sadm_fast.api import train
 
-    with distributed() as place:
-        from sadm_fast.assemble import assemble
-        from sadm_fast.build import resolve_classes
-        from sadm_fast.data.latents import LatentSource
-        from sadm_fast.feed import count_classes, open_data
-        from sadm_fast.models.autoencoder import Autoencoder
-        from sadm_fast.start_checks import check_memory, check_start
-
-        console = Console(place.rank)
-        config, about_bf16 = settle_precision(config, place.device)
-        source = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0))
-        num_classes = resolve_classes(config, source)
-        autoencoder = None
-        looks = config.structure_encoder.input == "pixels" and config.game.mode != "plain"
-        if isinstance(source, LatentSource) and config.latents is not None and (place.rank == 0 or looks):
-            # Rank 0 makes the pictures; Psi may look through it on all.
-            autoencoder = Autoencoder.load(
-                config.latents.autoencoder,
-                device=place.device,
-                precision="bf16" if looks and config.train.precision == "bf16" else "fp32",
-                scale=config.latents.scale,
-            )
-            autoencoder.require_space(source.encoding.space, f"data.path={source.where}")
-        check_start(config, source, num_classes, folder, place.world_size)
-        check_memory(config, num_classes, place.world_size, place.device, environment.ranks_here())
-        barrier()  # nobody takes the folder while another rank still checks it
-        with folder.held(config, console.say):
-            console.say(
-                f"{config.name}: {config.game.mode}, {len(source)} images of {count_classes(source, num_classes)}, "
-                f"{place.world_size} rank(s) on {place.device}, into {folder.path}"
-            )
-            if about_bf16 is not None:
-                console.say(about_bf16)
-            trainer = assemble(config, folder, source, autoencoder, place, console)
-            finished = trainer.run(request)
-        if finished:
-            console.say(f"pictures: {folder.samples / f'step-{trainer.step:06d}-ema.png'}")
-        else:
-            console.say(f"stopped at step {trainer.step} of {config.train.steps}; the same command continues")
-        console.say(f"report: {folder.path / 'report.html'}")
+    finished = train(config, run_dir=folder.path, request=request)
     return 0 if finished else cli.EXIT_STOPPED
 
 
@@ -133,5 +93,14 @@ def _describe(config: "Config", folder: "RunFolder") -> None:
         console.say(about_bf16)
 
 
+class _Callable(ModuleType):
+    def __call__(self, *arguments: Any, **options: Any) -> bool:
+        from sadm_fast.api import train
+
+        return train(*arguments, **options)
+
+
 if __name__ == "__main__":
     cli.leave(main())
+else:  # whoever imports this module finds it under the name of the function sadm_fast.train
+    sys.modules[__name__].__class__ = _Callable

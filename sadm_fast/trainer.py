@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sadm_fast.build import NONE, Own
 from sadm_fast.config import Config
 from sadm_fast.console import Console
 from sadm_fast.data import MicroBatchPlan, make_loader
@@ -44,6 +45,7 @@ class Trainer:
 
     emas: by the names of their files in a checkpoint.
     null_class: the label that stands for "no class".
+    own: networks of the caller's, whose FLOPs are counted.
     """
 
     def __init__(
@@ -59,10 +61,11 @@ class Trainer:
         null_class: int,
         device: torch.device,
         console: Console,
+        own: Own = NONE,
     ) -> None:
         self.config, self.folder, self.source = config, folder, source
         self.players, self.emas, self.writer, self.gallery = players, emas, writer, gallery
-        self.null_class, self.device, self.console = null_class, device, console
+        self.null_class, self.device, self.console, self._own = null_class, device, console, own
         self.rank, self.world_size = rank_and_world_size()
         self.samples_per_step = samples_per_step(config, self.world_size)
         self.state = TrainState()  # without the iteration that is on its way
@@ -99,7 +102,7 @@ class Trainer:
         train = self.config.train
         vote = Vote(lambda: request.asked, self.writer.status)
         log = self._log()
-        self._speed = StepSpeed.of(self.config, self.null_class, self.device) if self.rank == 0 else None
+        self._speed = StepSpeed.of(self.config, self.null_class, self.device, self._own) if self.rank == 0 else None
         loader = self._loader()
         self._started = time.perf_counter()
         first, taken_before = self.step, self.state.ema_updates

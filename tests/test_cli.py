@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from sadm_fast import cli, encode, evaluate, plan, sample, train
+import sadm_fast.train as train
+from sadm_fast import cli, encode, evaluate, plan, sample
 from sadm_fast.errors import LostRank, UserError
 from sadm_fast.ranks.stopping import Stopped, StopRequest
 from tests.support.ranks import ROOT, clean_environment

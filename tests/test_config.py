@@ -82,7 +82,7 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
         (
             {"data": {"zzz": 5}},
             "data.zzz: unknown key; allowed: broken, channels, decode, enlarge, flip, loader, path, prefetch,"
-            " resolution, source, threads",
+            " resolution, shape, source, threads",
         ),
         ({"schema_file": "x"}, "schema_file: unknown key; did you mean $schema?"),
         (
@@ -454,10 +454,15 @@ BASES: list[dict[str, Any]] = [
     {"deepspeed": STAGE3, "diffusion": {"process": "vp"}, "train": {"ema": {"profile": "exponential"}}},
     {"deepspeed": STAGE3, "diffusion": {"process": "flow"}, "denoiser": {"name": "DiT-S/4"}},
     {"deepspeed": STAGE3, "data": {"source": "latents", "resolution": 128}, "latents": {}},
+    {
+        "data": {"source": "own", "shape": [5, 7]},
+        "denoiser": {"architecture": "own"},
+        "structure_encoder": {"architecture": "own"},
+    },
 ]
 
 
-@pytest.mark.parametrize("blocks", [{}, *BASES], ids=["plain", "stage3", "vp", "named", "latents"])
+@pytest.mark.parametrize("blocks", [{}, *BASES], ids=["plain", "stage3", "vp", "named", "latents", "own"])
 def test_a_run_folders_configuration_can_be_read_back(blocks: dict[str, Any]) -> None:
     loaded = config(**blocks)
     again = check_config(json.loads(json.dumps(loaded.resolved())))
@@ -490,6 +495,7 @@ def other_values(value: Any) -> list[Any]:
         "on",
         "model",
         "data",
+        "own",
     ]
     return words if isinstance(value, str) else [5, 0.5, "text", True, {"device": "cpu"}]
 
@@ -517,7 +523,7 @@ def changes(base: dict[str, Any]) -> list[tuple[str, Config]]:
     return found
 
 
-@pytest.mark.parametrize("blocks", BASES, ids=["stage3", "vp", "named", "latents"])
+@pytest.mark.parametrize("blocks", BASES[:4], ids=["stage3", "vp", "named", "latents"])
 def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(blocks: dict[str, Any]) -> None:
     base = config(**blocks)
     resolved = base.resolved()
@@ -529,7 +535,7 @@ def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(bloc
     # Another tag or name would need other keys beside it; those are told apart by the next test.
     alone = {"diffusion.process", "train.ema.profile", "denoiser.name", "latents", "data.source", "evaluate.every"}
     alone.add("train.ema_snapshot_every")  # a multiple of another field
-    alone |= {"structure_encoder.input"}  # pixels need latents and weights
+    alone |= {"structure_encoder.input", "data.shape"}  # pixels need latents and weights; a shape is of data.source=own
     alone |= {f"sampling.{setting}" for setting in SamplingConfig.model_fields}  # most fit one sampler only
     assert set(flatten(resolved)) - seen <= alone
 

@@ -25,7 +25,7 @@ FLOORS = (  # lowest first; rooms of one floor do not know each other
     "gallery start_checks",
     "trainer",
     "assemble",
-    "cli",
+    "cli api",
     "train sample evaluate export encode plan",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()} | {"__init__": len(FLOORS)}

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sadm_fast import encode, train
+import sadm_fast.train as train
+from sadm_fast import encode
 from sadm_fast.config import load_config
 from tests.support.autoencoders import save_autoencoder
 from tests.support.programs import Program, lines, start_line

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sadm_fast import encode, sample, train
+import sadm_fast.train as train
+from sadm_fast import encode, sample
 from tests.support.autoencoders import save_autoencoder
 from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line
 from tests.support.ranks import ROOT

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sadm_fast import cli, train
+import sadm_fast.train as train
+from sadm_fast import cli
 from sadm_fast.build import build_denoiser
 from sadm_fast.config import load_config
 from sadm_fast.run.checkpoint import sha256

@@ -23,6 +23,8 @@ from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.latent_loader import LatentLoader
 from sadm_fast.data.latents import ENCODING, MANIFEST, LatentSource
 from sadm_fast.data.order import MicroBatchPlan
+from sadm_fast.data.sample_loader import SampleLoader
+from sadm_fast.data.samples import SampleSource
 from sadm_fast.data.source import ImageSource, Source
 from sadm_fast.data.webdataset import TarShards
 from sadm_fast.errors import UserError
@@ -99,6 +101,8 @@ def make_loader(source: Source, plan: MicroBatchPlan, spec: LoaderSpec, device: 
     _require_mixed(source, plan)
     if isinstance(source, LatentSource):
         return LatentLoader(source, plan, spec, device)
+    if isinstance(source, SampleSource):
+        return SampleLoader(source, plan, spec, device)
     if not isinstance(source, ImageSource):
         raise TypeError(f"{type(source).__name__}: there is no loader for this kind of source")
     if spec.decode == "mixed" and device.type != "cuda":
@@ -128,12 +132,14 @@ def _require_mixed(source: Source, plan: MicroBatchPlan) -> None:
 
 
 def load_samples(source: Source, indices: Sequence[int] | np.ndarray, spec: LoaderSpec) -> Tensor:
-    """Samples at `indices`, not mirrored: float32 [N, C, H, W], images in [-1, 1] or means of scaled latents.
+    """Samples at `indices`, not mirrored: float32 [N, C, ...], images in [-1, 1] or means of scaled latents.
 
     Broken images are replaced as in a loader. Raises UserError when many in a row are.
     """
     if isinstance(source, LatentSource):
         return source.means(np.asarray(indices, dtype=np.int64))
+    if isinstance(source, SampleSource):
+        return torch.from_numpy(source.read(np.asarray(indices, dtype=np.int64), np.zeros(len(indices), dtype=bool)))
     if not isinstance(source, ImageSource):
         raise TypeError(f"{type(source).__name__}: there is no reader for this kind of source")
     with ThreadPoolExecutor(spec.threads) as pool:

@@ -15,7 +15,7 @@ from torch import Tensor
 class ImageBatch(NamedTuple):
     """One micro-batch of B samples; the tensors are the caller's own (no loader writes to them again)."""
 
-    images: Tensor  # float32 [B, C, H, W]: images in [-1, 1] or scaled latents (sadm_fast.scales)
+    images: Tensor  # float32 [B, C, H, W]: images in [-1, 1], scaled latents (sadm_fast.scales), or [B, C, ...]
     labels: Tensor  # int64 [B], index into the source's classes
     sample_ids: Tensor  # int64 [B], global sample counters n
 

@@ -59,7 +59,7 @@ def guided(
                 x0, rest = predict(model, x, t, labels)
                 other, _ = predict(guide, x, t, labels)
             else:
-                pair, rests = predict(model, x.repeat(2, 1, 1, 1), t.repeat(2), both)
+                pair, rests = predict(model, torch.cat([x, x]), t.repeat(2), both)
                 (x0, other), rest = pair.chunk(2), rests[: len(x)]
             towards = other + guidance_scale * (x0 - other)
             x0 = towards if channels is None else torch.cat([towards[:, :channels], x0[:, channels:]], dim=1)

@@ -47,4 +47,6 @@ def compile_in_place(network: nn.Module) -> None:
 
 def blocks_of(network: nn.Module) -> Sequence[nn.Module]:
     """The parts, alike, that a network calls one after another; none of a convolutional Psi, whose parts differ."""
-    return list(network.blocks) if isinstance(network, Denoiser | ViT) else []
+    if isinstance(network, Denoiser):
+        return network.units()
+    return list(network.blocks) if isinstance(network, ViT) else []

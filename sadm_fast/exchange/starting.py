@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sadm_fast.build import build_psi
+from sadm_fast.build import NONE, Own, build_psi
 from sadm_fast.config import Config
 from sadm_fast.errors import UserError
 from sadm_fast.exchange.reading import misfit, read_weights, require_finite, shapes
@@ -103,9 +103,9 @@ def check_psi_weights(config: Config, psi: StructureEncoder) -> None:
         _fitted_psi(config.structure_encoder.weights, psi)
 
 
-def load_psi(config: Config, path: str) -> StructureEncoder:
+def load_psi(config: Config, path: str, own: Own = NONE) -> StructureEncoder:
     """Build Psi with the weights of structure_encoder.weights=`path`, in eval mode; UserError if they do not fit."""
-    psi = build_psi(config)
+    psi = build_psi(config, own)
     state = _fitted_psi(path, psi)
     require_finite("structure_encoder.weights", path, state)
     psi.load_state_dict(state, strict=False)  # `_fitted_psi` has been strict, but for counters of batches

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 class Denoiser(nn.Module):
     """A class-conditional network D_theta(x, time, labels), called by a diffusion process (diffusion/process.py).
 
+    One that is given to sadm_fast.train needs `num_classes` and `forward` only (docs/extending.md): the sizes are for
+    images and for files of weights, and without `blocks` it is compiled, reduced and kept as a whole.
+
     Attributes:
         in_channels, out_channels: C of the images or latents, and of the output (process.output_channels(C)).
         input_size: H and W.
@@ -23,7 +26,11 @@ class Denoiser(nn.Module):
     input_size: int
     num_classes: int
     blocks: nn.ModuleList
-    activation_checkpointing: bool
+    activation_checkpointing: bool = False
+
+    def units(self) -> list[nn.Module]:
+        """`blocks`; none of a network without."""
+        return list(getattr(self, "blocks", ()))
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -35,15 +42,15 @@ class Denoiser(nn.Module):
         """The label that stands for "no class": one more than there are classes."""
         return self.num_classes
 
-    @abstractmethod
     def block_inputs(self, samples: int) -> Sequence[tuple[int, ...]]:
         """Shapes of the tensors that one of `blocks` is called with, for the planner's memory count."""
+        raise NotImplementedError(f"{type(self).__name__}: has `blocks`, so it must say what they are called with")
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The network's output, float [B, out_channels, H, W].
+        """The network's output, float [B, out_channels, ...]; out_channels is process.output_channels(C).
 
-        x: process.model_input of a noised sample, [B, C, H, W].
+        x: process.model_input of a noised sample, [B, C, ...]: [B, C, H, W] of images and latents.
         t: noise level as the process gives it to networks, float32 [B]: `process.time_scale` times its natural time
             (VP: step 0..999; flow: 1000 t; EDM: 100 ln sigma), so that sinusoids made for 0..999 resolve it. A network
             that wants the natural time divides by process.time_scale.

@@ -1,10 +1,11 @@
-"""Psi, the structure discriminator: an encoder from images or latents [B, C, H, W] to features [B, feature_dim].
+"""Psi, the structure discriminator: an encoder from samples [B, C, H, W] to features [B, feature_dim].
 
 No layer mixes samples, so the relation of a pair is the same on every rank and in every batch. Batch statistics would
 make a feature depend on the rest of the rank's batch. So ResNet-18 has group norm, or batch norm that always uses its
 stored statistics ("frozen").
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,12 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sadm_fast.models.pixels import ImageNetPixels
-from sadm_fast.models.vit import ViT
 
 _GROUPS = 8
 _CELLS = 2  # SmallCNN pools its last map to so many cells a side
 
 Norm = Callable[[int], nn.Module]
+
+
+class StructureEncoder(nn.Module):
+    """What every Psi is to the rest of the program; one of your own subclasses it (docs/extending.md).
+
+    No layer may mix samples. `feature_dim` is the length of a feature row.
+    """
+
+    feature_dim: int
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, feature_dim] of samples [B, C, ...]."""
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -76,7 +89,7 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(x)) + skip)
 
 
-class ResNet18(nn.Module):
+class ResNet18(StructureEncoder):
     """ResNet-18 (He et al. 2015) without its classifier: [B, C, H, W] -> [B, 512]; keys of torchvision's resnet18.
 
     Args:
@@ -121,7 +134,7 @@ class ResNet18(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-class SmallCNN(nn.Module):
+class SmallCNN(StructureEncoder):
     """Three strided convolutions with group norm, for small images: [B, C, H, W] -> [B, feature_dim].
 
     The last map is pooled to 2x2 cells, not to one, so that features keep rough positions. In the screening of
@@ -146,6 +159,3 @@ class SmallCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         maps = self.layers(x.to(self.head.weight.dtype))
         return self.head(F.adaptive_avg_pool2d(maps, _CELLS).flatten(1))
-
-
-StructureEncoder = ResNet18 | SmallCNN | ViT

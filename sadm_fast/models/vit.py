@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sadm_fast.models.pixels import ImageNetPixels
+from sadm_fast.models.structure_encoder import StructureEncoder
 
 _HEAD_WIDTH = 64  # of every published size
 _STRETCH = 0.1  # tokens: DINOv2 resamples its positions to a grid larger by so much, against rounding
@@ -79,7 +80,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, T, D]
 
 
-class ViT(nn.Module):
+class ViT(StructureEncoder):
     """Encoder of images [B, C, H, W] to the normed class token, [B, width].
 
     Args:

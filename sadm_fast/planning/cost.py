@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from sadm_fast.build import build_denoiser, build_psi
+from sadm_fast.build import NONE, Own, build_denoiser, build_psi
 from sadm_fast.config import Config
 from sadm_fast.game import Batch, frozen, predict
 from sadm_fast.models import Denoiser, StructureEncoder
@@ -30,19 +30,19 @@ def _flops(run: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def meta_models(config: Config, num_classes: int) -> tuple[Denoiser, StructureEncoder | None]:
+def meta_models(config: Config, num_classes: int, own: Own = NONE) -> tuple[Denoiser, StructureEncoder | None]:
     """Build both players on the meta device, in the run's dtype; Psi is None in plain mode."""
     with torch.device("meta"):
         dtype = _DTYPES[config.train.precision]
-        psi = None if config.game.mode == "plain" else build_psi(config).to(dtype)
-        return build_denoiser(config, num_classes).to(dtype), psi
+        psi = None if config.game.mode == "plain" else build_psi(config, own).to("meta", dtype)
+        return build_denoiser(config, num_classes, own).to("meta", dtype), psi
 
 
 def _denoise(config: Config, denoiser: Denoiser) -> Tensor:
-    b, (c, h, w) = config.train.micro_batch, config.sample_shape
-    x = torch.empty(b, c, h, w, device="meta")
+    b, shape = config.train.micro_batch, config.sample_shape
+    x = torch.empty(b, *shape, device="meta")
     y = torch.zeros(b, dtype=torch.long, device="meta")
-    return denoiser(x, torch.empty(b, device="meta"), y)[:, :c]
+    return denoiser(x, torch.empty(b, device="meta"), y)[:, : shape[0]]
 
 
 def step_flops(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> dict[str, int]:
@@ -89,11 +89,13 @@ def activations(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> Ac
         batch = Batch(x, labels, labels, torch.empty_like(x), process.sample_t(level), level)
         with _checkpointing(denoiser, False):
             whole = _kept(denoiser, lambda denoise: predict(process, denoise, batch))
-        inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in denoiser.block_inputs(samples)]
-        block = _kept(denoiser.blocks[0], lambda block: block(*inputs))
-        block -= sum(x.untyped_storage().nbytes() for x in inputs)
-        with _checkpointing(denoiser, True):
-            checkpointed = _kept(denoiser, lambda denoise: predict(process, denoise, batch)) + block
+        checkpointed = whole
+        if blocks := denoiser.units():
+            inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in denoiser.block_inputs(samples)]
+            block = _kept(blocks[0], lambda block: block(*inputs))
+            block -= sum(x.untyped_storage().nbytes() for x in inputs)
+            with _checkpointing(denoiser, True):
+                checkpointed = _kept(denoiser, lambda denoise: predict(process, denoise, batch)) + block
         structure = discriminator = 0
         if psi is not None:
             seen = torch.empty(samples, *config.psi_shape, requires_grad=True)

@@ -33,7 +33,7 @@ def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumpti
     feature_dim = 0 if psi is None else psi.feature_dim
     stage = config.deepspeed.zero_optimization.stage
     train = config.train
-    launched = launches(config, len(denoiser.blocks), sum(len(player.parameters) for player in both))
+    launched = launches(config, len(denoiser.units()), sum(len(player.parameters) for player in both))
     samples = train.micro_batch * train.grad_accumulation
 
     def memory(n: int, stage: int, offload: Offload, checkpointing: bool | None = None) -> Memory:

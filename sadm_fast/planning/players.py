@@ -81,7 +81,7 @@ def players(config: Config, denoiser: nn.Module, psi: nn.Module | None) -> list[
 def _call_tree(module: nn.Module, *inputs: Tensor) -> Node:
     """Record which modules module(*inputs) calls, in order; module and inputs are on meta."""
     index = {parameter: i for i, parameter in enumerate(module.parameters())}
-    checkpointed = set(module.blocks) if isinstance(module, Denoiser) and module.activation_checkpointing else set()
+    checkpointed = set(module.units()) if isinstance(module, Denoiser) and module.activation_checkpointing else set()
     open_calls: list[list[Node]] = [[]]  # for each call that has begun and not ended: the calls inside it
 
     def enter(called: nn.Module, inputs: object) -> None:

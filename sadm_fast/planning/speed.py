@@ -4,6 +4,7 @@ from typing import NamedTuple, Self
 
 import torch
 
+from sadm_fast.build import NONE, Own
 from sadm_fast.config import Config
 from sadm_fast.planning.cost import meta_models, step_flops
 from sadm_fast.planning.gpus import of_device
@@ -17,9 +18,9 @@ class StepSpeed(NamedTuple):
     peak: float | None  # FLOP/s, dense, of the run's dtype; None where the device is not in gpus.py
 
     @classmethod
-    def of(cls, config: Config, num_classes: int, device: torch.device) -> Self:
+    def of(cls, config: Config, num_classes: int, device: torch.device, own: Own = NONE) -> Self:
         """Count; takes seconds for a large network."""
-        parts = step_flops(config, *meta_models(config, num_classes))
+        parts = step_flops(config, *meta_models(config, num_classes, own))
         gpu = of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         peak = None if gpu is None else gpu.bf16 if config.train.precision == "bf16" else gpu.fp32
         return cls(parts["denoiser forward"] + parts["denoiser backward"], sum(parts.values()), peak)

@@ -133,7 +133,7 @@ def distributed(*, deepspeed: bool = True) -> Iterator[Place]:
         raise LostRank(f"rank {rank}: another rank is gone ({sign.lower()})") from None
     finally:
         if not lost:  # saying goodbye would wait for it
-            dist.destroy_process_group()
+            _end_deepspeed() if deepspeed else dist.destroy_process_group()
 
 
 def _wait_for(keys: list[str], store: dist.Store) -> None:
@@ -161,6 +161,13 @@ def _silence() -> Iterator[None]:
             os.dup2(copy, descriptor)
             os.close(copy)
         os.close(nowhere)
+
+
+def _end_deepspeed() -> None:
+    """Destroy the process group, and what DeepSpeed keeps of it: it would use that in the next training."""
+    import deepspeed
+
+    deepspeed.comm.destroy_process_group()
 
 
 def _start_deepspeed(backend: str) -> None:

@@ -41,6 +41,9 @@ def about(run: Run) -> str:
 
 def samples(run: Run) -> str:
     """The last grid, large, beside real images; then grids of earlier steps."""
+    if isinstance(shape := run.setting("data.shape"), list):
+        of = " x ".join(map(str, shape))
+        return missing(f"Samples are arrays of {of} numbers, no pictures: samples/step-*-ema.npz hold them.")
     if not run.ema_grids and not run.raw_grids:
         real = _grid(run, run.real_grid, "Real images", "The training data.", 1400, 500_000)
         return missing("No samples have been drawn yet.") + real
@@ -112,6 +115,8 @@ def _asked(run: Run, labels: Sequence[int]) -> str:
 def scores(run: Run) -> str:
     """The Frechet distances over training, each with its floor."""
     if not run.evaluations:
+        if run.setting("data.shape") is not None:
+            return missing("The judges compare images; samples of another kind need one of their own.")
         return missing("No evaluation has been recorded yet.")
     charts = []
     for index, metric in enumerate(run.scored):

@@ -117,7 +117,7 @@ IN_A_STEP: list[Fault] = [
     Fault(f"{TRAINER}:Vote.ask", 3, rank=1, when="after"),
     Fault("sadm_fast.run.log:append_json", 2),
     Fault("sadm_fast.run.log:append_json", 3, when="after"),
-    Fault("sadm_fast.gallery:sample_grid"),
+    Fault("sadm_fast.gallery:grid_samples"),
     Fault("sadm_fast.gallery:save_picture", 2, when="after"),
     Fault("sadm_fast.gallery:gather", rank=1),
 ]

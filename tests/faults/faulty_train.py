@@ -108,7 +108,7 @@ def jumping_clock() -> None:
 
 
 def main() -> int:
-    from sadm_fast import train
+    import sadm_fast.train as train
 
     if os.environ.get("SADM_CLOCK") == "jumps":
         jumping_clock()
