@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sadm_fast
@@ -19,6 +20,7 @@ from sadm_fast.api import load, train
 from sadm_fast.config import check_config
 from tests.support.own_networks import WIDTH, OwnDenoiser, OwnEncoder, own_config, own_data
 from tests.support.programs import assert_same_state, lines
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,15 @@ def test_a_run_without_pictures_trains_resumes_reports_and_samples(tmp_path: Pat
     written = json.loads((run / "config.json").read_text())
     assert written["data"]["shape"] == [WIDTH] and written["denoiser"]["architecture"] == "own"
     assert "hidden_size" not in written["denoiser"], "a size that has no say"
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_learns(tmp_path: Path):
+    run_ranks("tests.support.own_networks", 2, str(tmp_path / "two"), "2", "4")
+    assert trained(tmp_path / "one", game={"mode": "plain"})
+    one, two = (load_file(tmp_path / run / "checkpoints/step-000004/ema.safetensors") for run in ("one", "two"))
+    for name, weight in one.items():  # a step is 1e-4 in size, and gradients are summed in another order
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
 
 
 def test_samples_do_not_depend_on_how_many_are_drawn_at_a_time(tmp_path: Path):

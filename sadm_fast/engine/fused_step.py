@@ -125,9 +125,9 @@ class FusedStep:
         (averaged,) = self._wrapper.averaged_gradients.values()
         found = [gradient.view(-1) for gradient in averaged if not getattr(gradient, "_zero_padding", False)]
         sizes, expected = [g.numel() for g in found], [p.master.numel() for p in self._pieces]
-        if sizes != expected:
+        if sizes[: len(expected)] != expected:
             raise RuntimeError(f"DeepSpeed's gradients have {sizes} elements, the masters {expected}")
-        return found
+        return found[: len(expected)]  # behind them lies what fills a partition up, not always marked
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm over all ranks, NaN where the veto is not finite: 0-d float32."""

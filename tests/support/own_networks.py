@@ -1,5 +1,9 @@
-"""Networks and data of a caller's own, of no image: six numbers a sample."""
+"""Networks and data of a caller's own, of no image: six numbers a sample. As a program: a training on all ranks.
 
+The denoiser has 294 weights: on two ranks DeepSpeed fills its partitions up.
+"""
+
+import sys
 from typing import Any
 
 import numpy as np
@@ -7,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sadm_fast import Arrays, Denoiser, StructureEncoder
+from sadm_fast.api import train
 
 WIDTH = 6
 
@@ -59,3 +64,13 @@ def own_config(**changes: Any) -> dict[str, Any]:
         **tiny,
         **{key: {**tiny.get(key, {}), **value} if isinstance(value, dict) else value for key, value in changes.items()},
     }
+
+
+if __name__ == "__main__":
+    _, run, stage, micro_batch = sys.argv
+    config = own_config(
+        game={"mode": "plain"},
+        train={"micro_batch": int(micro_batch)},
+        deepspeed={"zero_optimization": {"stage": int(stage)}},
+    )
+    assert train(config, denoiser=OwnDenoiser, psi=OwnEncoder, data=own_data(), run_dir=run)
