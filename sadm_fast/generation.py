@@ -5,6 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -57,7 +58,7 @@ class Trained(NamedTuple):
             loaded.require_space(self.latent_space, f"checkpoint {self.checkpoint}")
         return loaded
 
-    def sample(self, labels: Sequence[int] | Tensor, *, first: int = 0, batch: int = 250) -> Tensor:
+    def sample(self, labels: Sequence[int] | np.ndarray | Tensor, *, first: int = 0, batch: int = 250) -> Tensor:
         """Draw samples number `first`, `first` + 1, ... of `labels` [N] as config.sampling says, `batch` at a time.
 
         Returns float32 [N, C, ...] on the CPU: images in about [-1, 1], scaled latents, or what the data were.
