@@ -301,6 +301,29 @@ class GameConfig(Block):
     queue: int = Field(
         0, ge=0, le=2**24, description="past samples of all ranks with which S compares the batch, too; 0: none"
     )
+    compare: Literal["samples", "tokens", "locations", "features"] = Field(
+        "samples",
+        description="relations of what: samples, by their pooled features; tokens, the locations of each sample's own"
+        " feature map; locations, samples at each location of the map; features: no relations, each sample's pooled"
+        " features with its own (a control)",
+    )
+    stage: int = Field(
+        2,
+        ge=1,
+        le=256,
+        description="tokens and locations: the stage of Psi whose maps are compared, from the image on (cnn: 3 stages,"
+        " resnet18: 4, vit: its blocks); maps larger than 8x8 are averaged down to that",
+    )
+    strength: Literal["weight", "gradient"] = Field(
+        "weight",
+        description="what lambda_s is; weight: of S; gradient: the gradient of S in xhat0 gets lambda_s times"
+        " the length of that of the denoising loss, in each micro-batch",
+    )
+    noise_levels: Literal["sample", "batch"] = Field(
+        "sample",
+        description="sample: each has its own; batch: all samples of a step share one (in plain training, too), and"
+        " the gate then says how much its S counts",
+    )
     relation: Literal["euclidean", "cosine", "gaussian"] = Field("euclidean", description="between two feature rows")
     penalty: Literal["squared", "absolute", "huber"] = Field("squared", description="of a difference of relations")
     normalize: Literal["unit", "mean", "none"] = Field(
@@ -321,6 +344,29 @@ class GameConfig(Block):
                 f"stop_step={self.stop_step}: must be above start_step + warmup_steps ="
                 f" {self.start_step + self.warmup_steps}, or null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        maps = self.compare in ("tokens", "locations")
+        wrong = [
+            (self.strength == "gradient" and self.scope == "global", "strength=gradient: needs scope=rank"),
+            (
+                self.noise_levels == "batch" and self.queue,
+                "noise_levels=batch: needs queue=0",
+            ),
+            (self.compare != "samples" and self.queue, f"compare={self.compare}: needs queue=0"),
+            (self.compare != "samples" and self.scope == "global", f"compare={self.compare}: needs scope=rank"),
+            (self.compare != "samples" and self.normalize == "mean", f"compare={self.compare}: has no normalize=mean"),
+            (
+                self.compare in ("tokens", "features") and self.same_class,
+                f"compare={self.compare}: pairs no samples",
+            ),
+            (self.compare == "features" and self.relation != "euclidean", "compare=features: needs relation=euclidean"),
+            (not maps and self.stage != 2, f"stage={self.stage}: is for compare=tokens and locations"),
+        ]
+        if found := [reason for is_so, reason in wrong if is_so]:
+            raise ValueError(found[0])
         return self
 
     def playing(self, step: int) -> bool:
@@ -658,6 +704,10 @@ class Config(Block):
                 f"game.warmup_steps={self.game.warmup_steps}: is the discriminator's, and game.mode={self.game.mode}"
                 " trains none; it must be 0"
             )
+        psi = self.structure_encoder
+        stages = {"cnn": 3, "resnet18": 4, "vit": psi.depth}.get(psi.architecture)
+        if stages is not None and self.game.stage > stages:
+            raise ValueError(f"game.stage={self.game.stage}: {psi.architecture} has {stages}")
         samples = self.train.micro_batch * self.train.grad_accumulation
         if self.game.queue and self.game.mode == "plain":
             raise ValueError(f"game.queue={self.game.queue}: game.mode=plain compares nothing; it must be 0")

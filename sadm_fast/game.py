@@ -5,16 +5,20 @@
     [2]  f_i = Psi(x0_i),  g_i = Psi(xhat0_i)                                     features of the structure encoder
     [3]  w_i = sigmoid(gate_slope (log_snr_i - gate_log_snr))                     `gate`
     [4]  S   = sum_{i != j} w_i w_j rho(R(G)_ij - R(F)_ij) / sum_{i != j} w_i w_j  `Comparison`
+    [4b] or with compare=tokens:   sum_i w_i mean_{p != q} rho(R(g_i)_pq - R(f_i)_pq) / sum_i w_i,  g_i, f_i [T, C]
+                 compare=locations:  mean over p of [4] with f_ip, g_ip
+                 compare=features:   sum_i w_i rho(||g_i - f_i||) / sum_i w_i
     [5]  min over theta:  L_den + lambda_s S                                      `denoiser_loss`
+    [5b] or with strength=gradient: lambda_s ||dL_den/dxhat0|| / ||dS/dxhat0|| S  `at_strength`
     [6]  max over Psi:    S                                                       `discriminator_loss`
     [7]  lambda_s(step):  a linear ramp, and a linear decay to the game's end     `schedule`
 
 There is no real/fake logit: the discriminator only compares relations. S is 0, with gradient 0, where no pair counts
 (no two samples of one class under `same_class`): that step has no structure term.
 
-The game, its two directions, L_den, R on features of a ResNet-18: from the paper. Relation, penalty, normalisation,
-gate, ramp and queue: this project's choices, each a field of config.GameConfig. Everything here is a function of
-tensors; engines, process groups and what travels between ranks are in engine/.
+The game, its two directions, L_den, R on features of a ResNet-18: from the paper. [4b], [5b], relation, penalty,
+normalisation, gate, schedule and queue: this project's choices, each a field of config.GameConfig. Everything here is a
+function of tensors; engines, process groups and what travels between ranks are in engine/.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,9 +28,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sadm_fast.counters import Purpose, normal_and_uniform_for
+from sadm_fast.counters import Purpose, normal_and_uniform_for, uniform_for
 from sadm_fast.diffusion import Process
 from sadm_kernels import Queue, structure_loss
 
@@ -34,6 +39,7 @@ Encode = Callable[[Tensor], Tensor]  # images or latents [B, C, H, W] -> feature
 
 # A gate never closes wholly: a batch of noisy samples alone still has a defined weighted mean.
 _SMALLEST_WEIGHT = 1e-6
+_TINY = torch.finfo(torch.float32).tiny  # the sum of pair weights where there is no pair
 
 
 class Batch(NamedTuple):
@@ -70,11 +76,17 @@ def draw(
     seed: int,
     null_class: int,
     label_dropout: float,
+    samples_a_level: int = 1,
 ) -> Batch:
-    """Draw noise, noise level and label dropout of each sample, as functions of (seed, sample_ids int64 [B])."""
+    """Draw noise, noise level and label dropout of each sample, as functions of (seed, sample_ids int64 [B]).
+
+    samples_a_level: so many samples, from a multiple of that number on, share a noise level.
+    """
     noise, (level, drop) = normal_and_uniform_for(
         seed, Purpose.NOISE, x0.shape[1:], (Purpose.TIME, Purpose.LABEL_DROP), sample_ids
     )
+    if samples_a_level > 1:
+        (level,) = uniform_for(seed, (Purpose.TIME,), sample_ids - sample_ids % samples_a_level)
     condition = labels.masked_fill(drop < label_dropout, null_class)
     return Batch(x0, labels, condition, noise, process.sample_t(level), level)
 
@@ -112,11 +124,26 @@ class Comparison:
     gate_log_snr: float | None = None
     gate_slope: float = 4.0
     same_class: bool = False
+    compare: str = "samples"
+    one_level: bool = False  # all samples have the noise level of the first
     impl: str = "auto"  # sadm_kernels.structure_loss
 
     def weight(self, log_snr: Tensor) -> Tensor | None:
-        """w [B] by the gate; None without one: all samples count alike."""
-        return None if self.gate_log_snr is None else gate(log_snr, self.gate_log_snr, self.gate_slope)
+        """w [B] by the gate; None where all samples count alike."""
+        if self.gate_log_snr is None or self.one_level:
+            return None
+        return gate(log_snr, self.gate_log_snr, self.gate_slope)
+
+    def factor(self, log_snr: Tensor) -> Tensor | float:
+        """What S is multiplied by, 0-d: the gate, where it would cancel because all samples have one noise level."""
+        if self.gate_log_snr is None or not self.one_level:
+            return 1.0
+        return gate(log_snr[0], self.gate_log_snr, self.gate_slope)
+
+    @property
+    def of_maps(self) -> bool:
+        """Whether features are maps [B, T, C] in place of rows [B, d]."""
+        return self.compare in ("tokens", "locations")
 
     def samples(self, log_snr: Tensor, labels: Tensor, queue: Queue | None) -> dict[str, Any]:
         """Keyword arguments of structure_loss beside the features: weight, labels, queue."""
@@ -140,7 +167,49 @@ class Comparison:
 
         In two steps, so that an implementation over several ranks sends f while g is computed.
         """
+        if self.compare != "samples":
+            return partial(self._directly, f, self.weight(log_snr), labels)
         return partial(self.loss, f, **self.samples(log_snr, labels, queue))
+
+    def _directly(self, f: Tensor, weight: Tensor | None, labels: Tensor, g: Tensor) -> Tensor:
+        """[4b]"""
+        if self.of_maps and f.ndim != 3:
+            raise ValueError(
+                f"compare={self.compare}: Psi returned {list(f.shape)}, not tokens [B, T, C] of `map_stage`"
+            )
+        w = torch.ones(len(f), device=f.device) if weight is None else weight
+        real, fake = (self._rows(x) for x in (f, g))
+        if self.compare == "features":
+            distances = torch.linalg.vector_norm(fake - real, dim=-1)
+            return (w * self._rho(distances)).sum() / w.sum()
+        if self.compare == "tokens":
+            difference = self._rho(self._relations(fake) - self._relations(real))  # [B, T, T]
+            apart = 1.0 - torch.eye(f.shape[1], device=f.device)
+            return (w * (difference * apart).sum(dim=(1, 2))).sum() / (w.sum() * apart.sum()).clamp(min=_TINY)
+        real, fake = real.transpose(0, 1), fake.transpose(0, 1)  # [T, B, C]
+        difference = self._rho(self._relations(fake) - self._relations(real)).mean(dim=0)  # [B, B]
+        pairs = (w[:, None] * w).fill_diagonal_(0.0)
+        if self.same_class:
+            pairs = pairs * (labels[:, None] == labels)
+        return (pairs * difference).sum() / pairs.sum().clamp(min=_TINY)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Features in float32, of length 1 with normalize=unit; a row of zeros stays zero."""
+        x = x.float()
+        return F.normalize(x, dim=-1) if self.normalize == "unit" or self.relation == "cosine" else x
+
+    def _relations(self, x: Tensor) -> Tensor:
+        """R of each [M, C] in x [N, M, C]: [N, M, M]."""
+        if self.relation == "cosine":
+            return x @ x.transpose(1, 2)
+        # Without a matrix product: exact, and with gradient 0 at distance 0.
+        distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances if self.relation == "euclidean" else torch.exp(-distances.square() / (2.0 * self.tau**2))
+
+    def _rho(self, x: Tensor) -> Tensor:
+        if self.penalty == "squared":
+            return x.square()
+        return x.abs() if self.penalty == "absolute" else F.huber_loss(x, torch.zeros_like(x), "none", self.delta)
 
 
 def structure_distance(
@@ -152,9 +221,10 @@ def structure_distance(
         f = psi(batch.x0)
     distance_from = compare.of_real(f, log_snr, batch.labels, queue)
     g = psi(xhat0)
+    distance = distance_from(g) * compare.factor(log_snr)
     weight = compare.weight(log_snr)
     weight = f.new_ones(len(f)) if weight is None else weight
-    return Structure(distance_from(g), Queue(f, g.detach(), weight, batch.labels))
+    return Structure(distance, Queue(f, g.detach(), weight, batch.labels))
 
 
 def denoiser_loss(loss: Tensor, distance: Tensor | None = None, lambda_s: float = 0.0) -> Tensor:
@@ -163,12 +233,26 @@ def denoiser_loss(loss: Tensor, distance: Tensor | None = None, lambda_s: float 
     return denoising if distance is None else denoising + lambda_s * distance
 
 
+def at_strength(distance: Tensor, batch: Batch, xhat0: Tensor, loss_weight: Tensor) -> Tensor:
+    """[5b] S 0-d with a gradient in xhat0 of the length of L_den's: 0-d; the graph behind S is used up.
+
+    loss_weight: w(t) [B]. Where S has no gradient it stays without.
+    """
+    (of_s,) = torch.autograd.grad(distance, xhat0)
+    of_loss = 2.0 * loss_weight.view(-1, *[1] * (xhat0.ndim - 1)) * (xhat0.detach() - batch.x0) / xhat0.numel()
+    length = of_s.norm()
+    direction = of_s * torch.where(length == 0, 0.0, of_loss.norm() / torch.where(length == 0, 1.0, length))
+    pull = (direction * xhat0).sum()
+    return distance.detach() + (pull - pull.detach())
+
+
 def discriminator_loss(
     compare: Comparison, process: Process, psi: Encode, batch: Batch, xhat0: Tensor, queue: Queue | None = None
 ) -> Tensor:
     """[6] -S, 0-d: xhat0 is detached, the gradient goes through f and g; one forward of Psi over both."""
     f, g = psi(torch.cat([batch.x0, xhat0.detach()])).chunk(2)
-    return -compare.of_real(f, process.log_snr(batch.t), batch.labels, queue)(g)
+    log_snr = process.log_snr(batch.t)
+    return -compare.of_real(f, log_snr, batch.labels, queue)(g) * compare.factor(log_snr)
 
 
 def schedule(step: int, lambda_s: float, start: int, ramp_steps: int, end: int, decay_steps: int) -> float:

@@ -198,6 +198,7 @@ class Trainer:
                 seed=config.seed,
                 null_class=self.null_class,
                 label_dropout=config.denoiser.label_dropout,
+                samples_a_level=self.samples_per_step if config.game.noise_levels == "batch" else 1,
             )
             for batch in micro_batches
         ]

@@ -496,6 +496,9 @@ def other_values(value: Any) -> list[Any]:
         "model",
         "data",
         "own",
+        "features",
+        "gradient",
+        "batch",
     ]
     return words if isinstance(value, str) else [5, 0.5, "text", True, {"device": "cpu"}]
 
@@ -534,7 +537,7 @@ def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(bloc
         assert (other.fingerprint() == base.fingerprint()) == changeable, path
     # Another tag or name would need other keys beside it; those are told apart by the next test.
     alone = {"diffusion.process", "train.ema.profile", "denoiser.name", "latents", "data.source", "evaluate.every"}
-    alone.add("train.ema_snapshot_every")  # a multiple of another field
+    alone |= {"train.ema_snapshot_every", "game.stage"}  # a multiple of another field; of feature maps only
     alone |= {"structure_encoder.input", "data.shape"}  # pixels need latents and weights; a shape is of data.source=own
     alone |= {f"sampling.{setting}" for setting in SamplingConfig.model_fields}  # most fit one sampler only
     assert set(flatten(resolved)) - seen <= alone
@@ -700,3 +703,22 @@ def test_the_game_ends_after_it_has_begun() -> None:
     assert not config(game={"mode": "plain"}).game.playing(3)
     with pytest.raises(UserError, match="stop_step=3: must be above start_step"):
         config(game={"start_step": 2, "warmup_steps": 1, "stop_step": 3})
+
+
+@pytest.mark.parametrize(
+    ("game", "message"),
+    [
+        ({"compare": "tokens", "queue": 64}, "compare=tokens: needs queue=0"),
+        ({"compare": "locations", "scope": "global"}, "compare=locations: needs scope=rank"),
+        ({"compare": "features", "relation": "cosine"}, "compare=features: needs relation=euclidean"),
+        ({"compare": "tokens", "same_class": True}, "compare=tokens: pairs no samples"),
+        ({"compare": "tokens", "normalize": "mean"}, "compare=tokens: has no normalize=mean"),
+        ({"stage": 1}, "stage=1: is for compare=tokens and locations"),
+        ({"compare": "tokens", "stage": 4}, "game.stage=4: cnn has 3"),
+        ({"strength": "gradient", "scope": "global"}, "strength=gradient: needs scope=rank"),
+        ({"noise_levels": "batch", "queue": 128}, "noise_levels=batch: needs queue=0"),
+    ],
+)
+def test_what_s_cannot_compare_is_refused(game: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(game=game)

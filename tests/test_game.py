@@ -1,6 +1,7 @@
 """Each function of game.py against its formula, written out in float64 with loops."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from sadm_fast.diffusion import EDM, VP, Flow, Process
 from sadm_fast.game import (
     Batch,
     Comparison,
+    at_strength,
     denoiser_loss,
     discriminator_loss,
     draw,
@@ -19,7 +21,7 @@ from sadm_fast.game import (
     schedule,
     structure_distance,
 )
-from sadm_kernels import Queue
+from sadm_kernels import Queue, structure_loss
 from sadm_kernels.streams import has_streams
 from tests.support.dispatched import Dispatched
 
@@ -216,3 +218,91 @@ def test_the_samples_of_a_step_are_what_the_queue_wants() -> None:
     assert not any(x.requires_grad for x in structure.samples if x is not None)
     weight = structure_distance(Comparison(), EDM(), psi, batch(), estimate()).samples.weight
     assert weight is not None and torch.equal(weight, torch.ones(SIZE))
+
+
+def test_the_samples_of_a_step_can_share_a_noise_level_and_keep_their_noise() -> None:
+    process, ids = EDM(), torch.arange(8, 20)
+    x0 = torch.zeros(len(ids), 1, 4, 4)
+    given: dict[str, Any] = {"seed": 0, "null_class": CLASSES, "label_dropout": 0.5}
+    own = draw(process, x0, ids % CLASSES, ids, **given)
+    shared = draw(process, x0, ids % CLASSES, ids, **given, samples_a_level=4)
+    assert torch.equal(shared.level, own.level[::4].repeat_interleave(4)) and len(own.level.unique()) == 12
+    assert torch.equal(shared.t, process.sample_t(shared.level))
+    assert torch.equal(shared.noise, own.noise) and torch.equal(shared.condition, own.condition)
+
+
+def test_with_one_noise_level_the_gate_weighs_s_as_a_whole() -> None:
+    psi, b, xhat0 = Psi(), batch(), estimate()
+    b = b._replace(t=b.t[:1].expand(SIZE))
+    one, open_ = Comparison(gate_log_snr=3.0, one_level=True), Comparison()
+    expected = gate(EDM().log_snr(b.t), 3.0, 4.0)[0]
+    assert 1e-3 < float(expected) < 0.999
+    for s in (
+        lambda compare: structure_distance(compare, EDM(), psi, b, xhat0).distance,
+        lambda compare: discriminator_loss(compare, EDM(), psi, b, xhat0),
+    ):
+        torch.testing.assert_close(s(one), expected * s(open_))
+    weight = structure_distance(one, EDM(), psi, b, xhat0).samples.weight
+    assert weight is not None and torch.equal(weight, torch.ones(SIZE))
+
+
+def test_at_equal_strength_s_pulls_as_hard_as_the_denoising_loss() -> None:
+    psi, b = Psi(), batch()
+    prediction = predict(EDM(), toy_denoiser, b)
+    xhat0 = prediction.xhat0.detach().requires_grad_(True)
+    weight = EDM().loss_weight(b.t)
+    distance = structure_distance(Comparison(), EDM(), psi, b, xhat0).distance
+    (of_s,) = torch.autograd.grad(distance, xhat0, retain_graph=True)
+    error = (weight * (b.x0 - xhat0).square().flatten(1).mean(dim=1)).mean()
+    (of_loss,) = torch.autograd.grad(error, xhat0)
+    pull = at_strength(distance, b, xhat0, weight)
+    (found,) = torch.autograd.grad(pull, xhat0)
+    torch.testing.assert_close(pull.detach(), distance.detach())
+    torch.testing.assert_close(found, of_s * (of_loss.norm() / of_s.norm()))
+    # Equal samples have S = 0 and no gradient: nothing is divided by its length.
+    flat = b._replace(x0=torch.zeros_like(b.x0))
+    equal = torch.zeros_like(b.x0).requires_grad_(True)
+    nothing = at_strength(structure_distance(Comparison(), EDM(), psi, flat, equal).distance, flat, equal, weight)
+    assert float(nothing.detach()) == 0.0 and not torch.autograd.grad(nothing, equal)[0].any()
+
+
+@pytest.mark.parametrize("penalty", ["squared", "absolute", "huber"])
+@pytest.mark.parametrize("relation", ["euclidean", "cosine", "gaussian"])
+@pytest.mark.parametrize("normalize", ["unit", "none"])
+def test_tokens_of_a_map_are_compared_as_the_samples_of_a_batch_are(
+    penalty: str, relation: str, normalize: str
+) -> None:
+    """One sample's tokens as if they were samples: sadm_kernels gives the same S."""
+    generator = torch.Generator().manual_seed(7)
+    f, g = (torch.randn(3, 5, 4, generator=generator) for _ in range(2))
+    options: dict[str, Any] = {"penalty": penalty, "relation": relation, "normalize": normalize}
+    weight, labels = torch.tensor([0.0, 1.0, 3.0]), torch.arange(3)
+    compare = Comparison(**options, delta=0.1, tau=0.7, compare="tokens", gate_log_snr=0.0)
+    alone = [structure_loss(f[i], g[i], **options, delta=0.1, tau=0.7, impl="reference") for i in range(3)]
+    log_snr = torch.logit(weight / 4) / compare.gate_slope
+    expected = (alone[1] + 3 * alone[2]) / 4
+    torch.testing.assert_close(compare.of_real(f, log_snr, labels)(g), expected, rtol=1e-4, atol=1e-5)
+    cells = Comparison(**options, delta=0.1, tau=0.7, compare="locations", same_class=True)
+    labels = torch.tensor([1, 0, 1])
+    at_cells = [
+        structure_loss(f[:, p], g[:, p], **options, labels=labels, delta=0.1, tau=0.7, impl="reference")
+        for p in range(5)
+    ]
+    found = cells.of_real(f, torch.zeros(3), labels)(g)
+    torch.testing.assert_close(found, torch.stack(at_cells).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_features_alone_are_the_control_without_relations() -> None:
+    f, g = torch.eye(4)[:2], torch.eye(4)[1:3]
+    compare = Comparison(compare="features")
+    assert compare.of_real(f, torch.zeros(2), torch.zeros(2))(3.0 * g).item() == pytest.approx(2.0)
+    turned = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])  # all relations stay, no feature does
+    f = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    assert compare.of_real(f, torch.zeros(2), torch.zeros(2))(f @ turned).item() == pytest.approx(2.0)
+    assert Comparison().of_real(f, torch.zeros(2), torch.zeros(2))(f @ turned).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_maps_are_asked_of_an_encoder_that_has_some() -> None:
+    rows = torch.ones(3, 4)
+    with pytest.raises(ValueError, match="compare=tokens: Psi returned .3, 4., not tokens"):
+        Comparison(compare="tokens").of_real(rows, torch.zeros(3), torch.zeros(3))(rows)

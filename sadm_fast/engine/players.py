@@ -24,6 +24,7 @@ from sadm_fast.game import (
     Batch,
     Comparison,
     Prediction,
+    at_strength,
     denoiser_loss,
     discriminator_loss,
     frozen,
@@ -99,6 +100,8 @@ class Players:
                     if config.train.compile == "graphs":
                         graph_in_place(module)
         self.compare = self._comparison()
+        if self.compare.of_maps and self.psi is not None:
+            network_of(self.psi).map_stage = config.game.stage
         self.queue: FeatureQueue | None = None
         if config.game.queue:
             check_queue(config, self.world_size)
@@ -116,6 +119,8 @@ class Players:
             "gate_log_snr": game.gate_log_snr,
             "gate_slope": game.gate_slope,
             "same_class": game.same_class,
+            "compare": game.compare,
+            "one_level": game.noise_levels == "batch",
             "impl": "reference" if self.config.implementation == "reference" else "auto",
         }
         if game.scope == "global" and self.world_size > 1 and dist.group.WORLD is not None:
@@ -276,7 +281,10 @@ class Players:
                     structure = structure_distance(
                         self.compare, self.process, self.psi, looked_at, estimate, self._past
                     )  # fmt: skip
-                    self._backward("denoiser", denoiser_loss(loss, structure.distance, lambda_s), veto)
+                    distance = structure.distance
+                    if self.config.game.strength == "gradient":
+                        distance = at_strength(distance, batch, xhat0, self.process.loss_weight(batch.t))
+                    self._backward("denoiser", denoiser_loss(loss, distance, lambda_s), veto)
                 distances.append(structure.distance.detach())
                 samples.append(structure.samples)
             else:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sadm_fast.models.pixels import ImageNetPixels
-from sadm_fast.models.structure_encoder import StructureEncoder
+from sadm_fast.models.structure_encoder import StructureEncoder, tokens_of
 
 _HEAD_WIDTH = 64  # of every published size
 _STRETCH = 0.1  # tokens: DINOv2 resamples its positions to a grid larger by so much, against rounding
@@ -160,8 +160,11 @@ class ViT(StructureEncoder):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self._positions()  # [B, 1 + T, D]
         if self.registers:
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, start=1):
             x = block(x)  # [B, 1 + R + T, D]
+            if self.map_stage == number:
+                side = self.input_size // self.patch_size
+                return tokens_of(x[:, 1 + self.registers :].transpose(1, 2).unflatten(2, (side, side)))
         return self.norm(x[:, 0])
 
     def _positions(self) -> Tensor:

@@ -256,3 +256,28 @@ def test_weights_in_bf16_beside_statistics_in_fp32_are_what_an_engine_may_leave(
         parameter.data = parameter.data.bfloat16()
     features = psi(torch.randn(2, 4, 8, 8))
     assert features.dtype == torch.bfloat16 and features.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("psi", "stage", "layers", "side"),
+    [
+        (SmallCNN(3, width=8, feature_dim=8), 1, "layers.2", 16),
+        (SmallCNN(3, width=8, feature_dim=8), 2, "layers.5", 8),
+        (SmallCNN(3, width=8, feature_dim=8), 3, "layers.8", 4),
+        (ResNet18(3, "small"), 1, "layer1", 32),
+        (ResNet18(3, "imagenet"), 2, "layer2", 4),
+    ],
+    ids=["cnn1", "cnn2", "cnn3", "resnet18-1", "resnet18-2"],
+)
+def test_a_stages_map_is_returned_as_tokens_of_at_most_8x8_cells(
+    psi: SmallCNN | ResNet18, stage: int, layers: str, side: int
+) -> None:
+    maps: list[Tensor] = []
+    x = images(2)
+    psi.get_submodule(layers).register_forward_hook(lambda *args: maps.append(args[-1]))
+    pooled = psi(x)
+    psi.map_stage = stage
+    tokens = psi(x)
+    assert pooled.shape == (2, psi.feature_dim) and maps[0].shape[-1] == side
+    cells = nn.functional.adaptive_avg_pool2d(maps[0], min(side, 8))
+    assert torch.equal(tokens, cells.flatten(2).transpose(1, 2))

@@ -111,3 +111,12 @@ def test_images_of_another_side_are_resized_and_samples_do_not_mix() -> None:
 def test_an_input_that_is_no_multiple_of_a_patch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^input_size=100: must be a multiple of patch_size=14$"):
         ViT(input_size=100)
+
+
+def test_a_blocks_patches_are_returned_as_tokens() -> None:
+    vit = ViT(1, patch_size=4, width=16, depth=2, position_grid=4, input_size=16, registers=2)
+    seen: list[Tensor] = []
+    vit.blocks[0].register_forward_hook(lambda *args: seen.append(args[-1]))
+    x = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    vit.map_stage = 1
+    assert torch.equal(vit(x), seen[0][:, 3:]) and seen[0].shape == (2, 1 + 2 + 16, 16)

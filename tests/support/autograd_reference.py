@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sadm_fast.config import Config, OptimizerConfig
 from sadm_fast.game import Batch
+from sadm_fast.models import StructureEncoder
 
 
 @dataclass
@@ -61,6 +62,8 @@ def _structure(config: Config, batch: Seen, queue: list[Seen]) -> Tensor:
 
     queue: the last game.queue samples before this step, oldest first, one a piece.
     """
+    if batch.f.ndim == 3 or config.game.compare == "features":
+        return _other_structure(config, batch)
     size = len(batch.f)
     everything = [batch, *queue]
     f, g, weight, labels = (
@@ -76,11 +79,25 @@ def _structure(config: Config, batch: Seen, queue: list[Seen]) -> Tensor:
     return (pair * difference**2).sum() / pair.sum() if pair.sum() > 0 else 0.0 * g.sum()
 
 
+def _other_structure(config: Config, batch: Seen) -> Tensor:
+    """S of game.compare other than samples, sample by sample and pair by pair."""
+    f, g = (x / x.norm(dim=-1, keepdim=True) for x in (batch.f, batch.g))
+    weight = batch.weight
+    if config.game.compare == "features":
+        return (weight * (g - f).square().sum(dim=1)).sum() / weight.sum()
+    if config.game.compare == "locations":
+        cells = [_structure(config, Seen(f[:, p], g[:, p], weight, batch.labels), []) for p in range(f.shape[1])]
+        return torch.stack(cells).mean()
+    first, second = torch.combinations(torch.arange(f.shape[1])).T
+    relations = [(x[:, first] - x[:, second]).norm(dim=-1) for x in (f, g)]
+    return (weight * (relations[1] - relations[0]).square().mean(dim=1)).sum() / weight.sum()
+
+
 def _step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, settings: OptimizerConfig) -> float:
     for p in module.parameters():
         p.grad = None
     trained = [p for p in module.parameters() if p.requires_grad]
-    for p, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+    for p, gradient in zip(trained, torch.autograd.grad(loss, trained, materialize_grads=True), strict=True):
         p.grad = gradient
     norm = torch.cat([p.grad.flatten() for p in trained if p.grad is not None]).norm().item()
     if 0 < settings.gradient_clipping < norm:
@@ -101,12 +118,14 @@ def _optimizer(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Opti
 def play(
     config: Config,
     denoiser: nn.Module,
-    encoder: nn.Module,
+    encoder: StructureEncoder,
     iterations: list[list[list[Batch]]],
     see: Callable[[Tensor], Tensor] = lambda samples: samples,
 ) -> Trace:
     """Train both networks on iterations[i][micro step][rank]; they end as float64. Psi encodes see(samples)."""
     denoiser, encoder = denoiser.double(), encoder.double()
+    if config.game.compare in ("tokens", "locations"):
+        encoder.map_stage = config.game.stage
     optimizers = _optimizer(denoiser, config.denoiser_optimizer), _optimizer(encoder, config.discriminator_optimizer)
 
     def psi(samples: Tensor) -> Tensor:
@@ -141,16 +160,22 @@ def play(
             left = (game.stop_step or config.train.steps) - step
             ramp = min(ramp, left / game.decay_steps) if game.decay_steps else ramp
             ramp = 0.0 if alone else ramp
-            terms, new = [], []
+            terms, new, strengths = [], [], []
             for batch in groups:
                 f = psi(batch.x0.double()).detach()
-                seen = _seen(config, f, psi(_estimate(denoiser, batch, 0.5)[0]), batch)
+                xhat0, losses = _estimate(denoiser, batch, 0.5)
+                seen = _seen(config, f, psi(xhat0), batch)
                 terms.append(_structure(config, seen, queue))
+                if game.strength == "gradient":
+                    both = losses.mean(), terms[-1]
+                    of_loss, of_s = (torch.autograd.grad(x, xhat0, retain_graph=True)[0].norm() for x in both)
+                    strengths.append(of_loss / of_s)
                 columns = seen.f, seen.g.detach(), seen.weight, seen.labels
                 new += [Seen(*one) for one in zip(*(column.split(1) for column in columns), strict=True)]
             queue = (queue + new)[-game.queue :] if game.queue else []
             distance = torch.stack(terms).mean()
-            loss = loss + game.lambda_s * ramp * distance
+            pull = torch.stack([s * x for s, x in zip(strengths, terms, strict=True)]).mean() if strengths else distance
+            loss = loss + game.lambda_s * ramp * pull
         trace.distances.append(None if distance is None else distance.item())
         trace.denoiser_norms.append(_step(denoiser, optimizers[0], loss, config.denoiser_optimizer))
     trace.denoiser = {name: p.detach() for name, p in denoiser.named_parameters() if p.requires_grad}
