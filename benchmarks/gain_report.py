@@ -136,6 +136,28 @@ def tables(plan: Plan, found: Results, costs: Costs | None) -> Iterator[str]:
             lines.append([configuration, *cells])
         if len(lines) > 1:
             yield aligned(lines, markdown=True) + "\n"
+            yield aligned(losses(plan, found, name), markdown=True) + "\n"
+
+
+def losses(plan: Plan, found: Results, name: str) -> list[list[str]]:
+    """Lines of a table: the last denoising losses by quartile of the noise, and how S changed them."""
+    lines = [["last denoising loss, noise from least to most", *(f"quartile {q}" for q in range(1, 5))]]
+    for configuration in plan.configurations:
+        seeds = seeds_of(plan, found, name, configuration)
+        runs = [found[Job(name, configuration, seed)]["loss_by_noise_quartile"] for seed in seeds]
+        plain = [found[Job(name, plan.baseline, seed)]["loss_by_noise_quartile"] for seed in seeds]
+        cells = []
+        for q in range(4):
+            pairs = [(of[q], base[q]) for of, base in zip(runs, plain, strict=True) if of[q] and base[q]]
+            if not pairs:
+                cells.append("")
+            elif configuration == plan.baseline:
+                cells.append(f"{statistics.mean(of for of, _ in pairs):.4g}")
+            else:
+                cells.append(str(interval([of / base for of, base in pairs])))
+        if seeds:
+            lines.append([configuration, *cells])
+    return lines
 
 
 def picture(plan: Plan, found: Results, costs: Costs | None, out: Path) -> list[Path]:

@@ -36,7 +36,8 @@ def line(of: Plan, job: Job, distances: tuple[float, float]) -> dict[str, Any]:
         for step, distance in zip(of.score_at, distances, strict=True)
     ]
     where = {"set": job.set, "configuration": job.configuration, "seed": job.seed}
-    return {**where, "digest": of.digests[job], "scores": scores}
+    by_noise = [0.1, 0.2, 0.3, None if job.seed else 0.4]
+    return {**where, "digest": of.digests[job], "scores": scores, "loss_by_noise_quartile": by_noise}
 
 
 def finished(of: Plan, ratio: float) -> dict[Job, dict[str, Any]]:
@@ -149,10 +150,20 @@ def test_time_counts_the_steps_of_the_game_as_dear_as_they_are(tmp_path: Path) -
     costs = {"digits": {"plain": {"plain": 20.0}, "game": {"plain": 20.0, "game": 50.0}}}
     assert gain_report.cost_at(of, costs, "digits", "game", 10) == 10.0
     assert gain_report.cost_at(of, costs, "digits", "game", 30) == pytest.approx(10 + 20 * 2.5)
-    assert "2.00" in list(gain_report.tables(of, finished(of, 0.8), costs))[-1]
+    assert "2.00" in list(gain_report.tables(of, finished(of, 0.8), costs))[-2]
     pictures = gain_report.picture(of, finished(of, 0.8), costs, tmp_path)
     assert [path.name for path in pictures] == ["distance-steps.png", "distance-time.png"]
     assert all(path.stat().st_size > 5000 for path in pictures)
+
+
+def test_losses_by_noise_are_compared_where_both_runs_have_them(tmp_path: Path) -> None:
+    of = plan(tmp_path)
+    found = finished(of, 0.8)
+    for job, one in found.items():
+        one["loss_by_noise_quartile"][0] *= 1.1 if job.configuration == "game" else 1.0
+    lines = gain_report.losses(of, found, "digits")
+    assert lines[1] == ["plain", "0.1", "0.2", "0.3", "0.4"]
+    assert lines[2][:2] == ["game", "+10.0% [+10.0%, +10.0%]"] and lines[2][4] == "+0.0%"  # seed 0 alone has the last
 
 
 def test_facts_are_read_from_a_runs_log() -> None:
