@@ -9,7 +9,8 @@ from hashlib import sha256
 from typing import Any
 
 from sadm_fast.build import NONE, Own, Undrawn, build_denoiser, resolve_classes
-from sadm_fast.config import Config, PowerEMA
+from sadm_fast.config import Config
+from sadm_fast.config_training import PowerEMA
 from sadm_fast.console import Console
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.source import Source

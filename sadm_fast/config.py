@@ -1,31 +1,23 @@
-"""A run's configuration: one strict JSON file. Every field is here, with its meaning, default and range.
+"""A run's configuration: one strict JSON file, each field with its meaning, default and range.
 
-Upper limits lie beyond what any machine holds: a larger number is a typing mistake. `_size_problem` limits products.
+The blocks about optimizers, averages, the loop and DeepSpeed are in config_training.py, those about drawing and scoring
+samples in config_sampling.py. Upper limits lie beyond what any machine holds: a larger number is a typing mistake.
+`_size_problem` limits products.
 """
 
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError, model_validator
 
+from sadm_fast.config_block import MOST_STEPS, Block, ClassifierTraining, FilePath
 from sadm_fast.config_errors import explain, refuse_deepspeed_format
+from sadm_fast.config_sampling import EvaluateConfig, SamplingConfig
+from sadm_fast.config_training import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from sadm_fast.config_tree import (
     CHANGEABLE,
     LEARNING_RATES,
@@ -36,32 +28,12 @@ from sadm_fast.config_tree import (
     without_retired,
 )
 from sadm_fast.diffusion import EDM, VP, Flow, Process
-from sadm_fast.diffusion.process import Steps
 from sadm_fast.diffusion.samplers import SAMPLERS, options_of, sampler_name
 from sadm_fast.errors import UserError
-from sadm_fast.files import expand_home
 from sadm_fast.models.dit import parse_name
 
-_MOST_STEPS = 10**9
-_MOST_SAMPLER_STEPS = 10**5
 _MOST_TOKENS = 2**20  # of one image
 _MOST_BYTES = 2**40  # of one layer's output, in fp32
-
-
-class Block(BaseModel):
-    """Unknown keys and loose types are errors; a loaded configuration does not change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def _expanded(path: str) -> str:
-    try:
-        return expand_home(path)
-    except UserError as error:
-        raise PydanticCustomError("home", "{reason}", {"reason": str(error).partition(": ")[2]}) from None
-
-
-FilePath = Annotated[str, AfterValidator(_expanded)]  # or a name that is no path: demo:mnist5k, a hub id
 
 
 class DataConfig(Block):
@@ -212,13 +184,6 @@ class DenoiserConfig(Block):
         return self.hidden_size if self.name is None else parse_name(self.name)[1]
 
 
-class ClassifierTraining(Block):
-    steps: int = Field(400, ge=1, le=_MOST_STEPS, description="optimizer steps")
-    batch: int = Field(128, ge=1, le=2**20, description="images in a step, over all ranks")
-    lr: float = Field(1e-2, gt=0, le=1e6, description="highest learning rate of a warm-up and a cosine")
-    weight_decay: float = Field(0.05, ge=0, le=1e6, description="AdamW's, on matrices and filters only")
-
-
 class StructureEncoderConfig(Block):
     """Psi, which maps an image (or latent) to one feature row."""
 
@@ -276,23 +241,23 @@ class GameConfig(Block):
         "sadm", description="plain: no game; structure: Psi stays as it is; sadm: the minimax game"
     )
     lambda_s: float = Field(0.3, ge=0, le=1e6, description="weight of S in the denoiser's loss")
-    start_step: int = Field(0, ge=0, le=_MOST_STEPS, description="steps of plain training before the game starts")
+    start_step: int = Field(0, ge=0, le=MOST_STEPS, description="steps of plain training before the game starts")
     warmup_steps: int = Field(
         0,
         ge=0,
-        le=_MOST_STEPS,
+        le=MOST_STEPS,
         description="first steps of the game, in which the discriminator learns alone: lambda_s and the denoiser's"
         " learning rate are 0",
     )
-    ramp_steps: int = Field(0, ge=0, le=_MOST_STEPS, description="steps over which lambda_s then grows linearly from 0")
+    ramp_steps: int = Field(0, ge=0, le=MOST_STEPS, description="steps over which lambda_s then grows linearly from 0")
     decay_steps: int = Field(
         0,
         ge=0,
-        le=_MOST_STEPS,
+        le=MOST_STEPS,
         description="last steps of the game, over which lambda_s falls linearly to 0",
     )
     stop_step: int | None = Field(
-        None, ge=1, le=_MOST_STEPS, description="from this step on the training is plain again; null: never"
+        None, ge=1, le=MOST_STEPS, description="from this step on the training is plain again; null: never"
     )
     discriminator_steps: int = Field(1, ge=1, le=16, description="discriminator steps before each denoiser step")
     scope: Literal["rank", "global"] = Field(
@@ -372,275 +337,6 @@ class GameConfig(Block):
     def playing(self, step: int) -> bool:
         """Whether 0-based iteration `step` belongs to the game; before and after it the training is plain."""
         return self.mode != "plain" and self.start_step <= step and (self.stop_step is None or step < self.stop_step)
-
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerConfig(Block):
-    type: Literal["adamw", "apex_fused_adam"] = Field(
-        "adamw",
-        description="adamw: as torch's, in one pass; apex_fused_adam: NVIDIA apex's FusedAdam, needs apex and a GPU",
-    )
-    lr: float = Field(1e-4, gt=0, le=1e6, description="learning rate")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.99), strict=False, description="decay of the two moments")
-    eps: float = Field(1e-8, gt=0, le=1e6, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, le=1e6, description="AdamW's")
-    warmup_steps: int = Field(0, ge=0, le=_MOST_STEPS, description="first steps, in which the rate grows linearly")
-    decay_steps: int = Field(0, ge=0, le=_MOST_STEPS, description="last steps, in which the rate falls linearly to 0")
-    gradient_clipping: float = Field(0.0, ge=0, le=1e6, description="largest norm of the gradient; 0: no clipping")
-
-
-class PowerEMA(Block):
-    """EDM2's power-function EMA: its length is a share of the training so far."""
-
-    profile: Literal["power"]
-    std: float = Field(0.1, ge=1e-3, lt=0.28, description="relative width, EDM2's sigma_rel")
-
-    @property
-    def label(self) -> str:
-        return f"power-{self.std:g}"
-
-
-class ExponentialEMA(Block):
-    """A constant decay, ramped up: the initialisation would stay in it for 1 / (1 - decay) steps."""
-
-    profile: Literal["exponential"]
-    decay: float = Field(0.9999, gt=0, lt=1, description="share of the average that stays in a step")
-
-    @property
-    def label(self) -> str:
-        return f"exponential-{self.decay:g}"
-
-
-class ConstantEMA(Block):
-    """A constant decay from the initialisation on, as DiT's train.py."""
-
-    profile: Literal["constant"]
-    decay: float = Field(0.9999, gt=0, lt=1, description="share of the average that stays in a step")
-
-    @property
-    def label(self) -> str:
-        return f"constant-{self.decay:g}"
-
-
-EMAProfile = Annotated[PowerEMA | ExponentialEMA | ConstantEMA, Field(discriminator="profile")]
-
-
-def _on_or_off(value: Any) -> Any:
-    """`train.compile` was a truth value once."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-class TrainConfig(Block):
-    steps: int = Field(1500, ge=1, le=_MOST_STEPS, description="denoiser steps of the whole run")
-    micro_batch: int = Field(128, ge=1, le=2**20, description="samples of one forward on one rank")
-    grad_accumulation: int = Field(1, ge=1, le=1024, description="micro-batches in a step")
-    precision: Literal["fp32", "bf16", "auto"] = Field(
-        "fp32",
-        description="of weights and arithmetic, beside fp32 master weights; auto: bf16 if a matrix product is quicker"
-        " in it where the run starts",
-    )
-    compile: Annotated[
-        Literal["off", "on", "graphs"],
-        BeforeValidator(_on_or_off, json_schema_input_type=Literal["off", "on", "graphs"] | bool),
-    ] = Field(
-        "off",
-        description="on: torch.compile both players, a minute at the start, then faster; graphs: also replay them as"
-        " CUDA graphs, not yet seen on a device; true and false are on and off",
-    )
-    activation_checkpointing: bool = Field(
-        False, description="compute each denoiser block anew in the backward pass: less memory, a third more FLOPs"
-    )
-    ema: EMAProfile = Field(
-        default_factory=lambda: PowerEMA(profile="power"),
-        description="average of the denoiser's weights, the one that is sampled from",
-    )
-    more_ema: tuple[EMAProfile, ...] = Field(
-        (), max_length=3, strict=False, description="further averages of it, kept in checkpoints: evaluate.py --sweep"
-    )
-    ema_snapshot_every: int | None = Field(
-        None,
-        ge=1,
-        le=_MOST_STEPS,
-        description="keep the power-function averages of each such checkpoint in snapshots/, for EMA lengths chosen"
-        " after training; a multiple of checkpoint_every; null: none",
-    )
-    log_every: int = Field(10, ge=1, le=_MOST_STEPS, description="steps between lines of metrics.jsonl")
-    sample_every: int = Field(250, ge=1, le=_MOST_STEPS, description="steps between sample grids")
-    checkpoint_every: int = Field(250, ge=1, le=_MOST_STEPS, description="steps between checkpoints")
-    keep_last: int = Field(2, ge=1, le=_MOST_STEPS, description="newest checkpoints that are kept")
-    keep_every: int | None = Field(
-        None, ge=1, le=_MOST_STEPS, description="also keep checkpoints at multiples of so many steps; null: none"
-    )
-    patience: float = Field(
-        1800.0, gt=0, le=1e8, description="the run ends itself after so many seconds without a step, pictures or a save"
-    )
-
-    @property
-    def profiles(self) -> tuple[PowerEMA | ExponentialEMA | ConstantEMA, ...]:
-        """The averages' profiles; the first is the one that is sampled from."""
-        return (self.ema, *self.more_ema)
-
-    @model_validator(mode="after")
-    def _averages(self) -> Self:
-        labels = [profile.label for profile in self.profiles]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"more_ema: {', '.join(labels[1:])}: an average twice, ema is {labels[0]}")
-        every = self.ema_snapshot_every
-        if every is not None and every % self.checkpoint_every:
-            raise ValueError(
-                f"ema_snapshot_every={every}: must be a multiple of checkpoint_every={self.checkpoint_every}"
-            )
-        if every is not None and not any(isinstance(profile, PowerEMA) for profile in self.profiles):
-            raise ValueError(f"ema_snapshot_every={every}: needs an ema of profile power")
-        return self
-
-    def due(self, step: int, every: int) -> bool:
-        """Whether what happens every so many steps, and at the end, happens after `step` steps."""
-        return step % every == 0 or step == self.steps
-
-
-def _steps(value: Any) -> Steps:
-    """Check sampler steps: 18, "18", "ddim50", "10,15,20" or [10, 15, 20]."""
-    counts: Any = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    numbers: list[Any] = [
-        int(n) if isinstance(n, str) and re.fullmatch(r"[0-9]{1,6}", n.strip()) else n for n in counts
-    ]
-    if isinstance(value, str) and re.fullmatch("ddim[1-9][0-9]{0,5}", value):
-        return value
-    if not all(type(n) is int and 1 <= n <= _MOST_SAMPLER_STEPS for n in numbers) or not 1 <= len(numbers) <= 1e3:
-        raise PydanticCustomError(
-            "steps",
-            'must be a whole number from 1 to {most}, "ddimN", or a list of such numbers',
-            {"most": _MOST_SAMPLER_STEPS},
-        )
-    return numbers[0] if len(numbers) == 1 else tuple(numbers)
-
-
-SamplerSteps = Annotated[
-    Steps,
-    PlainValidator(_steps),
-    PlainSerializer(lambda steps: list(steps) if isinstance(steps, tuple) else steps),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 1, "maximum": _MOST_SAMPLER_STEPS},
-                {"type": "string"},
-                {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1},
-            ]
-        }
-    ),
-]
-
-
-class SamplingConfig(Block):
-    """How samples are drawn: the grids of a run, its evaluations (but for steps and guidance), sample.py's defaults."""
-
-    sampler: Literal["auto", "heun", "ddim", "euler", "dpmpp_2m", "ddpm", "sde"] = Field(
-        "auto", description="auto: heun for edm and flow, ddim for vp"
-    )
-    steps: SamplerSteps = Field(
-        18,
-        description="sampler steps; vp also: [10, 15, 20], so many of each third of the schedule, or ddim50, every 20th"
-        " step from 0 (improved DDPM's respacing)",
-    )
-    guidance_scale: float = Field(1.0, ge=0, le=1e6, description="classifier-free guidance; 1: none")
-    guidance_channels: int | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="guide so many channels, the first ones; null: all; DiT's release guides 3 of 4",
-    )
-    guidance_interval: tuple[float, float] | None = Field(
-        None,
-        strict=False,
-        description="guide from the first to the second noise level only; edm: sigma, flow: t in 0..1, vp: t in 0..999",
-    )
-    clip_denoised: bool = Field(False, description="bring each estimate of the clean image into [-1, 1]; pixels only")
-    eta: float = Field(0.0, ge=0, le=1, description="ddim: share of the noise that each step draws anew")
-    variance: Literal["auto", "learned", "small", "large"] = Field(
-        "auto", description="ddpm: of a step; auto: learned with diffusion.learn_sigma, else large"
-    )
-    churn: float = Field(0.0, ge=0, le=1e6, description="heun on edm: EDM's S_churn; 0: deterministic")
-    churn_t_min: float = Field(0.0, ge=0, le=1e6, description="heun on edm: EDM's S_tmin, a sigma")
-    churn_t_max: float = Field(1e6, ge=0, le=1e6, description="heun on edm: EDM's S_tmax, a sigma")
-    churn_noise: float = Field(1.0, ge=0, le=10, description="heun on edm: EDM's S_noise")
-    sde_noise: float = Field(1.0, ge=0, le=100, description="sde: its diffusion coefficient w(t) = sde_noise t; as SiT")
-    sde_last_step: float = Field(0.04, gt=0, lt=1, description="sde: length of the last step, which adds no noise")
-    columns: int = Field(10, ge=1, le=10**3, description="most classes in the grid")
-    rows: int = Field(8, ge=1, le=10**3, description="samples of each class in the grid")
-
-    def options(self, sampler: str) -> dict[str, Any]:
-        """The settings that the sampler of this name (not "auto") takes."""
-        return {name: getattr(self, name) for name in options_of(SAMPLERS[sampler][0])}
-
-
-class EvaluateConfig(Block):
-    """Frechet distances between samples and real images, during the run."""
-
-    every: int | None = Field(None, ge=1, le=_MOST_STEPS, description="steps between evaluations; null: never")
-    samples: int = Field(2000, ge=2, le=10**8, description="samples drawn for each evaluation")
-    batch: int = Field(250, ge=1, le=2**20, description="samples drawn at a time")
-    steps: int = Field(12, ge=1, le=10**5, description="sampler steps; no guidance")
-    real_images: int = Field(10000, ge=4, le=10**8, description="most real images to compare with")
-    judge: ClassifierTraining = Field(
-        default_factory=lambda: ClassifierTraining(), description="training of the classifier behind fid_classifier"
-    )
-
-
-class OffloadConfig(Block):
-    device: Literal["none", "cpu"] = Field("none", description="cpu: keep it in the host's memory")
-    pin_memory: bool = Field(False, description="page-locked host memory: faster copies from and to a GPU")
-
-
-_STAGE_3 = 10**15  # a number of elements that no network reaches
-
-
-class ZeroConfig(Block):
-    """DeepSpeed's zero_optimization block, for both engines; its pages explain the fields. Sizes in elements."""
-
-    stage: Literal[0, 1, 2, 3] = Field(
-        0, description="what the ranks divide: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights"
-    )
-    overlap_comm: bool | None = Field(None, description="communicate during the backward pass; null: at stage 3")
-    reduce_bucket_size: int | None = Field(
-        None, ge=1, le=10**10, description="null: 50 million on GPUs, 2 million on CPUs"
-    )
-    allgather_bucket_size: int | None = Field(
-        None, ge=1, le=10**10, description="even at stages 1 and 2; null: 500 million on GPUs, 2 million on CPUs"
-    )
-    offload_optimizer: OffloadConfig | None = Field(None, description="optimizer state; stages 1 to 3")
-    offload_param: OffloadConfig | None = Field(None, description="weights; stage 3")
-    stage3_max_live_parameters: int = Field(10**9, ge=0, le=_STAGE_3)
-    stage3_max_reuse_distance: int = Field(10**9, ge=0, le=_STAGE_3)
-    stage3_prefetch_bucket_size: int = Field(50_000_000, ge=0, le=_STAGE_3)
-    stage3_param_persistence_threshold: int = Field(100_000, ge=0, le=_STAGE_3)
-
-    @model_validator(mode="after")
-    def _accepted(self) -> Self:
-        """Check what DeepSpeed asserts later, in a traceback."""
-        if self.offload_param is not None and self.stage != 3:
-            raise ValueError(f"offload_param: needs stage 3, not {self.stage}")
-        if self.offload_optimizer is not None and self.stage == 0:
-            raise ValueError("offload_optimizer: needs stage 1, 2 or 3, not 0")
-        if self.stage in (1, 2) and (self.allgather_bucket_size or 0) % 2:
-            raise ValueError(f"allgather_bucket_size={self.allgather_bucket_size}: must be even at stage {self.stage}")
-        return self
-
-    def buckets(self, device_type: str) -> dict[str, int]:
-        """Both bucket sizes. DeepSpeed takes all memory of the first for small models too; CPUs: what caches hold."""
-        reduce, gather = (2_000_000, 2_000_000) if device_type == "cpu" else (50_000_000, 500_000_000)
-        return {
-            "reduce_bucket_size": self.reduce_bucket_size or reduce,
-            "allgather_bucket_size": self.allgather_bucket_size or gather,
-        }
-
-
-class DeepSpeedConfig(Block):
-    """What is handed to DeepSpeed as it stands; all else in its dictionaries is derived from this file."""
-
-    zero_optimization: ZeroConfig = Field(default_factory=lambda: ZeroConfig())
 
 
 class Config(Block):

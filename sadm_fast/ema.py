@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sadm_fast.config import ConstantEMA, ExponentialEMA, PowerEMA
+from sadm_fast.config_training import ConstantEMA, ExponentialEMA, PowerEMA
 from sadm_fast.engine.fused_step import FusedStep
 from sadm_fast.engine.masters import Fragment
 

@@ -14,7 +14,8 @@ import torch
 
 from sadm_fast.build import NONE, Own, Undrawn, build_psi
 from sadm_fast.classifier import accuracy, train_classifier
-from sadm_fast.config import ClassifierTraining, Config
+from sadm_fast.config import Config
+from sadm_fast.config_block import ClassifierTraining
 from sadm_fast.config_tree import without_later
 from sadm_fast.console import Console
 from sadm_fast.data import MicroBatchPlan, make_loader

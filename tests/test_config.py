@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sadm_fast.config import Config, ExponentialEMA, PowerEMA, SamplingConfig, check_config, json_schema, load_config
+from sadm_fast.config import Config, check_config, json_schema, load_config
+from sadm_fast.config_sampling import SamplingConfig
+from sadm_fast.config_training import ExponentialEMA, PowerEMA
 from sadm_fast.config_tree import CHANGEABLE, LEARNING_RATES, RETIRED, flatten, override, without
 from sadm_fast.diffusion import EDM, VP, Flow
 from sadm_fast.engine.optimizers import deepspeed_dict

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sadm_fast.config import ConstantEMA, ExponentialEMA, PowerEMA
+from sadm_fast.config_training import ConstantEMA, ExponentialEMA, PowerEMA
 from sadm_fast.ema import EMA, decay_schedule, posthoc_weights, power_gamma
 from sadm_fast.engine.masters import Fragment
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sadm_fast.config import OptimizerConfig
+from sadm_fast.config_training import OptimizerConfig
 from sadm_fast.engine.masters import owned
 from sadm_fast.engine.state import MOMENTS, OptimizerState
 from sadm_fast.ranks.collectives import is_distributed

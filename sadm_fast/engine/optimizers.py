@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sadm_fast.config import Config, OptimizerConfig
+from sadm_fast.config import Config
+from sadm_fast.config_training import OptimizerConfig
 from sadm_fast.errors import UserError
 
 

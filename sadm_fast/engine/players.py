@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sadm_fast.config import Config, OptimizerConfig
+from sadm_fast.config import Config
+from sadm_fast.config_training import OptimizerConfig
 from sadm_fast.engine.compilation import blocks_of, compile_in_place, why_not
 from sadm_fast.engine.feature_queue import FeatureQueue, check_queue
 from sadm_fast.engine.flat import Flat, network_of

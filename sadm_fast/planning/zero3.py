@@ -14,7 +14,7 @@ from collections import deque
 from functools import lru_cache
 from typing import NamedTuple
 
-from sadm_fast.config import ZeroConfig
+from sadm_fast.config_training import ZeroConfig
 from sadm_fast.planning.players import Node, Player
 
 

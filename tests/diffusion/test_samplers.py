@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sadm_fast.config import SamplingConfig
+from sadm_fast.config_sampling import SamplingConfig
 from sadm_fast.diffusion import EDM, VP, Flow, Process, guided, sample
 from sadm_fast.diffusion.guidance import Denoise
 from sadm_fast.diffusion.process import Steps, per_sample

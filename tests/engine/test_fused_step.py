@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sadm_fast.config import OptimizerConfig, PowerEMA
+from sadm_fast.config_training import OptimizerConfig, PowerEMA
 from sadm_fast.ema import EMA
 from sadm_fast.engine.fused_step import FusedStep
 from sadm_fast.engine.masters import owned

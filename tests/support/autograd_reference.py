@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sadm_fast.config import Config, OptimizerConfig
+from sadm_fast.config import Config
+from sadm_fast.config_training import OptimizerConfig
 from sadm_fast.game import Batch
 from sadm_fast.models import StructureEncoder
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sadm_fast.config import PowerEMA
+from sadm_fast.config_training import PowerEMA
 from sadm_fast.ema import EMA
 from sadm_fast.engine.masters import gather, local_masters
 from sadm_fast.errors import UserError

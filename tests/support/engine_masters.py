@@ -5,7 +5,7 @@ from typing import Any
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from sadm_fast.config import ExponentialEMA, PowerEMA
+from sadm_fast.config_training import ExponentialEMA, PowerEMA
 from sadm_fast.ema import EMA
 from sadm_fast.engine.flat import Flat
 from sadm_fast.engine.masters import gather, local_masters

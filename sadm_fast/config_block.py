@@ -1,0 +1,34 @@
+"""What the blocks of a configuration have in common: how strict they are, and fields that several of them hold."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from sadm_fast.errors import UserError
+from sadm_fast.files import expand_home
+
+MOST_STEPS = 10**9
+
+
+class Block(BaseModel):
+    """Unknown keys and loose types are errors; a loaded configuration does not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _expanded(path: str) -> str:
+    try:
+        return expand_home(path)
+    except UserError as error:
+        raise PydanticCustomError("home", "{reason}", {"reason": str(error).partition(": ")[2]}) from None
+
+
+FilePath = Annotated[str, AfterValidator(_expanded)]  # or a name that is no path: demo:mnist5k, a hub id
+
+
+class ClassifierTraining(Block):
+    steps: int = Field(400, ge=1, le=MOST_STEPS, description="optimizer steps")
+    batch: int = Field(128, ge=1, le=2**20, description="images in a step, over all ranks")
+    lr: float = Field(1e-2, gt=0, le=1e6, description="highest learning rate of a warm-up and a cosine")
+    weight_decay: float = Field(0.05, ge=0, le=1e6, description="AdamW's, on matrices and filters only")
