@@ -9,7 +9,6 @@ each stands its floor, real images against real ones. A run on latents is scored
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +84,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from sadm_fast.generation import load_trained
     from sadm_fast.metrics.judges import ClassifierJudge
     from sadm_fast.metrics.pretrained import pretrained_judge, without_rank
-    from sadm_fast.metrics.run_evaluation import RunEvaluation, table
+    from sadm_fast.metrics.run_evaluation import RunEvaluation, summary, table
     from sadm_fast.pretrain import prepare_judge
     from sadm_fast.ranks import environment
     from sadm_fast.ranks.collectives import first_on_rank_zero
@@ -134,20 +133,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 )  # fmt: skip
                 for of in found:
                     for guidance in sweeps.get("guidance", ["1"]):
-                        scores = evaluation.score(of.model, of.step or 0, float(guidance))
+                        scores = evaluation.score(of.model, of.step or 0, float(guidance), of.facts())
                         profile = of.ema or {}
                         label = profile.get("std", profile.get("decay"))
                         point = {"guidance": guidance, "steps": steps, "ema": label}
-                        rows.append({**{name: point[name] for name in sweeps}, **scores, "weights": of.facts()})
+                        rows.append({**{name: point[name] for name in sweeps}, **scores})
         except ValueError as error:  # too few real images, samples that are not finite
             raise UserError(f"{arguments.run}: cannot be scored: {error}") from None
         if arguments.json is not None and place.rank == 0:
             record = {"real_images": images.where, "judge": facts, "scores": rows, "commit": commit()}
             write_json(arguments.json, record | {"versions": versions()})
-        if sweeps:
-            console.say(table(rows, list(sweeps)))
-        else:
-            console.say(json.dumps(rows[0] | {"judge_accuracy": facts.get("accuracy")}, indent=2))
+        console.say(table(rows, list(sweeps)) if sweeps else summary(rows[0]))
     return 0
 
 

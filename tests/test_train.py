@@ -122,11 +122,12 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(
     scores = lines(run / "evaluations.jsonl")
     assert [line["step"] for line in scores] == [3, 6]
     for line in scores:
-        assert set(line) == {"step", "samples", "floor", "sampler"} | SCORES
+        assert set(line) == {"step", "samples", "floor", "sampling", "weights", "reference"} | SCORES
         assert line["samples"] == 12 and set(line["floor"]) == SCORES
-    said, _ = Program(start_line(ROOT / "sadm_fast" / "evaluate.py", str(run), ranks=2), tmp_path).finish()
-    result = json.loads(said[said.index("{\n") : said.index("\n}\n") + 2])
-    assert said.count('"samples"') == 1, "both ranks have printed"
+    argv = start_line(ROOT / "sadm_fast" / "evaluate.py", str(run), "--json", str(tmp_path / "scores.json"), ranks=2)
+    said, _ = Program(argv, tmp_path).finish()
+    assert said.count("12 samples; floor") == 1, "both ranks have printed"
+    result = json.loads((tmp_path / "scores.json").read_text())["scores"][0]
     assert {name: result[name] for name in SCORES} == pytest.approx({name: scores[-1][name] for name in SCORES})
     facts = json.loads((run / "run.json").read_text())
     assert facts["classes"] == list(CLASSES) and facts["parameters"].keys() == {"denoiser", "discriminator"}

@@ -1,7 +1,7 @@
-"""Frechet distances of generated images to real ones, in the feature spaces of several judges.
+"""Scores of generated images against real ones, in the feature spaces of several judges.
 
-A distance is named after its feature space, for example fid_classifier. It is never called "FID": that means
-Inception-v3 features and 50,000 samples. It compares runs of this program with each other, and with its own floor.
+A distance is named after its feature space, for example fid_classifier. Only fid_inception is the FID of papers
+(sadm_fast.metrics.pretrained.published_name). Others compare runs of this program with each other, and with the floor.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sadm_fast.counters import Purpose, uniform
+from sadm_fast.counters import Purpose, permutation, uniform
 from sadm_fast.metrics.frechet import FeatureStatistics, frechet_distance
-from sadm_fast.metrics.judges import Judge
-from sadm_fast.metrics.scores import kernel_distance, precision_recall
+from sadm_fast.metrics.judges import PROBABILITIES, Judge
+from sadm_fast.metrics.scores import NEIGHBOURS, SPLITS, inception_score, kernel_distance, precision_recall
 from sadm_fast.ranks.collectives import rank_and_world_size, sum_over_ranks
 from sadm_fast.scales import float_to_pixels, pixels_to_float
+
+Moments = tuple[Tensor, Tensor]  # mean [d], covariance [d, d], float64
 
 _BATCH = 256  # images that a judge sees at once: limits memory, changes no number
 
@@ -28,31 +30,42 @@ def _batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
         yield from tensor.split(_BATCH)
 
 
+def fewest_samples(judges: Sequence[Judge], *, detailed: bool) -> int:
+    """How many samples the scores need at least: 2 for a covariance, one more than the neighbours of precision and
+    recall, one in each split of the inception score.
+    """
+    return max(2, NEIGHBOURS + 1 if detailed else 0, *(SPLITS if judge.classes else 0 for judge in judges))
+
+
 class Evaluator:
-    """Statistics of real images in each judge's feature space, and distances of other images to them.
+    """Statistics of real images in each judge's feature spaces, and scores of other images against them.
+
+    Under torch.distributed ranks take images in turn: rank r of W passes images r, r + W, r + 2 W, ... of the whole.
+    So no score depends on the number of ranks, but for how sums round.
 
     Args:
         judges: on `device`, in eval mode.
-        real: statistics of the real images, by metric.
-        floor: distances between two disjoint random halves of the real images, by metric: about what a perfect
-            generator would reach. Both halves are finite, so it is above 0. The bias falls with the number of images:
-            compare distances of equally many samples only.
-        features: of the real images, float64 [N, feature_dim] by metric; None: kernel distances, precision and recall
-            are not asked for.
+        real: moments of the real images, by metric.
+        floor: about what a perfect generator would reach, by metric: the distance between two disjoint random halves of
+            the real images; where their moments are published ones, the distance of the images to those; None without
+            images. Both sides are finite, so it is above 0. The bias falls with the number of images: compare distances
+            of equally many samples only.
+        features: of the real images, float32 [N, feature_dim] by metric; empty: kernel distances, precision and recall
+            are not asked for, or there are no images.
     """
 
     def __init__(
         self,
         judges: Sequence[Judge],
-        real: dict[str, FeatureStatistics],
-        floor: dict[str, float],
+        real: Mapping[str, Moments],
+        floor: Mapping[str, float | None],
         device: torch.device | str = "cpu",
-        features: dict[str, Tensor] | None = None,
+        features: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.judges = list(judges)
-        self.features = features
-        self.real = real
-        self.floor = floor
+        self.features = dict(features or {})
+        self.real = dict(real)
+        self.floor = dict(floor)
         self.device = torch.device(device)
 
     @classmethod
@@ -64,92 +77,126 @@ class Evaluator:
         seed: int = 0,
         device: torch.device | str = "cpu",
         detailed: bool = False,
+        published: Mapping[str, Moments] | None = None,
     ) -> "Evaluator":
         """Pass the real images through the judges: one tensor [N, C, H, W] in [-1, 1], or an iterable of such.
 
-        An image belongs to one of the floor's two halves by a coin of (seed, its place). Under torch.distributed each
-        rank passes its own share of the images and gets the statistics of all. Raises ValueError if a half has fewer
-        than two images (give at least a few dozen) or an image is not finite.
+        An image belongs to one of the floor's two halves by a coin of (seed, its place in the whole). Raises ValueError
+        if a half has fewer than two images (give at least a few dozen) or an image is not finite.
 
         detailed: keep the real images' features, so that `score` tells kernel distances, precision and recall as well.
+        published: moments to compare with instead of the images', by metric. There need not be any images if all spaces
+            of all judges have some.
         """
+        published = published or {}
         kept: dict[str, list[Tensor]] = {judge.metric: [] for judge in judges}
         judges = [judge.to(device).eval() for judge in judges]
-        # Each rank has 2^40 places of its own.
-        place = rank_and_world_size()[0] << 40
-        halves = [{j.metric: FeatureStatistics(j.feature_dim, device) for j in judges} for _ in range(2)]
+        spaces = {metric: dim for judge in judges for metric, dim in judge.spaces.items()}
+        halves = [{name: FeatureStatistics(dim, device) for name, dim in spaces.items()} for _ in range(2)]
+        place, world = rank_and_world_size()
         for images in _batches(real_images):
-            coin = uniform(seed, Purpose.SPLIT, place + torch.arange(len(images)))[:, 0] < 0.5
-            place += len(images)
+            coin = uniform(seed, Purpose.SPLIT, place + world * torch.arange(len(images)))[:, 0] < 0.5
+            place += world * len(images)
             for name, features in _features(judges, images, device).items():
+                if name == PROBABILITIES:
+                    continue
                 first = coin.to(features.device)
                 halves[0][name].update(features[first])
                 halves[1][name].update(features[~first])
-                if detailed:
-                    kept[name].append(features.double())
-        real, floor = {}, {}
-        for name in halves[0]:
+                if detailed and name in kept:
+                    kept[name].append(features.float())
+        real: dict[str, Moments] = {}
+        floor: dict[str, float | None] = {}
+        images_seen = 0
+        for name in spaces:
             for half in halves:
                 half[name].all_reduce()
-            floor[name] = frechet_distance(*halves[0][name].moments(), *halves[1][name].moments())
-            real[name] = halves[0][name].merge(halves[1][name])
-        return cls(judges, real, floor, device, _of_all_ranks(judges, kept, device) if detailed else None)
+            whole = halves[0][name].merge(halves[1][name])
+            images_seen = whole.count
+            if name in published:
+                real[name] = published[name]
+                floor[name] = frechet_distance(*whole.moments(), *real[name]) if images_seen else None
+            else:
+                floor[name] = frechet_distance(*halves[0][name].moments(), *halves[1][name].moments())
+                real[name] = whole.moments()
+        keep = detailed and images_seen > 0
+        return cls(judges, real, floor, device, _of_all_ranks(kept, _widths(judges), device) if keep else None)
 
     def score(self, images: Tensor | Iterable[Tensor]) -> dict[str, Any]:
-        """Measure the distances of images to the real ones: a tensor [N, C, H, W] in [-1, 1], or an iterable of such.
+        """Score images against the real ones: a tensor [N, C, H, W] in [-1, 1], or an iterable of such.
 
-        Returns {metric: distance for each judge, "floor": {metric: floor}, "samples": N}; detailed, also {"kid":
-        {metric: ...}, "precision": {metric: ...}, "recall": {metric: ...}}. Under torch.distributed each rank passes
-        its own share; N counts all, and all ranks get the same. Images are rounded to 8 bits first, as the real ones
-        are, so saved pictures have the same scores. Raises ValueError for fewer than two images (detailed: four).
+        Returns {metric: distance for each space of each judge, "floor": {metric: floor}, "samples": N}; from a judge
+        that tells class probabilities, also "inception_score" and "inception_score_std"; detailed, also {"kid":
+        {metric: ...}, "precision": {metric: ...}, "recall": {metric: ...}}. N counts the images of all ranks, and all
+        ranks get the same. Images are rounded to 8 bits first, as the real ones are, so saved pictures have the same
+        scores. Raises ValueError for too few images (`fewest_samples`).
         """
-        kept: dict[str, list[Tensor]] = {judge.metric: [] for judge in self.judges}
-        generated = {judge.metric: FeatureStatistics(judge.feature_dim, self.device) for judge in self.judges}
+        classes = max([0, *(judge.classes for judge in self.judges)])
+        widths = {name: len(features[0]) for name, features in self.features.items()}
+        widths |= {PROBABILITIES: classes} if classes else {}
+        kept: dict[str, list[Tensor]] = {name: [] for name in widths}
+        generated = {name: FeatureStatistics(len(mean), self.device) for name, (mean, _) in self.real.items()}
         for batch in _batches(images):
             for name, features in _features(self.judges, batch, self.device).items():
-                generated[name].update(features)
-                if self.features is not None:
-                    kept[name].append(features.double())
+                if name in generated:
+                    generated[name].update(features)
+                if name in kept:
+                    kept[name].append(features.float())
         result: dict[str, Any] = {}
         samples = 0
         for name, statistics in generated.items():
             statistics.all_reduce()
-            result[name] = frechet_distance(*statistics.moments(), *self.real[name].moments())
+            result[name] = frechet_distance(*statistics.moments(), *self.real[name])
             samples = statistics.count
-        details: dict[str, dict[str, float]] = {}
-        if self.features is not None:
-            details = {"kid": {}, "precision": {}, "recall": {}}
-            for name, features in _of_all_ranks(self.judges, kept, self.device).items():
+        result |= {"floor": dict(self.floor), "samples": samples}
+        together = _of_all_ranks(kept, widths, self.device)
+        if classes:
+            probabilities = together.pop(PROBABILITIES)
+            # Samples may lie in the order of their classes, where splits would hold a few classes each.
+            mixed = permutation(0, 0, len(probabilities)).to(probabilities.device)
+            result["inception_score"], result["inception_score_std"] = inception_score(probabilities[mixed])
+        if self.features:
+            details: dict[str, dict[str, float]] = {"kid": {}, "precision": {}, "recall": {}}
+            for name, features in together.items():
                 details["kid"][name] = kernel_distance(features, self.features[name]).mean
                 found = precision_recall(features, self.features[name])
                 details["precision"][name], details["recall"][name] = found
-        return {**result, "floor": dict(self.floor), "samples": samples, **details}
+            result |= details
+        return result
+
+
+def _widths(judges: Sequence[Judge]) -> dict[str, int]:
+    return {judge.metric: judge.feature_dim for judge in judges}
 
 
 @torch.no_grad()
 def _of_all_ranks(
-    judges: Sequence[Judge], mine: Mapping[str, Sequence[Tensor]], device: torch.device | str
+    mine: Mapping[str, Sequence[Tensor]], widths: Mapping[str, int], device: torch.device | str
 ) -> dict[str, Tensor]:
-    """This rank's features and those of all others, in the order of the ranks: float64 [N, feature_dim]. Collective."""
+    """This rank's rows and those of all others, in the order of the whole: float32 [N, width]. Collective.
+
+    ValueError if the ranks have not taken the images in turn.
+    """
     rank, world = rank_and_world_size()
     together = {}
-    for judge in judges:
-        own = torch.cat([torch.zeros(0, judge.feature_dim, dtype=torch.float64, device=device), *mine[judge.metric]])
+    for name, parts in mine.items():
+        own = torch.cat([torch.zeros(0, widths[name], device=device), *parts])
         counts = torch.zeros(world, dtype=torch.int64)
         counts[rank] = len(own)
         numbers = [int(n) for n in sum_over_ranks(counts).tolist()]
-        everybody = own.new_zeros(sum(numbers), judge.feature_dim)
-        first = sum(numbers[:rank])
-        everybody[first : first + len(own)] = own
-        together[judge.metric] = sum_over_ranks(everybody)
+        if numbers != [len(range(first, sum(numbers), world)) for first in range(world)]:
+            raise ValueError(f"ranks with {numbers} images have not taken them in turn")
+        everybody = own.new_zeros(sum(numbers), widths[name])
+        everybody[rank::world] = own
+        together[name] = sum_over_ranks(everybody)
     return together
 
 
 @torch.no_grad()
 def _features(judges: Sequence[Judge], images: Tensor, device: torch.device | str) -> dict[str, Tensor]:
-    """Compute each judge's features [B, feature_dim], by its metric."""
+    """What the judges tell of a batch: rows [B, d], by metric, and PROBABILITIES."""
     images = images.to(device)
     # NaN has no 8-bit value. Keep it: a model that returns NaN must not be scored as one that paints a flat colour.
     pixels = pixels_to_float(float_to_pixels(images.nan_to_num()))
     images = torch.where(torch.isfinite(images), pixels, torch.nan)
-    return {judge.metric: judge(images) for judge in judges}
+    return {name: rows for judge in judges for name, rows in judge.look(images).items()}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 SIDE = 299  # pixels
 _SPATIAL_CHANNELS = 7  # of sFID, as in the evaluator of ADM
-_CLASSES = 1008
+SPATIAL = 17 * 17 * _SPATIAL_CHANNELS  # values of sFID
+CLASSES = 1008
 
 
 class Seen(NamedTuple):
@@ -184,7 +185,7 @@ class InceptionV3(nn.Module):
         self.Mixed_7a = MixedD()
         self.Mixed_7b = MixedE(1280, maximum=False)
         self.Mixed_7c = MixedE(2048, maximum=True)
-        self.fc = nn.Linear(2048, _CLASSES)
+        self.fc = nn.Linear(2048, CLASSES)
 
     def forward(self, images: Tensor) -> Seen:
         # The graph subtracts 128 from values 0..255 and divides by 128.

@@ -20,6 +20,8 @@ _LONGEST_SIDE = 64
 _MOST_PIXEL_VALUES = 512
 _RANDOM_JUDGE_KEY = (0x5ADF, 0x1F1D)
 
+PROBABILITIES = "probabilities"  # what Judge.look calls those of the inception score
+
 
 def bounded(images: Tensor, longest_side: int = _LONGEST_SIDE) -> Tensor:
     """Average images [B, C, H, W] down, in proportion, until no side is longer than longest_side; float32."""
@@ -40,12 +42,25 @@ class Judge(nn.Module):
         space: what is compared, as part of a sentence.
         text: whose features these are, and what they notice: one or two sentences.
         feature_dim: length of a feature row.
+        more_spaces: further spaces with a Frechet distance and no other score: length of a row by metric.
+        classes: of its class probabilities, which give an inception score; 0: it tells none.
     """
 
     metric: ClassVar[str]
     space: ClassVar[str]
     text: ClassVar[str]
     feature_dim: int
+    more_spaces: ClassVar[dict[str, int]] = {}
+    classes: ClassVar[int] = 0
+
+    @property
+    def spaces(self) -> dict[str, int]:
+        """Length of a row of every space with a Frechet distance, by metric."""
+        return {self.metric: self.feature_dim, **self.more_spaces}
+
+    def look(self, images: Tensor) -> dict[str, Tensor]:
+        """All that it tells of images, in one pass: rows [B, d] of every space by metric, and PROBABILITIES."""
+        return {self.metric: self(images)}
 
 
 class MixerBlock(nn.Module):

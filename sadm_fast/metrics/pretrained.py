@@ -16,11 +16,24 @@ from torch import Tensor, nn
 from sadm_fast.errors import UserError
 from sadm_fast.exchange.reading import misfit, read_weights, require_finite, shapes
 from sadm_fast.metrics.efficientnet import EfficientNetLite0
-from sadm_fast.metrics.inception import InceptionV3, Seen
-from sadm_fast.metrics.judges import Judge
+from sadm_fast.metrics.inception import CLASSES, SPATIAL, InceptionV3, Seen
+from sadm_fast.metrics.judges import PROBABILITIES, Judge
 from sadm_fast.models import ResNet18, ViT
 
+FID, SFID = "fid_inception", "sfid_inception"
+
 _SIDE = 224  # pixels, of networks trained on ImageNet
+_PUBLISHED = {FID: "FID", SFID: "sFID"}
+
+
+def published_name(metric: str, samples: int) -> str:
+    """A distance's name for people: FID and sFID with their count, "FID-50K" only of exactly 50,000 samples.
+
+    Others are named after their feature space, as they are recorded.
+    """
+    if metric not in _PUBLISHED:
+        return metric
+    return f"{_PUBLISHED[metric]}-50K" if samples == 50_000 else f"{_PUBLISHED[metric]}({samples})"
 
 
 class PretrainedJudge(Judge):
@@ -50,12 +63,14 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], ignored: tuple[str, .
 class InceptionJudge(PretrainedJudge):
     """The network of FID. Its distance is the published one, if the samples and the reference are."""
 
-    metric = "fid_inception"
+    metric = FID
     space = "the features of Inception-v3"
     text = "Features of the Inception-v3 that FID is defined by, trained on ImageNet."
     file = "pt_inception-2015-12-05-6726825d.pth, of the releases (fid_weights) of github.com/mseitzer/pytorch-fid"
     digest = "6726825d"  # of the released file's sha256: its beginning, which its name tells
     feature_dim = 2048
+    more_spaces = {SFID: SPATIAL}  # noqa: RUF012
+    classes = CLASSES
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,12 +82,12 @@ class InceptionJudge(PretrainedJudge):
         _load(judge.network, state)
         return judge.eval()
 
-    def see(self, images: Tensor) -> Seen:
-        """All that the network tells of images [B, 1 or 3, H, W] in [-1, 1]."""
-        return self.network(images)
+    def look(self, images: Tensor) -> dict[str, Tensor]:
+        seen: Seen = self.network(images)
+        return {FID: seen.pooled, SFID: seen.spatial, PROBABILITIES: seen.probabilities}
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.see(images).pooled
+        return self.look(images)[FID]
 
 
 class EfficientNetJudge(PretrainedJudge):
@@ -174,7 +189,7 @@ def without_rank(judges: Sequence[Judge], samples: int) -> str | None:
 
     The published tools allow it, and so do we: such distances are too large, by an amount that depends on the count.
     """
-    wide = [f"{judge.metric} ({judge.feature_dim})" for judge in judges if samples <= judge.feature_dim]
+    wide = [f"{name} ({dim})" for judge in judges for name, dim in judge.spaces.items() if samples <= dim]
     if not wide:
         return None
     return (

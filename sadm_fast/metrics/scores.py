@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sadm_fast.counters import permutation
 
+NEIGHBOURS = 3  # of precision and recall, as in published figures
+SPLITS = 10  # of the inception score, as in published figures
 _SUBSET = int(1e3)  # rows of KID's subsets, as in published figures
 _ROWS = 1024  # of a block of distances: limits memory, changes no number
 
@@ -55,15 +57,19 @@ def kernel_distance(
     return Spread(float(values.mean()), float(values.std(correction=0)))
 
 
-def inception_score(probabilities: Tensor, splits: int = 10) -> Spread:
+def inception_score(probabilities: Tensor, splits: int = SPLITS) -> Spread:
     """exp of the mean KL divergence of p(y | x) [n, classes] from their mean, in `splits` parts in their order.
 
-    ValueError for fewer rows than splits. Source: Salimans et al. 2016, "Improved Techniques for Training GANs".
+    Part i has rows i n / splits, rounded down, to (i + 1) n / splits. ValueError for fewer rows than splits, and for
+    what are no probabilities. Source: Salimans et al. 2016, "Improved Techniques for Training GANs".
     """
     if len(probabilities) < splits:
         raise ValueError(f"an inception score in {splits} splits needs as many samples, got {len(probabilities)}")
+    if not bool(((probabilities >= 0) & (probabilities <= 1)).all()):
+        raise ValueError("the class probabilities hold NaN: so do the images, or the judge's weights")
     found = []
-    for part in probabilities.double().tensor_split(splits):
+    edges = [i * len(probabilities) // splits for i in range(1, splits)]
+    for part in probabilities.double().tensor_split(edges):
         mean = part.mean(dim=0, keepdim=True)
         # 0 log 0 is 0
         divergence = torch.special.xlogy(part, part) - torch.special.xlogy(part, mean)
@@ -77,7 +83,7 @@ class PrecisionRecall(NamedTuple):
     recall: float  # share of real samples inside the generated ones' manifold
 
 
-def precision_recall(generated: Tensor, real: Tensor, neighbours: int = 3) -> PrecisionRecall:
+def precision_recall(generated: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> PrecisionRecall:
     """Improved precision and recall of features [m, d] and [n, d].
 
     A set's manifold is the union of balls around its points, each as large as the distance to the point's k-th

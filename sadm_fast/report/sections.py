@@ -136,9 +136,9 @@ def scores(run: Run) -> str:
         judge = JUDGE_OF.get(metric)
         charts.append(figure(chart, f"<b>{escape(metric)}</b> {'' if judge is None else judge.text}"))
     last = run.evaluations[-1]
-    sampler = last.get("sampler")
+    sampling = last.get("sampling")
     how = f"{number(last.get('samples')) or 0:,.0f} samples" if last.get("samples") else "samples"
-    drawn = f" (sampler: {inline(sampler)})" if isinstance(sampler, dict) and sampler else ""
+    drawn = f" ({inline(sampling)})" if isinstance(sampling, dict) and sampling else ""
     return (
         f"<p>{texts.FRECHET} The last evaluation used {how}{drawn}.</p>"
         f'<div class="three">{"".join(charts)}</div>{_evaluation_table(run)}'

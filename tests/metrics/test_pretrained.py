@@ -10,7 +10,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.metrics import pretrained
 from sadm_fast.metrics.efficientnet import EfficientNetLite0, SameConv2d
 from sadm_fast.metrics.judges import JUDGES
-from sadm_fast.metrics.pretrained import PRETRAINED, ResNetJudge, pretrained_judge, without_rank
+from sadm_fast.metrics.pretrained import PRETRAINED, ResNetJudge, pretrained_judge, published_name, without_rank
 from sadm_fast.models import ResNet18, ViT
 
 
@@ -90,3 +90,10 @@ def test_a_file_of_something_else_is_one_line(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "nan.pt")
     with pytest.raises(UserError, match=r"bn1\.bias holds values that are not finite"):
         pretrained_judge("resnet18", tmp_path / "nan.pt")
+
+
+def test_fid_is_named_with_its_count_and_fid_50k_only_at_50_000() -> None:
+    names = [published_name("fid_inception", samples) for samples in (49_999, 50_000, 50_001, 10_000)]
+    assert names == ["FID(49999)", "FID-50K", "FID(50001)", "FID(10000)"]
+    assert published_name("sfid_inception", 50_000) == "sFID-50K"
+    assert published_name("fd_vit", 50_000) == "fd_vit" and published_name("fid_classifier", 50_000) == "fid_classifier"

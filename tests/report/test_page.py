@@ -109,7 +109,7 @@ def fake_evaluations(steps: int) -> list[dict[str, Any]]:
             "fid_random": 0.004 + 0.31 * (step / 250) ** -1.3,
             "fid_pixels": 0.9 + 11.7 * (step / 250) ** -1.1,
             "floor": FLOOR,
-            "sampler": {"name": "heun", "steps": 18, "guidance_scale": 1.5},
+            "sampling": {"sampler": {"name": "heun", "steps": 18}, "guidance": {"scale": 1.5}},
         }
         for step in range(250, steps + 1, 250)
     ]
@@ -300,7 +300,7 @@ def test_what_strangers_wrote_is_shown_and_never_obeyed(tmp_path: Path) -> None:
     facts["parameters"] |= {evil: 3}
     write_json(run_dir / "run.json", facts)
     rows = fake_evaluations(500)
-    rows[-1]["sampler"] = {evil: evil}
+    rows[-1]["sampling"] = {evil: evil}
     for name in (evil, "\ud800\x00"):
         rows[-1] |= {name: 3.0, "floor": rows[-1]["floor"] | {name: 1.0}}
     write_rows(run_dir / "evaluations.jsonl", rows)
