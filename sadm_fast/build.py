@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sadm_fast.config import Config
+from sadm_fast.config import EFFICIENTNETS, Config
 from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
-from sadm_fast.models import Denoiser, DiT, ResNet18, SmallCNN, StructureEncoder, ViT
+from sadm_fast.models import Denoiser, DiT, EfficientNetLite, ResNet18, SmallCNN, StructureEncoder, ViT
 
 _DRAWS = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
 
@@ -88,6 +88,8 @@ def build_psi(config: Config, own: Own = NONE) -> StructureEncoder:
         return ViT(
             channels, psi.patch_size, psi.width, psi.depth, psi.position_grid, psi.input_size, psi.registers
         )  # fmt: skip
+    if psi.architecture in EFFICIENTNETS:
+        return EfficientNetLite(EFFICIENTNETS.index(psi.architecture), psi.input_size)
     if psi.architecture == "resnet18":
         return ResNet18(channels, psi.stem, psi.norm)
     return SmallCNN(channels, psi.width, psi.feature_dim)

@@ -184,10 +184,15 @@ class DenoiserConfig(Block):
         return self.hidden_size if self.name is None else parse_name(self.name)[1]
 
 
+EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+
+
 class StructureEncoderConfig(Block):
     """Psi, which maps an image (or latent) to one feature row."""
 
-    architecture: Literal["cnn", "resnet18", "vit", "own"] = Field(
+    architecture: Literal[
+        "cnn", "resnet18", "vit", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "own"
+    ] = Field(
         "cnn",
         description="cnn: three layers for small images; vit: a vision transformer in DINOv2's layout; own: given to"
         " sadm_fast.train",
@@ -201,7 +206,7 @@ class StructureEncoderConfig(Block):
         32, ge=8, le=2**13, multiple_of=8, description="cnn: channels of the first layer; vit: of a token"
     )
     feature_dim: int = Field(
-        64, ge=1, le=2**16, description="cnn: length of a feature row (resnet18: always 512; vit: width)"
+        64, ge=1, le=2**16, description="cnn: length of a feature row (resnet18: 512, vit: width, efficientnet: 1280)"
     )
     stem: Literal["imagenet", "small"] = Field("imagenet", description="resnet18: small for images up to 64 pixels")
     norm: Literal["group", "frozen"] = Field(
@@ -210,7 +215,10 @@ class StructureEncoderConfig(Block):
     depth: int = Field(12, ge=1, le=256, description="vit: blocks")
     patch_size: int = Field(14, ge=1, le=1024, description="vit: side of a patch")
     input_size: int = Field(
-        224, ge=1, le=2**14, description="vit: side that images are resized to; a multiple of patch_size"
+        224,
+        ge=1,
+        le=2**14,
+        description="vit, efficientnet: side that images are resized to; vit: a multiple of patch_size",
     )
     position_grid: int = Field(
         37, ge=1, le=1024, description="vit: side of the weights' table of positions in patches (DINOv2: 37)"
@@ -218,8 +226,8 @@ class StructureEncoderConfig(Block):
     registers: int = Field(0, ge=0, le=1024, description="vit: register tokens of the weights")
     weights: FilePath | None = Field(
         None,
-        description="what to start from, safetensors or .pt; a classifier in it is left out; null: train on the data"
-        " first",
+        description="what to start from, safetensors or .pt; a classifier in it is left out; installed: what the"
+        " package of an efficientnet ships; null: train on the data first",
     )
     pretrain: ClassifierTraining = Field(
         default_factory=lambda: ClassifierTraining(), description="Psi's training as a classifier, before the game"
@@ -229,6 +237,8 @@ class StructureEncoderConfig(Block):
     def _possible(self) -> Self:
         if self.architecture == "vit" and self.input_size % self.patch_size:
             raise ValueError(f"input_size={self.input_size}: must be a multiple of patch_size={self.patch_size}")
+        if self.weights == "installed" and self.architecture not in EFFICIENTNETS:
+            raise ValueError(f"weights=installed: no package has those of {self.architecture}; use {EFFICIENTNETS[0]}")
         if self.input == "pixels" and self.weights is None:
             raise ValueError(
                 "input=pixels: needs weights; without, Psi would have to be trained on decoded images first"
@@ -277,7 +287,7 @@ class GameConfig(Block):
         ge=1,
         le=256,
         description="tokens and locations: the stage of Psi whose maps are compared, from the image on (cnn: 3 stages,"
-        " resnet18: 4, vit: its blocks); maps larger than 8x8 are averaged down to that",
+        " resnet18: 4, vit: its blocks, efficientnet: 7); maps larger than 8x8 are averaged down to that",
     )
     strength: Literal["weight", "gradient"] = Field(
         "weight",
@@ -401,7 +411,12 @@ class Config(Block):
                 " trains none; it must be 0"
             )
         psi = self.structure_encoder
-        stages = {"cnn": 3, "resnet18": 4, "vit": psi.depth}.get(psi.architecture)
+        if psi.architecture in EFFICIENTNETS and (len(self.psi_shape) != 3 or self.psi_shape[0] not in (1, 3)):
+            raise ValueError(
+                f"structure_encoder.architecture={psi.architecture}: takes images of 1 or 3 channels, not samples of"
+                f" {list(self.psi_shape)}"
+            )
+        stages = {"cnn": 3, "resnet18": 4, "vit": psi.depth, **dict.fromkeys(EFFICIENTNETS, 7)}.get(psi.architecture)
         if stages is not None and self.game.stage > stages:
             raise ValueError(f"game.stage={self.game.stage}: {psi.architecture} has {stages}")
         samples = self.train.micro_batch * self.train.grad_accumulation
@@ -542,6 +557,8 @@ def _size_problem(config: Config) -> str | None:
         denoise = 4 * config.denoiser.token_width * tokens  # of the MLP, the widest
     if psi.architecture == "vit":
         encode = max(3 * psi.input_size**2, 4 * psi.width * (psi.input_size // psi.patch_size) ** 2)
+    elif psi.architecture in EFFICIENTNETS:
+        encode = 24 * psi.input_size**2  # 6 x 16 channels at half the side
     elif psi.architecture != "own":
         channels = max(config.psi_shape[0], 64 if psi.architecture == "resnet18" else psi.width)
         encode = math.prod(config.psi_shape[1:]) * channels

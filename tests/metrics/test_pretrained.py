@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 
 from sadm_fast.errors import UserError
 from sadm_fast.metrics import pretrained
-from sadm_fast.metrics.efficientnet import EfficientNetLite0, SameConv2d
 from sadm_fast.metrics.judges import JUDGES
 from sadm_fast.metrics.pretrained import PRETRAINED, ResNetJudge, pretrained_judge, published_name, without_rank
-from sadm_fast.models import ResNet18, ViT
+from sadm_fast.models import EfficientNetLite, ResNet18, ViT
+from sadm_fast.models.efficientnet import SameConv2d
 
 
 def test_every_judge_has_a_name_and_texts_of_its_own() -> None:
@@ -34,7 +34,7 @@ def test_a_vit_and_a_resnet_are_read_from_either_format_and_take_grey_images(tmp
 @pytest.mark.slow
 def test_efficientnet_pads_as_tensorflow_and_gives_features_of_its_width(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    torch.save(EfficientNetLite0().state_dict() | {"_fc.weight": torch.zeros(2, 2)}, tmp_path / "lite.pth")
+    torch.save(EfficientNetLite(0).state_dict() | {"_fc.weight": torch.zeros(2, 2)}, tmp_path / "lite.pth")
     judge = pretrained_judge("efficientnet_lite0", tmp_path / "lite.pth")
     assert judge(torch.rand(2, 1, 28, 28)).shape == (2, 1280)
 
@@ -55,13 +55,13 @@ def test_the_odd_pixel_of_padding_is_at_the_end(length: int, kernel: int, stride
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("dreamsim", "--judges dreamsim: must be one of inception, efficientnet_lite0, vit, resnet18"),
+        ("dreamsim", "--judges dreamsim: must be one of inception, efficientnet_lite0, efficientnet_lite1"),
         ("inception", "--judges inception: needs pt_inception-2015-12-05-6726825d.pth, of the releases"),
         ("efficientnet_lite0", "--judges efficientnet_lite0: needs efficientnet-lite0-57934424.pth, which PyPI's"),
     ],
 )
 def test_a_judge_without_its_file_is_one_line(name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained, "installed_efficientnet", lambda lite: None)
     with pytest.raises(UserError) as found:
         pretrained_judge(name, None)
     assert words in str(found.value) and "\n" not in str(found.value)
