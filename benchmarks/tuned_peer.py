@@ -12,7 +12,7 @@ from benchmarks.latent_game import CLASSES, made_up, with_noise
 from benchmarks.measure import Call
 from sadm_fast.build import build_denoiser
 from sadm_fast.config import Config
-from sadm_fast.game import Batch, predict
+from sadm_fast.game import predict
 from sadm_fast.models.dit import Block, DiT, FinalLayer
 
 
@@ -49,7 +49,7 @@ def iteration(config: Config, device: torch.device) -> Call:
     averages = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=True)
     compiled = torch.compile(network, fullgraph=True, dynamic=False)
-    batch = Batch(*(value.to(device) for value in made_up(config, 0)))
+    batch = made_up(config, 0).each(lambda value: value.to(device))
     process, dropout = config.process, config.denoiser.label_dropout
 
     def denoiser(*inputs: Tensor) -> Tensor:

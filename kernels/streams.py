@@ -59,6 +59,13 @@ def philox_draw(
     return random.draw(key % 2**64, stream, firsts, sample_ids.to(torch.int64).contiguous(), count)
 
 
+def philox_keep(key: int, stream: int, sample_ids: Tensor, count: int, rate: float) -> Tensor:
+    """Where `philox_uniform`'s numbers are at least `rate`: bool [B, count] for int64 sample_ids [B] on a GPU."""
+    from sadm_kernels.triton import random
+
+    return random.keep(key % 2**64, stream, sample_ids.to(torch.int64).contiguous(), count, rate)
+
+
 def copy_rows(addresses: Tensor, row_bytes: int, out_address: int) -> None:
     """Copy len(addresses) rows of memory, from int64 `addresses` [n], one behind the other to out_address.
 

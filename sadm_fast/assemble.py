@@ -145,7 +145,7 @@ def assemble(
     )
     trainer = Trainer(
         config, folder, source, players, emas, writer, gallery,
-        null_class=num_classes, device=device, console=console, own=own,
+        num_classes=num_classes, null_class=denoiser.null_class, device=device, console=console, own=own,
     )  # fmt: skip
     if found is not None:
         trainer.resume(found)

@@ -7,10 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sadm_fast import augmentation
 from sadm_fast.config import EFFICIENTNETS, Config
 from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
-from sadm_fast.models import Denoiser, DiT, EfficientNetLite, ResNet18, SmallCNN, StructureEncoder, ViT
+from sadm_fast.models import (
+    Denoiser,
+    DiT,
+    EfficientNetLite,
+    ResNet18,
+    SmallCNN,
+    StructureEncoder,
+    UNet,
+    ViT,
+)
 
 _DRAWS = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
 
@@ -48,8 +58,23 @@ def build_denoiser(config: Config, num_classes: int, own: Own = NONE) -> Denoise
         "out_channels": config.process.output_channels(channels),
         "num_classes": num_classes,
         "activation_checkpointing": config.train.activation_checkpointing,
-        "position_grid": denoiser.position_grid,
     }
+    if denoiser.architecture == "unet":
+        # EDM gives its networks ln(sigma) / 4; the other processes' times are made for sinusoids as they are.
+        natural = 0.25 / config.process.time_scale if config.diffusion.process == "edm" else 1.0
+        return UNet(
+            channels=denoiser.channels,
+            multipliers=denoiser.channel_multipliers,
+            depth=denoiser.depth,
+            attention_resolutions=denoiser.attention_resolutions,
+            time_factor=natural,
+            conditional=denoiser.conditional,
+            augmentation_labels=augmentation.LABELS if denoiser.augment else 0,
+            dropout=denoiser.dropout,
+            seed=config.seed,
+            **common,
+        )
+    common["position_grid"] = denoiser.position_grid
     if denoiser.name is not None:
         return DiT.from_name(denoiser.name, **common)
     return DiT(

@@ -31,6 +31,7 @@ from sadm_fast.diffusion import EDM, VP, Flow, Process
 from sadm_fast.diffusion.samplers import SAMPLERS, options_of, sampler_name
 from sadm_fast.errors import UserError
 from sadm_fast.models.dit import parse_name
+from sadm_fast.models.unet import level_sides, norm_groups
 
 _MOST_TOKENS = 2**20  # of one image
 _MOST_BYTES = 2**40  # of one layer's output, in fp32
@@ -127,15 +128,44 @@ class FlowConfig(Block):
 
 
 DENOISER_SIZES = ("patch_size", "hidden_size", "depth", "num_heads")  # given in numbers or by a name
+# What has a say in one architecture only.
+_OWN_FIELDS = {
+    "dit": ("name", "patch_size", "hidden_size", "num_heads", "position_grid"),
+    "unet": ("channels", "channel_multipliers", "attention_resolutions", "dropout", "augment", "conditional"),
+}
 
 
 class DenoiserConfig(Block):
-    architecture: Literal["dit", "own"] = Field("dit", description="own: given to sadm_fast.train")
+    architecture: Literal["dit", "unet", "own"] = Field(
+        "dit",
+        description="dit: a diffusion transformer; unet: EDM's DDPM++, of diffusers' parts; own: given to"
+        " sadm_fast.train",
+    )
     name: str | None = Field(None, description='a published size, "DiT-S/4" .. "DiT-XL/2"; null: the four sizes below')
     patch_size: int = Field(4, ge=1, le=1024, description="side of the square that becomes one token")
     hidden_size: int = Field(128, ge=8, le=2**16, description="width of a token")
-    depth: int = Field(4, ge=1, le=256, description="transformer blocks")
+    depth: int = Field(4, ge=1, le=256, description="transformer blocks; unet: residual blocks of a level")
     num_heads: int = Field(4, ge=1, le=2**14, description="attention heads of a block")
+    channels: int = Field(128, ge=4, le=2**13, description="unet: channels of a level with multiplier 1")
+    channel_multipliers: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
+        (2, 2, 2),
+        strict=False,
+        min_length=1,
+        max_length=12,
+        description="unet: for each level; the next one is half as wide and high",
+    )
+    attention_resolutions: tuple[Annotated[int, Field(ge=1, le=2**14)], ...] = Field(
+        (16,), strict=False, max_length=12, description="unet: sides of the levels whose blocks attend"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="unet: of its residual blocks, drawn from counters")
+    augment: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="unet: probability of each of EDM's geometric augmentations, of which the network is told, so that"
+        " samples show none; the images are mirrored too; pixels only",
+    )
+    conditional: bool = Field(True, description="unet: false: the network is told no labels, and has no null class")
     num_classes: int | None = Field(None, ge=1, le=2**24, description="null: the number of classes in the data")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by the null class")
     weights: FilePath | None = Field(
@@ -159,7 +189,17 @@ class DenoiserConfig(Block):
     def _sizes(self) -> Self:
         if self.architecture == "own" and self.weights is not None:
             raise ValueError("weights: are for the networks of this program; load your own where you build it")
-        if self.name is not None:
+        for architecture, fields in _OWN_FIELDS.items():
+            given = [field for field in fields if field in self.model_fields_set]
+            if given and self.architecture not in (architecture, "own"):
+                raise ValueError(f"{given[0]}: is for architecture={architecture}, here it is {self.architecture}")
+        if self.architecture == "unet":
+            norm_groups(self.channels)
+            if not self.conditional and self.label_dropout:
+                raise ValueError(
+                    f"label_dropout={self.label_dropout:g}: conditional=false has no labels to drop; it must be 0"
+                )
+        elif self.name is not None:
             try:
                 parse_name(self.name)
             except ValueError as error:
@@ -175,13 +215,35 @@ class DenoiserConfig(Block):
 
     @property
     def patch(self) -> int:
-        """Side of a token's square, of the named or the given size."""
+        """Side of a token's square of a DiT, of the named or the given size."""
         return self.patch_size if self.name is None else parse_name(self.name)[3]
 
     @property
-    def token_width(self) -> int:
-        """Width of a token, of the named or the given size."""
-        return self.hidden_size if self.name is None else parse_name(self.name)[1]
+    def cell(self) -> int:
+        """What the side of a sample must be a multiple of."""
+        return 2 ** (len(self.channel_multipliers) - 1) if self.architecture == "unet" else self.patch
+
+    @property
+    def cell_name(self) -> str:
+        """`cell` in words."""
+        if self.architecture == "unet":
+            return f"{self.cell} for the {len(self.channel_multipliers)} levels of denoiser.channel_multipliers"
+        return f"the patch size {self.patch}"
+
+    def widest(self, side: int) -> int:
+        """Elements of the largest activation of a sample of this side."""
+        if self.architecture == "unet":
+            sides = level_sides(side, len(self.channel_multipliers))
+            widths = zip(self.channel_multipliers, sides, strict=True)
+            return max(2 * self.channels * multiplier * at**2 for multiplier, at in widths)  # two, side by side
+        width = self.hidden_size if self.name is None else parse_name(self.name)[1]
+        return 4 * width * self.tokens(side)  # of the MLP
+
+    def tokens(self, side: int) -> int:
+        """The most tokens that attend to each other in a sample of this side."""
+        if self.architecture == "unet":
+            return max(self.attention_resolutions, default=0) ** 2
+        return (side // self.patch) ** 2
 
 
 EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
@@ -457,8 +519,13 @@ class Config(Block):
     def resolved(self) -> dict[str, Any]:
         """Every field that has a say, with its value, for json.dumps; `check_config` makes the same Config of it."""
         tree = self.model_dump(mode="json", exclude={"schema_file"})
-        named = self.denoiser.name is not None or self.denoiser.architecture == "own"
-        return without(tree, (f"denoiser.{size}" for size in DENOISER_SIZES)) if named else tree
+        denoiser = self.denoiser
+        idle = {field for other, fields in _OWN_FIELDS.items() if other != denoiser.architecture for field in fields}
+        if denoiser.name is not None:
+            idle.update(DENOISER_SIZES)
+        if denoiser.architecture == "own":
+            idle.add("depth")
+        return without(tree, (f"denoiser.{field}" for field in idle))
 
     def fingerprint(self) -> str:
         """sha256 over the fields that must stay the same when a run is resumed."""
@@ -494,6 +561,11 @@ def _sampling_problem(config: Config) -> str | None:
                 return f"sampling.{option}={value}: is for sampling.sampler={other}, here it is {name}"
     if sampling.churn and not isinstance(process, EDM):
         return f"sampling.churn={sampling.churn:g}: raises the noise level sigma of edm; here the process is flow"
+    if sampling.guidance_scale != 1.0 and not config.denoiser.conditional:
+        return (
+            f"sampling.guidance_scale={sampling.guidance_scale:g}: denoiser.conditional=false has no null class to"
+            " guide from; it must be 1"
+        )
     learned = isinstance(process, VP) and process.learn_sigma
     if sampling.variance == "learned" and not learned:
         return "sampling.variance=learned: needs diffusion.learn_sigma=true"
@@ -516,30 +588,35 @@ def _sampling_problem(config: Config) -> str | None:
 
 def _shape_problem(config: Config) -> str | None:
     """Say why samples of this shape cannot go through the chosen networks; None if they can."""
-    data, patch = config.data, config.denoiser.patch
+    data, latents, denoiser = config.data, config.latents, config.denoiser
+    if denoiser.augment and latents is not None:
+        return f"denoiser.augment={denoiser.augment:g}: moves pixels; with data.source=latents it must be 0"
     if data.shape is not None:
         if data.source != "own":
             return f"data.shape={list(data.shape)}: is for data.source=own"
         square = len(data.shape) == 3 and data.shape[1] == data.shape[2]
-        if config.denoiser.architecture == "dit" and not (square and data.shape[1] % patch == 0):
+        if denoiser.architecture != "own" and not (square and data.shape[1] % denoiser.cell == 0):
             return (
-                f"data.shape={list(data.shape)}: denoiser.architecture=dit takes [C, S, S], S a multiple of the patch"
-                f" size {patch}; give sadm_fast.train a denoiser of your own"
+                f"data.shape={list(data.shape)}: denoiser.architecture={denoiser.architecture} takes [C, S, S], S a"
+                f" multiple of {denoiser.cell_name}; give sadm_fast.train a denoiser of your own"
             )
         if config.game.mode != "plain" and config.structure_encoder.architecture != "own" and len(data.shape) != 3:
             return (
                 f"data.shape={list(data.shape)}: structure_encoder.architecture={config.structure_encoder.architecture}"
                 " takes [C, H, W]; give sadm_fast.train an encoder of your own"
             )
-        return None
-    if config.denoiser.architecture == "own":
-        return None
-    cell = patch if config.latents is None else patch * config.latents.downsample
-    if data.resolution % cell:
-        allowed = f"the patch size {patch}"
-        if config.latents is not None:
-            allowed = f"{cell}, the patch size {patch} on {config.latents.downsample}x smaller latents"
-        return f"data.resolution={data.resolution}: must be a multiple of {allowed}"
+    elif denoiser.architecture != "own":
+        down = 1 if latents is None else latents.downsample
+        if data.resolution % (denoiser.cell * down):
+            allowed = denoiser.cell_name
+            if latents is not None:
+                allowed = f"{denoiser.cell * down}, {allowed} on {down}x smaller latents"
+            return f"data.resolution={data.resolution}: must be a multiple of {allowed}"
+    if denoiser.architecture == "unet":
+        sides = level_sides(config.sample_shape[1], len(denoiser.channel_multipliers))
+        attention = list(denoiser.attention_resolutions)
+        if not set(attention) <= set(sides):
+            return f"denoiser.attention_resolutions={attention}: must be sides of levels, which here are {sides}"
     return None
 
 
@@ -547,14 +624,14 @@ def _size_problem(config: Config) -> str | None:
     """Say which number makes one layer's output larger than any machine holds; None if none does."""
     shape, psi, sampling = config.sample_shape, config.structure_encoder, config.sampling
     denoise = encode = math.prod(shape)  # nothing more is known of a network that the caller gives
-    if config.denoiser.architecture == "dit":
-        tokens = (shape[1] // config.denoiser.patch) ** 2
+    if config.denoiser.architecture != "own":
+        tokens = config.denoiser.tokens(shape[1])
         if tokens > _MOST_TOKENS:
             return (
-                f"data.resolution={config.data.resolution}: is {tokens:,} tokens of {config.denoiser.patch} pixels a"
-                f" side; at most {_MOST_TOKENS:,} (a larger patch, or a lower resolution)"
+                f"data.resolution={config.data.resolution}: is {tokens:,} tokens; at most {_MOST_TOKENS:,} (a larger"
+                " patch, attention on smaller levels only, or a lower resolution)"
             )
-        denoise = 4 * config.denoiser.token_width * tokens  # of the MLP, the widest
+        denoise = config.denoiser.widest(shape[1])
     if psi.architecture == "vit":
         encode = max(3 * psi.input_size**2, 4 * psi.width * (psi.input_size // psi.patch_size) ** 2)
     elif psi.architecture in EFFICIENTNETS:

@@ -12,7 +12,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from sadm_kernels.streams import draws_on, has_streams, philox_draw, philox_first, philox_uniform
+from sadm_kernels.streams import draws_on, has_streams, philox_draw, philox_first, philox_keep, philox_uniform
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -36,6 +36,8 @@ class Purpose(IntEnum):
     SPLIT = 7  # which of two sets an image belongs to
     STEP_NOISE = 8  # what a stochastic sampler adds at one of its steps
     SAMPLE_LABEL = 9  # the class of a generated sample, where it is drawn
+    DROPOUT = 10  # which elements of a layer are kept
+    AUGMENT = 11  # what is done to an image, and how much
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,6 +107,31 @@ def normal(seed: int, purpose: Purpose, sample_ids: Tensor, shape: Sequence[int]
     for ids, out in zip(sample_ids.split(at_once), z.split(at_once), strict=True):
         _box_muller(_uniform32(seed, stream, ids, 2 * half).view(-1, 2, half), out)
     return z.flatten(1)[:, :count].reshape(-1, *shape)
+
+
+def keep_mask(seed: int, layer: int, sample_ids: Tensor, shape: Sequence[int], rate: float) -> Tensor:
+    """Dropout's mask: False at a share `rate` of the elements, bool [B, *shape] for int64 sample_ids [B].
+
+    layer: 0 <= layer < 2^24; a sample's masks of different layers are independent. One operation to torch.compile.
+    """
+    stream = int(Purpose.DROPOUT) + (layer << _PURPOSE_BITS)
+    key = seed - (1 << 64) if seed >> 63 else seed  # an operation's integers have a sign
+    return _keep(key, stream, sample_ids, math.prod(shape), rate).view(-1, *shape)
+
+
+@torch.library.custom_op("sadm_fast::keep", mutates_args=())
+def _keep(seed: int, stream: int, sample_ids: Tensor, count: int, rate: float) -> Tensor:
+    if draws_on(sample_ids.device):
+        return philox_keep(seed, stream, sample_ids, count, rate)
+    chunk = _CPU_CHUNK_OF_FLOATS if has_streams() else _CPU_CHUNK
+    at_once = max(1, chunk // count if sample_ids.device.type == "cpu" else len(sample_ids))
+    parts = [_uniform32(seed, stream, ids, count) >= rate for ids in sample_ids.split(at_once)]
+    return torch.cat(parts)
+
+
+@_keep.register_fake
+def _(seed: int, stream: int, sample_ids: Tensor, count: int, rate: float) -> Tensor:
+    return sample_ids.new_empty(len(sample_ids), count, dtype=torch.bool)
 
 
 def _box_muller(u: Tensor, out: Tensor) -> None:

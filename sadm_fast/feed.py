@@ -9,13 +9,44 @@ from contextlib import contextmanager
 import numpy as np
 from torch import Tensor
 
-from sadm_fast import data
+from sadm_fast import augmentation, data
 from sadm_fast.config import Config
 from sadm_fast.console import Console
 from sadm_fast.data.batch import LoaderSpec
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.source import ImageSource, Source, printable
 from sadm_fast.errors import UserError
+from sadm_fast.game import Batch, draw
+
+
+def draw_batch(
+    config: Config,
+    x0: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor,
+    null_class: int | None,
+    samples_per_step: int = 1,
+) -> Batch:
+    """A micro-batch as the denoiser is trained on it: augmented, noise drawn, with what a U-Net is told besides.
+
+    x0: samples float32 [B, C, H, W]; labels, sample_ids: int64 [B]. All randomness is a function of (seed, sample_id).
+    """
+    denoiser = config.denoiser
+    more: tuple[Tensor, ...] = (sample_ids,) if denoiser.dropout or denoiser.augment else ()
+    if denoiser.augment:
+        x0, told = augmentation.augment(x0, sample_ids, config.seed, denoiser.augment)
+        more = (*more, told)
+    return draw(
+        config.process,
+        x0,
+        labels,
+        sample_ids,
+        seed=config.seed,
+        null_class=null_class,
+        label_dropout=denoiser.label_dropout,
+        samples_a_level=samples_per_step if config.game.noise_levels == "batch" else 1,
+        more=more,
+    )
 
 
 def loader_spec(config: Config) -> LoaderSpec:

@@ -51,6 +51,12 @@ class Batch(NamedTuple):
     noise: Tensor  # eps, float32 [B, C, H, W]
     t: Tensor  # noise levels of the process [B]
     level: Tensor  # share of training noise levels below t, float64 [B] in (0, 1)
+    more: tuple[Tensor, ...] = ()  # what the denoiser is told besides, of B samples each
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with change(x) for each of its tensors."""
+        columns: Any = {name: change(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**columns, more=tuple(map(change, self.more)))
 
 
 class Prediction(NamedTuple):
@@ -74,12 +80,14 @@ def draw(
     sample_ids: Tensor,
     *,
     seed: int,
-    null_class: int,
+    null_class: int | None,
     label_dropout: float,
     samples_a_level: int = 1,
+    more: tuple[Tensor, ...] = (),
 ) -> Batch:
     """Draw noise, noise level and label dropout of each sample, as functions of (seed, sample_ids int64 [B]).
 
+    null_class: None: no label is dropped.
     samples_a_level: so many samples, from a multiple of that number on, share a noise level.
     """
     noise, (level, drop) = normal_and_uniform_for(
@@ -87,8 +95,8 @@ def draw(
     )
     if samples_a_level > 1:
         (level,) = uniform_for(seed, (Purpose.TIME,), sample_ids - sample_ids % samples_a_level)
-    condition = labels.masked_fill(drop < label_dropout, null_class)
-    return Batch(x0, labels, condition, noise, process.sample_t(level), level)
+    condition = labels if null_class is None else labels.masked_fill(drop < label_dropout, null_class)
+    return Batch(x0, labels, condition, noise, process.sample_t(level), level, more)
 
 
 def predict(process: Process, denoiser: Callable[..., Tensor], batch: Batch) -> Prediction:
@@ -97,7 +105,7 @@ def predict(process: Process, denoiser: Callable[..., Tensor], batch: Batch) -> 
     With a learned variance, its loss (process.variance_loss) is added.
     """
     x_t = process.add_noise(batch.x0, batch.noise, batch.t)
-    output = denoiser(*process.model_input(x_t, batch.t), batch.condition)
+    output = denoiser(*process.model_input(x_t, batch.t), batch.condition, *batch.more)
     xhat0 = process.to_x0(output, x_t, batch.t)
     loss = process.loss_weight(batch.t) * (batch.x0 - xhat0).square().flatten(1).mean(dim=1)
     variance = process.variance_loss(output, batch.x0, x_t, batch.t)

@@ -19,10 +19,9 @@ from sadm_fast.data.source import Source
 from sadm_fast.ema import EMA
 from sadm_fast.engine.players import Outcome, Players, gradient_norm, samples_per_step
 from sadm_fast.errors import UserError
-from sadm_fast.feed import loader_spec
+from sadm_fast.feed import draw_batch, loader_spec
 from sadm_fast.files import append_json
 from sadm_fast.gallery import Gallery
-from sadm_fast.game import draw
 from sadm_fast.planning.speed import StepSpeed
 from sadm_fast.ranks.collectives import barrier, rank_and_world_size
 from sadm_fast.ranks.stopping import StopRequest
@@ -44,7 +43,7 @@ class Trainer:
     """A run from its first step to its report; assemble.assemble makes one.
 
     emas: by the names of their files in a checkpoint.
-    null_class: the label that stands for "no class".
+    null_class: the label that stands for "no class"; None: the denoiser is told no labels.
     own: networks of the caller's, whose FLOPs are counted.
     """
 
@@ -58,14 +57,16 @@ class Trainer:
         writer: CheckpointWriter,
         gallery: Gallery,
         *,
-        null_class: int,
+        num_classes: int,
+        null_class: int | None,
         device: torch.device,
         console: Console,
         own: Own = NONE,
     ) -> None:
         self.config, self.folder, self.source = config, folder, source
         self.players, self.emas, self.writer, self.gallery = players, emas, writer, gallery
-        self.null_class, self.device, self.console, self._own = null_class, device, console, own
+        self.num_classes, self.null_class, self._own = num_classes, null_class, own
+        self.device, self.console = device, console
         self.rank, self.world_size = rank_and_world_size()
         self.samples_per_step = samples_per_step(config, self.world_size)
         self.state = TrainState()  # without the iteration that is on its way
@@ -102,7 +103,7 @@ class Trainer:
         train = self.config.train
         vote = Vote(lambda: request.asked, self.writer.status)
         log = self._log()
-        self._speed = StepSpeed.of(self.config, self.null_class, self.device, self._own) if self.rank == 0 else None
+        self._speed = StepSpeed.of(self.config, self.num_classes, self.device, self._own) if self.rank == 0 else None
         loader = self._loader()
         self._started = time.perf_counter()
         first, taken_before = self.step, self.state.ema_updates
@@ -190,16 +191,7 @@ class Trainer:
         micro_batches = [next(loader) for _ in range(config.train.grad_accumulation)]
         interval.waited(time.perf_counter() - started)
         batches = [
-            draw(
-                self.players.process,
-                batch.images,
-                batch.labels,
-                batch.sample_ids,
-                seed=config.seed,
-                null_class=self.null_class,
-                label_dropout=config.denoiser.label_dropout,
-                samples_a_level=self.samples_per_step if config.game.noise_levels == "batch" else 1,
-            )
+            draw_batch(config, batch.images, batch.labels, batch.sample_ids, self.null_class, self.samples_per_step)
             for batch in micro_batches
         ]
         self.players.set_learning_rates(self.step)

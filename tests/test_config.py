@@ -239,7 +239,7 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
         ({"data": {"resolution": 2**31}}, "data.resolution=2147483648: input should be less than or equal to 16384"),
         (
             {"data": {"resolution": 2**14}},
-            "data.resolution=16384: is 16,777,216 tokens of 4 pixels a side; at most 1,048,576 (a larger patch",
+            "data.resolution=16384: is 16,777,216 tokens; at most 1,048,576 (a larger patch",
         ),
         (
             {"train": {"micro_batch": 2**20}, "data": {"resolution": 1024}},
@@ -456,6 +456,7 @@ BASES: list[dict[str, Any]] = [
     {"deepspeed": STAGE3, "diffusion": {"process": "vp"}, "train": {"ema": {"profile": "exponential"}}},
     {"deepspeed": STAGE3, "diffusion": {"process": "flow"}, "denoiser": {"name": "DiT-S/4"}},
     {"deepspeed": STAGE3, "data": {"source": "latents", "resolution": 128}, "latents": {}},
+    {"deepspeed": STAGE3, "denoiser": {"architecture": "unet", "label_dropout": 0.0}},
     {
         "data": {"source": "own", "shape": [5, 7]},
         "denoiser": {"architecture": "own"},
@@ -464,7 +465,7 @@ BASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("blocks", [{}, *BASES], ids=["plain", "stage3", "vp", "named", "latents", "own"])
+@pytest.mark.parametrize("blocks", [{}, *BASES], ids=["plain", "stage3", "vp", "named", "latents", "unet", "own"])
 def test_a_run_folders_configuration_can_be_read_back(blocks: dict[str, Any]) -> None:
     loaded = config(**blocks)
     again = check_config(json.loads(json.dumps(loaded.resolved())))
@@ -482,7 +483,7 @@ def other_values(value: Any) -> list[Any]:
     if value and isinstance(value, list) and isinstance(value[0], str):
         return [[]]
     if isinstance(value, list):
-        return [[v / 2 for v in value]] if value else [[{"profile": "power", "std": 0.05}]]
+        return [[v // 2 for v in value], [v / 2 for v in value]] if value else [[{"profile": "power", "std": 0.05}]]
     words = ["bf16", "reference", "torch", "apex_fused_adam", "resnet18", "small", "frozen", "structure", "global"]
     words += [
         "cosine",
@@ -528,7 +529,7 @@ def changes(base: dict[str, Any]) -> list[tuple[str, Config]]:
     return found
 
 
-@pytest.mark.parametrize("blocks", BASES[:4], ids=["stage3", "vp", "named", "latents"])
+@pytest.mark.parametrize("blocks", BASES[:5], ids=["stage3", "vp", "named", "latents", "unet"])
 def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(blocks: dict[str, Any]) -> None:
     base = config(**blocks)
     resolved = base.resolved()
@@ -541,6 +542,7 @@ def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(bloc
     alone = {"diffusion.process", "train.ema.profile", "denoiser.name", "latents", "data.source", "evaluate.every"}
     alone |= {"train.ema_snapshot_every", "game.stage"}  # a multiple of another field; of feature maps only
     alone |= {"structure_encoder.input", "data.shape"}  # pixels need latents and weights; a shape is of data.source=own
+    alone |= {"denoiser.architecture"}
     alone |= {f"sampling.{setting}" for setting in SamplingConfig.model_fields}  # most fit one sampler only
     assert set(flatten(resolved)) - seen <= alone
 
@@ -676,10 +678,31 @@ FIRST_FINGERPRINTS = {
 }
 
 
+# What the files of that time had otherwise.
+FIRST_CONFIGURATIONS: dict[str, list[str]] = {
+    "mnist": [],
+    "ffhq64": [
+        'denoiser={"name": "DiT-B/4", "num_classes": 1, "label_dropout": 0.0}',
+        "structure_encoder.weights=weights/resnet18.safetensors",
+        'train={"steps": 200000, "micro_batch": 64, "precision": "bf16", "checkpoint_every": 5000}',
+    ],
+    "cifar10": [
+        'denoiser={"name": "DiT-B/2", "num_classes": 10, "label_dropout": 0.1}',
+        'train={"steps": 200000, "micro_batch": 64, "precision": "bf16", "checkpoint_every": 5000}',
+    ],
+}
+_PIXELS_THEN = [
+    "data.flip=true",
+    "game.start_step=100000",
+    'denoiser_optimizer={"lr": 0.0002, "betas": [0.9, 0.99], "warmup_steps": 5000}',
+]
+
+
 @pytest.mark.parametrize("name", FIRST_FINGERPRINTS)
 def test_runs_of_the_first_versions_go_on(name: str) -> None:
-    then = ["structure_encoder.weights=weights/resnet18.safetensors"] if name == "ffhq64" else []  # where it was then
-    assert load_config(CONFIGS / f"{name}.json", then).fingerprint() == FIRST_FINGERPRINTS[name]
+    then = FIRST_CONFIGURATIONS[name]
+    config = load_config(CONFIGS / f"{name}.json", then + _PIXELS_THEN if then else [])
+    assert config.fingerprint() == FIRST_FINGERPRINTS[name]
 
 
 def test_several_averages_and_their_snapshots() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sadm_fast import counters
-from sadm_fast.counters import Purpose, normal, permutation, philox4x32, uniform, uniform_for
+from sadm_fast.counters import Purpose, keep_mask, normal, permutation, philox4x32, uniform, uniform_for
 
 quick = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**64 - 1)
@@ -218,3 +218,21 @@ def test_epochs_and_seeds_have_their_own_permutations() -> None:
         for second in orders[:i]:
             # Two independent permutations agree in one place on average.
             assert (first == second).sum() < 10
+
+
+@pytest.mark.parametrize("with_library", [False, True])
+def test_dropout_keeps_the_share_that_it_should_of_each_layer_by_itself(
+    with_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if with_library and not counters.has_streams():
+        pytest.skip("the C++ library was not built")
+    monkeypatch.setattr(counters, "has_streams", lambda: with_library)
+    ids, shape = torch.arange(40), (5, 20, 20)
+    masks = [keep_mask(2**64 - 1, layer, ids, shape, 0.3) for layer in (0, 1)]
+    assert masks[0].shape == (40, *shape) and masks[0].dtype == torch.bool
+    error = 4 * (0.3 * 0.7 / masks[0].numel()) ** 0.5
+    assert all(abs(float(mask.double().mean()) - 0.7) < error for mask in masks)
+    both = float((masks[0] & masks[1]).double().mean())
+    assert abs(both - 0.49) < 4 * (0.49 * 0.51 / masks[0].numel()) ** 0.5
+    assert torch.equal(keep_mask(2**64 - 1, 0, ids[7:9], shape, 0.3), masks[0][7:9])
+    assert bool(keep_mask(0, 0, ids, shape, 0.0).all())

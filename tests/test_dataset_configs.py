@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from sadm_fast.build import build_denoiser, resolve_classes
+from sadm_fast.build import build_denoiser, build_psi, resolve_classes
 from sadm_fast.config import Config, load_config
+from sadm_fast.config_training import ExponentialEMA
 from sadm_fast.console import Console
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.source import ImageSource
 from sadm_fast.feed import load_samples, open_data, open_images_to_encode
 from tests.data.loaders import open_feed
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json") if path.stem != "schema")
@@ -218,3 +221,57 @@ def test_the_cifar_block_turns_the_binary_version_into_both_folders(
                 assert folder.classes[folder.labels[index]] == names[labels[part, number]]
             with Image.open(folder.path(index)) as image:
                 np.testing.assert_array_equal(np.asarray(image).transpose(2, 0, 1), pixels[part, number])
+
+
+# What makes it seconds instead of days: narrower, shorter, fewer.
+NARROWER = {
+    "denoiser.channels": 8, "denoiser.depth": 1, "structure_encoder.architecture": "cnn", "train.micro_batch": 2,
+    "train.steps": 2, "game.start_step": 1, "sampling.steps": 1, "sampling.columns": 1, "sampling.rows": 1,
+}  # fmt: skip
+U_NETS = ("cifar10", "cifar10_unconditional", "celeba64", "ffhq64")
+
+
+@pytest.mark.parametrize("name", U_NETS)
+def test_pixels_have_edms_network_and_settings(name: str) -> None:
+    config = load_config(ROOT / f"configs/{name}.json")
+    denoiser, optimizer, ranks = config.denoiser, config.denoiser_optimizer, 8
+    assert denoiser.architecture == "unet" and not config.data.flip  # its augmentation mirrors
+    assert denoiser.conditional == (name == "cifar10") and denoiser.label_dropout == 0.0
+    batch = ranks * config.train.micro_batch * config.train.grad_accumulation
+    faces = name in ("celeba64", "ffhq64")  # EDM has no CelebA: FFHQ's
+    # Karras et al. 2022, table 7 and the README of the release.
+    assert batch == (256 if faces else 512)
+    assert denoiser.channel_multipliers == ((1, 2, 2, 2) if faces else (2, 2, 2)) and denoiser.channels == 128
+    assert (denoiser.depth, denoiser.attention_resolutions) == (4, (16,))
+    assert (denoiser.dropout, denoiser.augment) == ((0.05, 0.15) if faces else (0.13, 0.12))
+    assert (optimizer.lr, optimizer.betas) == (2e-4 if faces else 1e-3, (0.9, 0.999))
+    assert optimizer.warmup_steps == int(10e6) // batch and config.train.steps == int(200e6) // batch
+    assert isinstance(config.train.ema, ExponentialEMA)
+    assert config.train.ema.decay == pytest.approx(0.5 ** (batch / 0.5e6), abs=1e-6)
+    assert config.sampling.steps == (40 if faces else 18)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names", [("cifar10", "ffhq64"), pytest.param(("cifar10_unconditional", "celeba64"), marks=pytest.mark.soak)]
+)
+def test_u_nets_train_two_steps_on_the_stand_ins(names: tuple[str, ...], tmp_path: Path) -> None:
+    commands = []
+    for name in names:
+        images = _write_stand_in(LAYOUTS[name], tmp_path / name)
+        config = _load(name, images)
+        psi = tmp_path / name / "psi.safetensors"
+        narrow = config.structure_encoder.model_copy(update={"architecture": "cnn"})
+        save_file(build_psi(config.model_copy(update={"structure_encoder": narrow})).state_dict(), psi)
+        changes = {**NARROWER, "structure_encoder.weights": psi, "data.path": images, "data.threads": 1}
+        commands.append(["--config", str(ROOT / f"configs/{name}.json"), "--run-dir", str(tmp_path / f"run-{name}")])
+        commands[-1] += [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    run_ranks("tests.support.config_worker", 1, str(tmp_path / "commands.json"))
+    for name in names:
+        run = tmp_path / f"run-{name}"
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["step"] == 2 and lines[-1]["skipped_steps"] == 0 and lines[-1]["structure_distance"] > 0
+        average = load_file(run / "checkpoints/step-000002/ema.safetensors")
+        assert ("label_embedding.weight" in average) == (name == "cifar10")
+        assert "augment_embedding.weight" in average

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (  # lowest first; rooms of one floor do not know each other
     "errors scales diffusion console",
     "files counters config_errors ranks",
-    "data models game classifier pictures config_block config_tree train_once",
+    "data models game augmentation classifier pictures config_block config_tree train_once",
     "config_training config_sampling",
     "config",
     "feed build engine precision",

@@ -42,7 +42,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     writer.status.return_value = False, False
     return Trainer(
         config, folder, open_images(tmp_path / "images"), players, MagicMock(), writer, gallery,
-        null_class=1, device=torch.device("cpu"), console=Console(),
+        num_classes=1, null_class=1, device=torch.device("cpu"), console=Console(),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sadm_kernels.triton.launch import on_device
 
-BLOCK = 256  # pairs of numbers of a program
+BLOCK = 256  # pairs of numbers, or fours, of a program
 PRECISE = True
 
 
@@ -30,3 +30,15 @@ def draw(key: int, stream: int, firsts: tuple[int, int], sample_ids: Tensor, cou
                 PRECISE=PRECISE, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return normal, first
+
+
+def keep(key: int, stream: int, sample_ids: Tensor, count: int, rate: float) -> Tensor:
+    """streams.philox_keep on a GPU, one launch; arguments are checked there."""
+    kept = torch.empty(len(sample_ids), count, dtype=torch.bool, device=sample_ids.device)
+    if kept.numel():
+        with on_device(sample_ids.device):
+            _kernels().keep[(len(sample_ids), -(-count // (4 * BLOCK)))](
+                sample_ids, kept, key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF, stream, rate, count,
+                BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
+    return kept

@@ -21,7 +21,7 @@ def guided(
     process: Process,
     model: nn.Module,
     labels: Tensor,
-    null_class: int,
+    null_class: int | None,
     guidance_scale: float = 1.0,
     *,
     channels: int | None = None,
@@ -36,13 +36,20 @@ def guided(
     interval, calls the network once a step with B samples. A learned variance is never guided.
 
     Args:
-        labels: int64 [B]; null_class stands for none.
+        labels: int64 [B]; null_class stands for none, where the network knows one.
         channels: guide so many, the first ones, as DiT's release guides 3 of 4; None: all.
         interval: guide at low <= t <= high only (Kynkaanniemi et al. 2024), t in the process's own unit: sigma of
             EDM, 0 to 1 of flow, 0 to 999 of VP. None: everywhere.
         clip: bring xhat0 into [-1, 1] after guidance (clip_denoised of improved DDPM).
+
+    Raises:
+        ValueError: there is neither a null class nor a guide, and the scale is not 1.
     """
-    both = labels if guide is not None else torch.cat([labels, torch.full_like(labels, null_class)])
+    both = labels
+    if guide is None and guidance_scale != 1.0:
+        if null_class is None:
+            raise ValueError(f"guidance_scale={guidance_scale:g}: the network knows no null class; use 1, or a guide")
+        both = torch.cat([labels, torch.full_like(labels, null_class)])
 
     def predict(network: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """xhat0 and what else the network puts out, [B, 0 or C, H, W]."""

@@ -10,7 +10,7 @@ were cut at the beginning. Then its reduction overlaps the backward of the block
 free.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,11 +38,12 @@ class Flat(nn.Module):
 
     def __init__(self, network: nn.Module, size: int, blocks: Iterable[nn.Module] = ()) -> None:
         super().__init__()
-        block_of = {parameter: block for block in blocks for parameter in block.parameters()}
+        order = list(blocks)
+        block_of = {parameter: block for block in order for parameter in block.parameters()}
         groups: list[list[tuple[str, nn.Parameter]]] = []
         firsts: list[nn.Module | None] = []  # the first block that needs the group; None: outside of all blocks
         room = 0
-        for name, parameter in network.named_parameters():
+        for name, parameter in _in_order_of_calls(network, order):
             if not parameter.requires_grad:
                 continue
             block = block_of.get(parameter)
@@ -101,3 +102,13 @@ class Flat(nn.Module):
 def network_of(module: Any) -> Any:
     """The network itself, of a module that may be a `Flat` of it."""
     return module.network if isinstance(module, Flat) else module
+
+
+def _in_order_of_calls(network: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The network's parameters, those of blocks in the order of the blocks, whichever was registered first."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    of_blocks = [parameter for block in blocks for parameter in block.parameters()]
+    among, following = set(of_blocks), iter(of_blocks)
+    for parameter in names:
+        parameter = next(following) if parameter in among else parameter
+        yield names[parameter], parameter

@@ -1,13 +1,12 @@
 """What every denoiser is to the rest of the program; a new network subclasses `Denoiser` (docs/architecture.md)."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 
 class Denoiser(nn.Module):
-    """A class-conditional network D_theta(x, time, labels), called by a diffusion process (diffusion/process.py).
+    """A network D_theta(x, time, labels), called by a diffusion process (diffusion/process.py).
 
     One that is given to sadm_fast.train needs `num_classes` and `forward` only (docs/extending.md): the sizes are for
     images and for files of weights, and without `blocks` it is compiled, reduced and kept as a whole.
@@ -16,8 +15,8 @@ class Denoiser(nn.Module):
         in_channels, out_channels: C of the images or latents, and of the output (process.output_channels(C)).
         input_size: H and W.
         num_classes: labels are 0 .. num_classes - 1; `null_class` stands for "no class".
-        blocks: called one after another by `forward`, alike in code and shapes. Each is a unit: of compilation, of the
-            reduction of gradients, and of recomputation.
+        blocks: called one after another by `forward`. Each is a unit: of compilation, of the reduction of gradients,
+            and of recomputation. Blocks alike in code and shapes share what is compiled.
         activation_checkpointing: `blocks` keep only their inputs for the backward pass, which computes the rest anew.
     """
 
@@ -38,13 +37,9 @@ class Denoiser(nn.Module):
         return self.in_channels, self.input_size, self.input_size
 
     @property
-    def null_class(self) -> int:
-        """The label that stands for "no class": one more than there are classes."""
+    def null_class(self) -> int | None:
+        """The label that stands for "no class": one more than there are classes. None: it is told no labels at all."""
         return self.num_classes
-
-    def block_inputs(self, samples: int) -> Sequence[tuple[int, ...]]:
-        """Shapes of the tensors that one of `blocks` is called with, for the planner's memory count."""
-        raise NotImplementedError(f"{type(self).__name__}: has `blocks`, so it must say what they are called with")
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -55,4 +50,6 @@ class Denoiser(nn.Module):
             (VP: step 0..999; flow: 1000 t; EDM: 100 ln sigma), so that sinusoids made for 0..999 resolve it. A network
             that wants the natural time divides by process.time_scale.
         y: labels int64 [B], `null_class` for none.
+
+        In training it is called with `Batch.more` behind these (feed.draw_batch), in sampling never.
         """

@@ -7,7 +7,6 @@ Shapes in comments: B samples, C channels, T tokens (patches), D hidden size, p 
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -217,10 +216,6 @@ class DiT(Denoiser):
             position_grid=position_grid,
             activation_checkpointing=activation_checkpointing,
         )
-
-    def block_inputs(self, samples: int) -> Sequence[tuple[int, ...]]:
-        _, tokens, hidden_size = self.pos_embed.shape
-        return (samples, tokens, hidden_size), (samples, hidden_size)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Load, also from a state without the fixed `pos_embed`.

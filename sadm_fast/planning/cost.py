@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from sadm_fast.build import NONE, Own, build_denoiser, build_psi
 from sadm_fast.config import Config
@@ -81,21 +83,20 @@ def activations(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> Ac
     The tensors are fake CPU ones. On meta, attention would keep a matrix of all pairs of tokens; the fused kernels of
     CPUs and GPUs do not.
     """
-    samples, shape, dtype = config.train.micro_batch, config.sample_shape, _DTYPES[config.train.precision]
-    process = config.process
+    samples, shape, process = config.train.micro_batch, config.sample_shape, config.process
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, labels = torch.empty(samples, *shape), torch.zeros(samples, dtype=torch.long)
         level = torch.empty(samples, dtype=torch.float64)
-        batch = Batch(x, labels, labels, torch.empty_like(x), process.sample_t(level), level)
+        more = (labels,) if config.denoiser.dropout else ()
+        batch = Batch(x, labels, labels, torch.empty_like(x), process.sample_t(level), level, more)
+        blocks: dict[nn.Module, int] = {}
         with _checkpointing(denoiser, False):
-            whole = _kept(denoiser, lambda denoise: predict(process, denoise, batch))
+            whole = _kept(denoiser, lambda denoise: predict(process, denoise, batch), inside=blocks)
         checkpointed = whole
-        if blocks := denoiser.units():
-            inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in denoiser.block_inputs(samples)]
-            block = _kept(blocks[0], lambda block: block(*inputs))
-            block -= sum(x.untyped_storage().nbytes() for x in inputs)
+        if blocks:
             with _checkpointing(denoiser, True):
-                checkpointed = _kept(denoiser, lambda denoise: predict(process, denoise, batch)) + block
+                inputs = _kept(denoiser, lambda denoise: predict(process, denoise, batch))
+            checkpointed = inputs + max(blocks.values())
         structure = discriminator = 0
         if psi is not None:
             seen = torch.empty(samples, *config.psi_shape, requires_grad=True)
@@ -118,10 +119,12 @@ def _checkpointing(denoiser: Denoiser, on: bool) -> Iterator[None]:
         denoiser.activation_checkpointing = before
 
 
-def _kept(module: nn.Module, use: Callable[[Callable[..., Tensor]], object]) -> int:
+def _kept(module: nn.Module, use: Callable[[Callable[..., Tensor]], object], inside: Any = None) -> int:
     """Count the bytes that use(module) keeps for its backward pass: each storage once, parameters not at all.
 
     Call it inside FakeTensorMode.
+
+    inside: a dictionary that gets what each of a Denoiser's blocks keeps, its inputs not counted.
     """
     weights: dict[str, Any] = {
         name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
@@ -130,6 +133,7 @@ def _kept(module: nn.Module, use: Callable[[Callable[..., Tensor]], object]) -> 
     weights |= {name: torch.empty(buffer.shape, dtype=buffer.dtype) for name, buffer in module.named_buffers()}
     own = {weight.untyped_storage()._cdata for weight in weights.values()}
     kept: dict[int, Tensor] = {}
+    entered: list[dict[int, Tensor]] = []  # what was kept, with the inputs, when the block that runs began
 
     def pack(tensor: Tensor) -> Tensor:
         key = tensor.untyped_storage()._cdata
@@ -137,8 +141,20 @@ def _kept(module: nn.Module, use: Callable[[Callable[..., Tensor]], object]) -> 
             kept[key] = tensor  # hold it: a freed storage could give its address to another
         return tensor
 
+    def enter(_: nn.Module, inputs: Any) -> None:
+        entered.append(kept | {x.untyped_storage()._cdata: x for x in tree_leaves(inputs)})
+
+    def leave(block: nn.Module, _: object, __: object) -> None:
+        before = entered.pop()
+        inside[block] = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in before)
+
+    hooks: list[RemovableHandle] = []
+    for block in module.units() if inside is not None and isinstance(module, Denoiser) else ():
+        hooks += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = use(lambda *inputs: functional_call(module, weights, inputs))
+    for hook in hooks:
+        hook.remove()
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del out
     return total

@@ -15,7 +15,7 @@ from sadm_fast.config import check_config
 from sadm_fast.engine.compilation import blocks_of, check_compilation, compile_in_place, why_not
 from sadm_fast.engine.flat import Flat
 from sadm_fast.errors import UserError
-from sadm_fast.models import DiT, SmallCNN, ViT
+from sadm_fast.models import DiT, SmallCNN, UNet, ViT
 
 CPU = torch.device("cpu")
 
@@ -90,3 +90,24 @@ def test_one_graph_of_a_pass_at_any_depth_in_train_and_eval(
     with torch.no_grad():
         called(*arguments)
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+def test_a_u_nets_levels_are_a_graph_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.manual_seed(0)
+    eager = UNet(8, 1, 1, 3, channels=8, multipliers=(1,), depth=1, attention_resolutions=(), dropout=0.2)
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    compiled = copy.deepcopy(eager)
+    compile_in_place(compiled)
+    called = Flat(compiled, 500, blocks_of(compiled))
+    counters.clear()
+    for first in (0, 2):
+        ids = torch.arange(first, first + 2)
+        arguments = torch.rand(2, 1, 8, 8), torch.rand(2), ids % 3, ids
+        # Sums of a few dozen products of order 1, in fp32, in another order; dropout is the sample's own.
+        torch.testing.assert_close(called(*arguments), eager(*arguments), rtol=1e-4, atol=1e-4)
+        called(*arguments).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]

@@ -79,27 +79,43 @@ def test_without_the_library_they_say_so(monkeypatch: pytest.MonkeyPatch) -> Non
         copy_rows(torch.zeros(0, dtype=torch.int64), 1, 0)
 
 
-@pytest.mark.parametrize("where", ["strict", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("count", [1, 64, 203])
-def test_a_micro_batchs_numbers_in_one_launch_are_those_of_the_tensor_operations(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, where: str, count: int
-) -> None:
-    if where == "strict":
+@pytest.fixture(params=["strict", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the kernels of random.py run: interpreted on the CPU, or on a GPU."""
+    if request.param == "strict":
         strict = request.getfixturevalue("strict")
         code = strict.load(Path(random.__file__).with_name("random_code.py"))
         monkeypatch.setattr(random, "_kernels", lambda: code)
         monkeypatch.setattr(random, "PRECISE", False)
         monkeypatch.setattr(random, "BLOCK", 32)
-    elif not torch.cuda.is_available():
+        return "cpu"
+    if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    device = "cpu" if where == "strict" else "cuda"
+    return "cuda"
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.13, 0.5])
+@pytest.mark.parametrize("count", [1, 130, 203])
+def test_what_dropout_keeps_is_what_the_tensor_operations_keep(
+    monkeypatch: pytest.MonkeyPatch, device: str, count: int, rate: float
+) -> None:
+    seed, ids = (5 << 40) + 77, torch.tensor([0, 1, (9 << 32) + 4, 2**62], device=device)
+    kept = random.keep(seed, int(Purpose.DROPOUT) + (3 << 8), ids, count, rate)
+    monkeypatch.setattr(counters, "has_streams", lambda: False)
+    assert torch.equal(kept, counters.keep_mask(seed, 3, ids, (count,), rate))
+
+
+@pytest.mark.parametrize("count", [1, 64, 203])
+def test_a_micro_batchs_numbers_in_one_launch_are_those_of_the_tensor_operations(
+    monkeypatch: pytest.MonkeyPatch, device: str, count: int
+) -> None:
     seed, ids = (5 << 40) + 77, torch.tensor([0, 1, (9 << 32) + 4, 2**62], device=device)
     others = (Purpose.TIME, Purpose.LABEL_DROP)
     normal, first = random.draw(seed, int(Purpose.NOISE), (int(others[0]), int(others[1])), ids, count)
     monkeypatch.setattr(counters, "has_streams", lambda: False)
     assert torch.equal(first, counters.uniform_for(seed, others, ids))
     expected = counters.normal(seed, Purpose.NOISE, ids, (count,))
-    if where == "cuda":
+    if device == "cuda":
         assert torch.equal(normal, expected)
     else:  # numpy's logarithm, sine and cosine are not torch's: an ulp each, and of an angle up to 2 pi
         torch.testing.assert_close(normal, expected, rtol=2**-20, atol=2**-20)
@@ -113,7 +129,10 @@ def test_the_draw_compiles_for_a_gpu_with_few_registers(monkeypatch: pytest.Monk
     recorder: Any = aot._Recorder()
     monkeypatch.setattr(random, "_kernels", lambda: recorder)
     random.draw(seed, 0, (1, 2), torch.empty(64, dtype=torch.int64, device="meta"), 4096)
-    (work,) = recorder.launches
+    random.keep(seed, 10, torch.empty(64, dtype=torch.int64, device="meta"), 4096, 0.13)
+    work, keeping = recorder.launches
+    usage = aot.usage_of(*aot.machine_code(random_code.keep, keeping, 90))
+    assert usage.stack == 0 and usage.registers <= 64
     usage = aot.usage_of(*aot.machine_code(random_code.draw, work, 90))
     # The stack is of CUDA's sine and cosine of large angles, which these are not: at most 7 words for both.
     assert usage.stack <= 32 and usage.registers <= 64

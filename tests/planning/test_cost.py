@@ -37,7 +37,7 @@ def test_published_sizes_have_the_published_cost(name: str, parameters: int, gma
     asked = published(name)
     denoiser, psi = meta_models(asked, num_classes=1000)
     assert psi is None
-    width, patch = denoiser.block_inputs(1)[0][-1], asked.denoiser.patch
+    width, patch = denoiser.get_parameter("pos_embed").shape[-1], asked.denoiser.patch
     # Three channels instead of four: one input filter fewer, and two outputs (mean and variance) with their biases.
     missing = width * patch**2 + (width + 1) * 2 * patch**2
     assert sum(p.numel() for p in denoiser.parameters()) == parameters - missing

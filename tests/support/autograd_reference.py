@@ -5,6 +5,7 @@ Nothing here comes from game.py, engine/ or sadm_kernels; only the networks are 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,17 @@ def _estimate(denoiser: nn.Module, batch: Batch, sigma_data: float) -> tuple[Ten
     x_t = x0 + sigma * batch.noise.double()
     total = sigma**2 + sigma_data**2
     # The time argument stays float32, as the network takes it: its sinusoids would show the rounding.
-    output = denoiser(x_t / total.sqrt(), 100.0 * batch.t.log(), batch.condition)
+    output = denoiser(x_t / total.sqrt(), 100.0 * batch.t.log(), batch.condition, *batch.more)
     xhat0 = sigma_data**2 / total * x_t + sigma * sigma_data / total.sqrt() * output
     weight = total / (sigma * sigma_data) ** 2
     return xhat0, (weight * (x0 - xhat0) ** 2).mean(dim=(1, 2, 3))
+
+
+def _together(batches: list[Batch]) -> Batch:
+    """One batch of several."""
+    columns: Any = list(zip(*batches, strict=True))
+    more = zip(*columns.pop(), strict=True)
+    return Batch._make([*map(torch.cat, columns), tuple(map(torch.cat, more))])
 
 
 @dataclass
@@ -139,7 +147,7 @@ def play(
         # Pairs are made inside these: each rank's micro-batch, or all ranks' micro-batches of a micro step.
         groups = ranks
         if game.scope == "global":
-            groups = [Batch(*map(torch.cat, zip(*micro_step, strict=True))) for micro_step in micro_steps]
+            groups = [_together(micro_step) for micro_step in micro_steps]
         playing = game.mode != "plain" and step >= game.start_step and (not game.stop_step or step < game.stop_step)
         norm = None
         if playing and game.mode == "sadm":

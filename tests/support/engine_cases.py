@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sadm_fast.config import Config, check_config
-from sadm_fast.game import Batch, draw
+from sadm_fast.feed import draw_batch
+from sadm_fast.game import Batch
 
 MODES = ("plain", "structure", "sadm")
 STAGES = (0, 1, 2, 3)
@@ -16,6 +17,14 @@ ITERATIONS = 3
 MICRO_BATCH = 4
 CLASSES = 3
 CLIP = 0.05
+UNET = {
+    "architecture": "unet",
+    "channels": 8,
+    "channel_multipliers": [1, 2],
+    "attention_resolutions": [4],
+    "dropout": 0.2,
+    "augment": 0.5,
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Case:
     checkpointing: bool = False  # of activations
     depth: int = 1
     shown: bool = False  # Psi looks at samples as `see` shows them
+    unet: bool = False  # with dropout and augmentation
 
     @property
     def config(self) -> Config:
@@ -49,11 +59,10 @@ class Case:
                 "data": {"resolution": 8, "channels": 1},
                 "diffusion": {"process": "edm", "p_mean": -0.5, "p_std": 0.5},
                 "denoiser": {
-                    "patch_size": 4,
-                    "hidden_size": 16,
+                    **(UNET if self.unet else {"patch_size": 4, "hidden_size": 16, "num_heads": 2}),
                     "depth": self.depth,
-                    "num_heads": 2,
                     "num_classes": CLASSES,
+                    "label_dropout": 0.25,
                 },
                 "structure_encoder": {"width": 8, "feature_dim": 8},
                 "game": {"mode": self.mode, "lambda_s": 0.5, **self.game},
@@ -127,6 +136,9 @@ def cases(world_size: int) -> list[Case]:
         Case("overlap-zero1", "sadm", 1, zero={"overlap_comm": True, "reduce_bucket_size": 1000}),
         Case("overlap-zero2-accumulation2", "sadm", 2, 2, zero={"overlap_comm": True, "reduce_bucket_size": 1000}),
         Case("bf16-clipped-accumulation2", "sadm", 2, 2, precision="bf16", clipping=CLIP),
+        Case("unet-zero0-accumulation2", "sadm", 0, 2, unet=True, checkpointing=True),
+        Case("unet-zero2", "structure", 2, unet=True, zero={"reduce_bucket_size": 5000}),
+        Case("unet-zero3", "plain", 3, unet=True, zero={"stage3_param_persistence_threshold": 0}),
         *compiled_cases(),
     ]
     return [case for case in everything if case.stage in stages(world_size)]
@@ -153,10 +165,14 @@ def matrix(world_size: int) -> list[Case]:
     """The rest of modes x ZeRO stages x accumulation x precision x compiled, where a stage can be compiled."""
     known = [replace(case, name="") for case in cases(world_size)]
     found = [Case("checkpointing-compiled", "sadm", 1, compiled=True, checkpointing=True)]
-    for mode, stage, a, precision, compiled in product(MODES, STAGES, (1, 2), ("fp32", "bf16"), (False, True)):
-        case = Case("", mode, stage, a, precision, compiled=compiled)
-        if case not in known and not (compiled and stage == 3):
-            found.append(replace(case, name=f"{mode}-zero{stage}-{a}-{precision}{'-compiled' * compiled}"))
+    for unet, mode, stage, a, precision, compiled in product(
+        (False, True), MODES, STAGES, (1, 2), ("fp32", "bf16"), (False, True)
+    ):
+        case = Case("", mode, stage, a, precision, compiled=compiled, unet=unet)
+        slow = compiled and unet and mode != "sadm"  # five graphs each
+        if case not in known and not (compiled and stage == 3) and not slow:
+            name = f"{'unet-' * unet}{mode}-zero{stage}-{a}-{precision}{'-compiled' * compiled}"
+            found.append(replace(case, name=name))
     return found
 
 
@@ -220,4 +236,4 @@ def micro_batch(config: Config, iteration: int, micro_step: int, rank: int, worl
     generator = torch.Generator().manual_seed(first)
     labels = ids % CLASSES
     x0 = 0.3 * torch.randn(MICRO_BATCH, 1, 8, 8, generator=generator) + 0.5 * (labels - 1)[:, None, None, None]
-    return draw(config.process, x0.clamp(-1, 1), labels, ids, seed=config.seed, null_class=CLASSES, label_dropout=0.25)
+    return draw_batch(config, x0.clamp(-1, 1), labels, ids, null_class=CLASSES)
