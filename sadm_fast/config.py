@@ -344,6 +344,12 @@ class GameConfig(Block):
         " feature map; locations, samples at each location of the map; features: no relations, each sample's pooled"
         " features with its own (a control)",
     )
+    look_at: Literal["estimate", "hidden"] = Field(
+        "estimate",
+        description="whose relations are matched with those of Psi's features of x0; estimate: Psi's features of xhat0;"
+        " hidden: the denoiser's own tokens after `block`, so that S does not bend xhat0 itself (mode=structure)",
+    )
+    block: int = Field(1, ge=1, le=256, description="look_at=hidden: after which of the denoiser's blocks")
     stage: int = Field(
         2,
         ge=1,
@@ -385,8 +391,14 @@ class GameConfig(Block):
 
     @model_validator(mode="after")
     def _comparable(self) -> Self:
-        maps = self.compare in ("tokens", "locations")
+        maps, hidden = self.compare in ("tokens", "locations"), self.look_at == "hidden"
         wrong = [
+            (hidden and self.mode == "sadm", "look_at=hidden: Psi cannot play against the tokens; use mode=structure"),
+            (hidden and self.strength == "gradient", "look_at=hidden: needs strength=weight"),
+            (hidden and self.compare == "features", "look_at=hidden: tokens have no features of Psi to equal"),
+            (hidden and self.queue, "look_at=hidden: needs queue=0"),
+            (hidden and self.scope == "global", "look_at=hidden: needs scope=rank"),
+            (not hidden and self.block != 1, f"block={self.block}: is for look_at=hidden"),
             (self.strength == "gradient" and self.scope == "global", "strength=gradient: needs scope=rank"),
             (
                 self.noise_levels == "batch" and self.queue,
@@ -481,6 +493,8 @@ class Config(Block):
         stages = {"cnn": 3, "resnet18": 4, "vit": psi.depth, **dict.fromkeys(EFFICIENTNETS, 7)}.get(psi.architecture)
         if stages is not None and self.game.stage > stages:
             raise ValueError(f"game.stage={self.game.stage}: {psi.architecture} has {stages}")
+        if self.game.look_at == "hidden" and (problem := _hidden_problem(self)) is not None:
+            raise ValueError(f"game.look_at=hidden: {problem}")
         samples = self.train.micro_batch * self.train.grad_accumulation
         if self.game.queue and self.game.mode == "plain":
             raise ValueError(f"game.queue={self.game.queue}: game.mode=plain compares nothing; it must be 0")
@@ -617,6 +631,19 @@ def _shape_problem(config: Config) -> str | None:
         attention = list(denoiser.attention_resolutions)
         if not set(attention) <= set(sides):
             return f"denoiser.attention_resolutions={attention}: must be sides of levels, which here are {sides}"
+    return None
+
+
+def _hidden_problem(config: "Config") -> str | None:
+    """Say why S cannot look at the denoiser's tokens; None if it can."""
+    denoiser, block = config.denoiser, config.game.block
+    if denoiser.architecture != "dit":
+        return f"needs denoiser.architecture=dit, not {denoiser.architecture}"
+    depth = denoiser.depth if denoiser.name is None else parse_name(denoiser.name)[0]
+    if block > depth:
+        return f"game.block={block}: the denoiser has {depth}"
+    if config.train.compile != "off" or config.train.activation_checkpointing:
+        return "needs train.compile=off and train.activation_checkpointing=false"
     return None
 
 

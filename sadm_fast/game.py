@@ -3,6 +3,7 @@
     [1]  xhat0_i = to_x0(D_theta(x_t, t, y), x_t, t)                              `predict`
          L_den   = mean_i w(t_i) ||x0_i - xhat0_i||^2
     [2]  f_i = Psi(x0_i),  g_i = Psi(xhat0_i)                                     features of the structure encoder
+         or with look_at=hidden: g_i the denoiser's tokens after a block
     [3]  w_i = sigmoid(gate_slope (log_snr_i - gate_log_snr))                     `gate`
     [4]  S   = sum_{i != j} w_i w_j rho(R(G)_ij - R(F)_ij) / sum_{i != j} w_i w_j  `Comparison`
     [4b] or with compare=tokens:   sum_i w_i mean_{p != q} rho(R(g_i)_pq - R(f_i)_pq) / sum_i w_i,  g_i, f_i [T, C]
@@ -185,6 +186,11 @@ class Comparison:
             raise ValueError(
                 f"compare={self.compare}: Psi returned {list(f.shape)}, not tokens [B, T, C] of `map_stage`"
             )
+        if self.of_maps and f.shape[1] != g.shape[1]:
+            raise ValueError(
+                f"compare={self.compare}: a map of {f.shape[1]} tokens against {g.shape[1]} of the denoiser; look at"
+                " another stage of Psi"
+            )
         w = torch.ones(len(f), device=f.device) if weight is None else weight
         real, fake = (self._rows(x) for x in (f, g))
         if self.compare == "features":
@@ -221,14 +227,23 @@ class Comparison:
 
 
 def structure_distance(
-    compare: Comparison, process: Process, psi: Encode, batch: Batch, xhat0: Tensor, queue: Queue | None = None
+    compare: Comparison,
+    process: Process,
+    psi: Encode,
+    batch: Batch,
+    xhat0: Tensor,
+    queue: Queue | None = None,
+    tokens: Tensor | None = None,
 ) -> Structure:
-    """[4] for the denoiser: f without graph, g with; the caller keeps Psi `frozen`."""
+    """[4] for the denoiser: f without graph, g with; the caller keeps Psi `frozen`.
+
+    tokens: the denoiser's own [B, T, D], as g in place of Psi's features of xhat0; None: those.
+    """
     log_snr = process.log_snr(batch.t)
     with torch.no_grad():
         f = psi(batch.x0)
     distance_from = compare.of_real(f, log_snr, batch.labels, queue)
-    g = psi(xhat0)
+    g = psi(xhat0) if tokens is None else tokens if compare.of_maps else tokens.mean(dim=1)
     distance = distance_from(g) * compare.factor(log_snr)
     weight = compare.weight(log_snr)
     weight = f.new_ones(len(f)) if weight is None else weight

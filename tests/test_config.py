@@ -540,7 +540,7 @@ def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(bloc
         assert (other.fingerprint() == base.fingerprint()) == changeable, path
     # Another tag or name would need other keys beside it; those are told apart by the next test.
     alone = {"diffusion.process", "train.ema.profile", "denoiser.name", "latents", "data.source", "evaluate.every"}
-    alone |= {"train.ema_snapshot_every", "game.stage"}  # a multiple of another field; of feature maps only
+    alone |= {"train.ema_snapshot_every", "game.stage", "game.block", "game.look_at"}  # depend on another field
     alone |= {"structure_encoder.input", "data.shape"}  # pixels need latents and weights; a shape is of data.source=own
     alone |= {"denoiser.architecture"}
     alone |= {f"sampling.{setting}" for setting in SamplingConfig.model_fields}  # most fit one sampler only
@@ -738,6 +738,9 @@ def test_the_game_ends_after_it_has_begun() -> None:
         ({"compare": "features", "relation": "cosine"}, "compare=features: needs relation=euclidean"),
         ({"compare": "tokens", "same_class": True}, "compare=tokens: pairs no samples"),
         ({"compare": "tokens", "normalize": "mean"}, "compare=tokens: has no normalize=mean"),
+        ({"look_at": "hidden"}, "look_at=hidden: Psi cannot play against the tokens"),
+        ({"look_at": "hidden", "mode": "structure", "block": 5}, "game.block=5: the denoiser has 4"),
+        ({"block": 2}, "block=2: is for look_at=hidden"),
         ({"stage": 1}, "stage=1: is for compare=tokens and locations"),
         ({"compare": "tokens", "stage": 4}, "game.stage=4: cnn has 3"),
         ({"strength": "gradient", "scope": "global"}, "strength=gradient: needs scope=rank"),

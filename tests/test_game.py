@@ -306,3 +306,17 @@ def test_maps_are_asked_of_an_encoder_that_has_some() -> None:
     rows = torch.ones(3, 4)
     with pytest.raises(ValueError, match="compare=tokens: Psi returned .3, 4., not tokens"):
         Comparison(compare="tokens").of_real(rows, torch.zeros(3), torch.zeros(3))(rows)
+
+
+def test_the_denoisers_tokens_are_compared_with_what_psi_sees_in_x0() -> None:
+    b, generator = batch(), torch.Generator().manual_seed(4)
+    tokens = torch.randn(SIZE, 4, 7, generator=generator).requires_grad_(True)
+    f = torch.randn(SIZE, 4, 3, generator=generator)
+    compare = Comparison(compare="tokens")
+    structure = structure_distance(compare, EDM(), lambda x0: f, b, estimate(), tokens=tokens)
+    torch.testing.assert_close(structure.distance, compare.of_real(f, b.t, b.labels)(tokens))
+    assert torch.autograd.grad(structure.distance, tokens)[0].any()
+    pooled = structure_distance(Comparison(), EDM(), lambda x0: f[:, 0], b, estimate(), tokens=tokens).distance
+    torch.testing.assert_close(pooled, structure_loss(f[:, 0], tokens.mean(dim=1)))
+    with pytest.raises(ValueError, match="a map of 4 tokens against 3 of the denoiser; look at another stage"):
+        structure_distance(compare, EDM(), lambda x0: f, b, estimate(), tokens=tokens[:, :3])

@@ -103,6 +103,9 @@ class Players:
         self.compare = self._comparison()
         if self.compare.of_maps and self.psi is not None:
             network_of(self.psi).map_stage = config.game.stage
+        self._tokens: Tensor | None = None  # of the denoiser's last forward, [B, T, D]
+        if self.mode != "plain" and config.game.look_at == "hidden":
+            self._keep_tokens(network_of(self.denoiser.module), network_of(self.psi))
         self.queue: FeatureQueue | None = None
         if config.game.queue:
             check_queue(config, self.world_size)
@@ -127,6 +130,15 @@ class Players:
         if game.scope == "global" and self.world_size > 1 and dist.group.WORLD is not None:
             return SharedComparison(**fields, group=dist.group.WORLD)
         return Comparison(**fields)
+
+    def _keep_tokens(self, denoiser: Any, psi: Any) -> None:
+        """Keep what a block of each forward returns, and let Psi's maps have as many cells."""
+
+        def keep(_: Any, __: Any, output: Tensor) -> None:
+            self._tokens = output
+
+        denoiser.units()[self.config.game.block - 1].register_forward_hook(keep)
+        psi.map_cells = denoiser.input_size // denoiser.patch_size
 
     def _initialize(self, player: str, module: nn.Module, optimizer: OptimizerConfig) -> Any:
         zero = self.config.deepspeed.zero_optimization
@@ -275,12 +287,13 @@ class Players:
         losses, distances, samples = [], [], []
         for batch in batches:
             xhat0, loss = predict(self.process, self.denoiser, batch) if prediction is None else prediction
+            tokens, self._tokens = self._tokens, None
             losses.append(loss.detach())
             if playing:
                 looked_at, estimate = self._shown(batch, xhat0) if shown is None else shown
                 with frozen(self.psi):
                     structure = structure_distance(
-                        self.compare, self.process, self.psi, looked_at, estimate, self._past
+                        self.compare, self.process, self.psi, looked_at, estimate, self._past, tokens
                     )  # fmt: skip
                     distance = structure.distance
                     if self.config.game.strength == "gradient":

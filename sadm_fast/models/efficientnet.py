@@ -97,7 +97,7 @@ class EfficientNetLite(StructureEncoder):
         for number, block in enumerate(self._blocks):
             x = block(x)
             if self.map_stage is not None and self.ends.get(number) == self.map_stage:
-                return tokens_of(x)
+                return tokens_of(x, self.map_cells)
         return F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
 
 

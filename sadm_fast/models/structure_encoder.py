@@ -16,7 +16,6 @@ from sadm_fast.models.pixels import ImageNetPixels
 
 _GROUPS = 8
 _CELLS = 2  # SmallCNN pools its last map to so many cells a side
-_MAP_CELLS = 8  # cells a side of a map that is compared, at most
 _OF_A_STAGE = 3  # modules of a stage of SmallCNN: convolution, norm, activation
 
 Norm = Callable[[int], nn.Module]
@@ -26,20 +25,22 @@ class StructureEncoder(nn.Module):
     """What every Psi is to the rest of the program; one of your own subclasses it (docs/extending.md).
 
     No layer may mix samples. `feature_dim` is the length of a feature row. With `map_stage` (game.compare=tokens and
-    locations) forward returns the feature map of that stage, the first being 1, as tokens [B, T, C].
+    locations) forward returns the feature map of that stage, the first being 1, as tokens [B, T, C], of at most
+    `map_cells` a side.
     """
 
     feature_dim: int
     map_stage: int | None = None
+    map_cells = 8
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, feature_dim] of samples [B, C, ...]."""
 
 
-def tokens_of(maps: Tensor) -> Tensor:
-    """Feature maps [B, C, h, w] as tokens [B, T, C]; larger than 8x8 they are averaged down to that."""
-    height, width = (min(side, _MAP_CELLS) for side in maps.shape[-2:])
+def tokens_of(maps: Tensor, cells: int) -> Tensor:
+    """Feature maps [B, C, h, w] as tokens [B, T, C]; larger than cells x cells they are averaged down to that."""
+    height, width = (min(side, cells) for side in maps.shape[-2:])
     if (height, width) != tuple(maps.shape[-2:]):
         maps = F.adaptive_avg_pool2d(maps, (height, width))
     return maps.flatten(2).transpose(1, 2)
@@ -144,7 +145,7 @@ class ResNet18(StructureEncoder):
         for i in range(1, 5):
             x = self.get_submodule(f"layer{i}")(x)
             if self.map_stage == i:
-                return tokens_of(x)
+                return tokens_of(x, self.map_cells)
         return x.mean(dim=(2, 3))
 
 
@@ -175,5 +176,5 @@ class SmallCNN(StructureEncoder):
         for number, layer in enumerate(self.layers, start=1):
             maps = layer(maps)
             if self.map_stage is not None and number == _OF_A_STAGE * self.map_stage:
-                return tokens_of(maps)
+                return tokens_of(maps, self.map_cells)
         return self.head(F.adaptive_avg_pool2d(maps, _CELLS).flatten(1))

@@ -164,7 +164,8 @@ class ViT(StructureEncoder):
             x = block(x)  # [B, 1 + R + T, D]
             if self.map_stage == number:
                 side = self.input_size // self.patch_size
-                return tokens_of(x[:, 1 + self.registers :].transpose(1, 2).unflatten(2, (side, side)))
+                maps = x[:, 1 + self.registers :].transpose(1, 2).unflatten(2, (side, side))
+                return tokens_of(maps, self.map_cells)
         return self.norm(x[:, 0])
 
     def _positions(self) -> Tensor:

@@ -54,7 +54,7 @@ def test_a_stages_map_is_its_last_block() -> None:
     psi, seen = EfficientNetLite(1, 32), []
     psi._blocks[6].register_forward_hook(lambda *args: seen.append(args[-1]))
     psi.map_stage = 3
-    assert torch.equal(psi(torch.rand(2, 3, 16, 16)), tokens_of(seen[0])) and seen[0].shape == (2, 40, 4, 4)
+    assert torch.equal(psi(torch.rand(2, 3, 16, 16)), tokens_of(seen[0], 8)) and seen[0].shape == (2, 40, 4, 4)
 
 
 def test_installed_weights_are_those_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,10 @@ def play(
     denoiser, encoder = denoiser.double(), encoder.double()
     if config.game.compare in ("tokens", "locations"):
         encoder.map_stage = config.game.stage
+    tokens: list[Tensor] = []
+    if config.game.look_at == "hidden":
+        block = denoiser.get_submodule(f"blocks.{config.game.block - 1}")
+        block.register_forward_hook(lambda *args: tokens.append(args[-1]))
     optimizers = _optimizer(denoiser, config.denoiser_optimizer), _optimizer(encoder, config.discriminator_optimizer)
 
     def psi(samples: Tensor) -> Tensor:
@@ -173,7 +177,10 @@ def play(
             for batch in groups:
                 f = psi(batch.x0.double()).detach()
                 xhat0, losses = _estimate(denoiser, batch, 0.5)
-                seen = _seen(config, f, psi(xhat0), batch)
+                g = psi(xhat0)
+                if game.look_at == "hidden":
+                    g = tokens[-1] if f.ndim == 3 else tokens[-1].mean(dim=1)
+                seen = _seen(config, f, g, batch)
                 terms.append(_structure(config, seen, queue))
                 if game.strength == "gradient":
                     both = losses.mean(), terms[-1]
