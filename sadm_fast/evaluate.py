@@ -1,11 +1,14 @@
-"""Score a trained run: distances of its samples to the real images, in several feature spaces.
+"""Score a trained run, or images that were drawn, against real images, in several feature spaces.
 
     python sadm_fast/evaluate.py runs/mnist [--samples 5000]
     python sadm_fast/evaluate.py runs/mnist --sweep guidance=1,1.5,2 --sweep ema=0.05,0.1     a table, best marked
+    deepspeed --num_gpus 8 sadm_fast/evaluate.py samples.npz --data VIRTUAL_imagenet256_labeled.npz
+        --judges inception=pt_inception-2015-12-05-6726825d.pth                               FID-50K, sFID, IS
 
-Frechet and kernel distances, precision and recall. The numbers are not the FID of papers: each is named after its
-feature space, for example fid_classifier, the features of a classifier trained on the run's own images. Together with
-each stands its floor, real images against real ones. A run on latents is scored decoded, without that classifier.
+Frechet and kernel distances, precision and recall. Each is named after its feature space, for example fid_classifier,
+the features of a classifier trained on the run's own images. FID, sFID and the inception score are those of the
+inception judge alone; FID has its count, and is called FID-50K of exactly 50,000 samples. Beside each distance stands
+its floor, real images against real ones. A run on latents is scored decoded, without the classifier.
 """
 
 import argparse
@@ -20,21 +23,41 @@ from sadm_fast import cli
 from sadm_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from sadm_fast.config import Config
+    from collections.abc import Iterator, Sequence
 
+    from torch import Tensor
+
+    from sadm_fast.config import Config
+    from sadm_fast.data.source import Source
+    from sadm_fast.metrics.image_sets import ImageSet
+    from sadm_fast.metrics.judges import Judge
+    from sadm_fast.metrics.pretrained import PretrainedJudge
+
+_AT_ONCE = 256  # images read at a time, on each rank
 _SWEPT = ("guidance", "steps", "ema")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser("evaluate.py", __doc__)
-    parser.add_argument("run", type=cli.path, help="the run's folder, for example runs/mnist")
+    parser.add_argument(
+        "run", type=cli.path,
+        help="the run's folder, for example runs/mnist; or, with --data, images: a folder, or an .npz with arr_0",
+    )  # fmt: skip
     parser.add_argument("--samples", type=cli.whole(2), metavar="N", help="generated samples (default: the run's)")
     parser.add_argument("--steps", type=cli.whole(1, 10000), metavar="N", help="sampler steps (default: the run's)")
-    parser.add_argument("--data", type=cli.path, metavar="DIR", help="real images to compare with (default: the run's)")
+    parser.add_argument(
+        "--data", type=cli.path, metavar="PATH",
+        help="what to compare with (default: the run's images): real images, cached latents, or a reference .npz with"
+        " arr_0, or mu and sigma, or both",
+    )  # fmt: skip
+    parser.add_argument(
+        "--real-images", type=cli.whole(4), metavar="N",
+        help="compare with at most so many images, evenly chosen (default: the run's; of images: all)",
+    )  # fmt: skip
     parser.add_argument(
         "--ema", metavar="WHICH", help="another average of the run, or a width made of its snapshots: as sample.py"
     )
-    parser.add_argument("--autoencoder", help="of a run on latents: folder or hub id (default: where the run had it)")
+    parser.add_argument("--autoencoder", help="of latents: folder or hub id (default: where the run had it)")
     parser.add_argument(
         "--sweep", type=_sweep, action="append", default=[], metavar="NAME=V,V,...",
         help="score each of several values of guidance, steps or ema; several sweeps: every combination",
@@ -78,29 +101,121 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from sadm_fast.files import require_writable
+    from sadm_fast.metrics.pretrained import pretrained_judge
+    from sadm_fast.run.folder import RunFolder
+    from sadm_fast.run.manifest import step_of
+
+    if arguments.json is not None:
+        require_writable(arguments.json, "--json")
+    names = [name for name, _ in arguments.judges]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--judges {twice[0]}: is there twice; its scores would have one name")
+    path: Path = arguments.run
+    images = path.suffix.lower() == ".npz"
+    if not images and not RunFolder(path).config.exists() and step_of(path) is None:
+        if arguments.data is None and path.is_dir():
+            raise UserError(f"{path}: holds no run; to score images, say what to compare them with: --data PATH")
+        images = arguments.data is not None
+    if images:
+        if arguments.data is None:
+            raise UserError(f"{path}: say what to compare these images with: --data PATH")
+        for option in ("samples", "steps", "ema", "sweep"):
+            if getattr(arguments, option) not in (None, []):
+                raise UserError(f"--{option}: is of a run; {path} is one set of images")
+    # Checked before the ranks meet.
+    judges = [pretrained_judge(name, file) for name, file in arguments.judges]
+    return _evaluate_images(arguments, judges) if images else _evaluate_run(arguments, judges)
+
+
+def _evaluate_images(arguments: argparse.Namespace, more: "list[PretrainedJudge]") -> int:
+    from sadm_fast.console import Console
+    from sadm_fast.metrics.evaluator import Evaluator, fewest_samples
+    from sadm_fast.metrics.image_sets import open_reference, open_samples
+    from sadm_fast.metrics.judges import judges_of
+    from sadm_fast.metrics.pretrained import without_rank
+    from sadm_fast.metrics.run_evaluation import summary
+    from sadm_fast.models.autoencoder import Autoencoder
+    from sadm_fast.ranks.launch import distributed
+
+    with distributed(deepspeed=False) as place:
+        console, path = Console(place.rank), arguments.run
+        autoencoder = arguments.autoencoder and Autoencoder.load(arguments.autoencoder, device=place.device)
+        with console.progress("checking samples") as progress:
+            samples = open_samples(path, progress)
+        with console.progress("checking the images of --data") as progress:
+            real = open_reference(
+                arguments.data, samples.shape, autoencoder, place.device,
+                at_most=arguments.real_images, progress=progress,
+            )  # fmt: skip
+        judges = [*judges_of(samples.shape[0], samples.shape[1], None), *more]
+        _require_images_or_inception(real, more)
+        if len(samples) < (fewest := fewest_samples(judges, detailed=True)):
+            raise UserError(f"{path}: has {len(samples)} images, too few to score; these judges need {fewest}")
+        for few in (
+            without_rank(more, len(samples)),
+            without_rank(more, len(real), "real images") if not real.moments else None,
+        ):
+            if few:
+                console.say(few)
+
+        def shown(images: "ImageSet", what: str) -> "Iterator[Tensor]":
+            with console.bar(what, len(images)) as bar:
+                done = 0
+                for batch in images.batches(place.rank, place.world_size, _AT_ONCE):
+                    yield batch
+                    done += len(batch) * place.world_size
+                    bar.at(min(done, len(images)))
+
+        try:
+            evaluator = Evaluator.build(
+                shown(real, "real images") if len(real) else [], judges,
+                device=place.device, detailed=True, published=real.moments,
+            )  # fmt: skip
+            scores = evaluator.score(shown(samples, "samples"))
+        except ValueError as error:  # too few real images, a judge that is not finite
+            raise UserError(f"{path}: cannot be scored: {error}") from None
+        if arguments.json is not None and place.rank == 0:
+            facts = {"samples_of": samples.facts(), "reference": real.facts()}
+            _write(arguments.json, [scores | facts], more)
+        console.say(summary(scores))
+    return 0
+
+
+def _require_images_or_inception(real: "ImageSet", judges: "Sequence[Judge]") -> None:
+    if not len(real) and not any(judge.metric in real.moments for judge in judges):
+        raise UserError(
+            f"--data {real.where}: holds moments of Inception's features and no images; needs --judges inception=FILE"
+        )
+
+
+def _write(path: Path, rows: list[dict[str, Any]], judges: "Sequence[PretrainedJudge]", **more: Any) -> None:
+    from sadm_fast.files import write_json
+    from sadm_fast.run.facts import commit, versions
+
+    weights = {judge.metric: judge.weights for judge in judges}
+    write_json(path, {"scores": rows, "judges": weights, **more, "commit": commit(), "versions": versions()})
+
+
+def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") -> int:
     from sadm_fast.console import Console
     from sadm_fast.feed import open_data, other_classes
-    from sadm_fast.files import require_writable, write_json
     from sadm_fast.generation import load_trained
+    from sadm_fast.metrics.image_sets import ImageSet, open_reference
     from sadm_fast.metrics.judges import ClassifierJudge
-    from sadm_fast.metrics.pretrained import pretrained_judge, without_rank
+    from sadm_fast.metrics.pretrained import without_rank
     from sadm_fast.metrics.run_evaluation import RunEvaluation, summary, table
     from sadm_fast.pretrain import prepare_judge
     from sadm_fast.ranks import environment
     from sadm_fast.ranks.collectives import first_on_rank_zero
     from sadm_fast.ranks.launch import distributed, own_device
-    from sadm_fast.run.facts import commit, versions
     from sadm_fast.run.folder import RunFolder
 
     sweeps = dict(arguments.sweep)
-    if arguments.json is not None:
-        require_writable(arguments.json, "--json")
     averages = sweeps.get("ema", [arguments.ema])
     say = Console(environment.rank()).say
-    changes = {"samples": arguments.samples, "steps": arguments.steps}
+    changes = {"samples": arguments.samples, "steps": arguments.steps, "real_images": arguments.real_images}
     changes = {key: value for key, value in changes.items() if value is not None}
-    # Checked before the ranks meet.
-    more = [pretrained_judge(name, file) for name, file in dict(arguments.judges).items()]
     found = [load_trained(arguments.run, own_device(), say, ema=average) for average in averages]
     trained = found[0]
 
@@ -111,19 +226,33 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     with distributed(deepspeed=False) as place:
         console, config = Console(place.rank), configured(None)
-        images = first_on_rank_zero(lambda: open_data(config, console, check=place.rank == 0, path=arguments.data))
-        if other := other_classes([trained.classes[label] for label in trained.filled], images):
-            console.say(other)
         if few := without_rank(more, config.evaluate.samples):
             console.say(few)
+        autoencoder = trained.autoencoder(place.device, arguments.autoencoder)
         judge: ClassifierJudge | None = None
         facts: dict[str, Any] = {}
-        autoencoder = trained.autoencoder(place.device, arguments.autoencoder)
-        if autoencoder is None:
-            pretrained = RunFolder(arguments.run).pretrained
-            if arguments.data is not None:  # the judge of other images is another judge
-                pretrained = pretrained / f"on-{images.fingerprint()[:12]}"
-            judge, facts = prepare_judge(config, images, pretrained, place.device, console)
+        data: Path | None = arguments.data
+        images: Source | ImageSet
+        if data is not None and (autoencoder is not None or data.suffix.lower() == ".npz"):
+            side, channels = config.data.resolution, config.data.channels
+            with console.progress("checking the images of --data") as progress:
+                images = open_reference(
+                    data, (channels, side, side), autoencoder, place.device,
+                    at_most=config.evaluate.real_images, progress=progress,
+                )  # fmt: skip
+            _require_images_or_inception(images, more)
+        else:
+            of = first_on_rank_zero(
+                lambda: open_data(config, console, check=place.rank == 0, path=None if data is None else str(data))
+            )
+            if other := other_classes([trained.classes[label] for label in trained.filled], of):
+                console.say(other)
+            if autoencoder is None:
+                pretrained = RunFolder(arguments.run).pretrained
+                if data is not None:  # the judge of other images is another judge
+                    pretrained = pretrained / f"on-{of.fingerprint()[:12]}"
+                judge, facts = prepare_judge(config, of, pretrained, place.device, console)
+            images = of
         rows: list[dict[str, Any]] = []
         try:
             for steps in sweeps.get("steps", [None]):
@@ -131,18 +260,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                     configured(steps), images, judge, trained.filled, place.device,
                     autoencoder=autoencoder, detailed=True, more=more,
                 )  # fmt: skip
-                for of in found:
+                for of_run in found:
                     for guidance in sweeps.get("guidance", ["1"]):
-                        scores = evaluation.score(of.model, of.step or 0, float(guidance), of.facts())
-                        profile = of.ema or {}
+                        scores = evaluation.score(of_run.model, of_run.step or 0, float(guidance), of_run.facts())
+                        profile = of_run.ema or {}
                         label = profile.get("std", profile.get("decay"))
                         point = {"guidance": guidance, "steps": steps, "ema": label}
                         rows.append({**{name: point[name] for name in sweeps}, **scores})
         except ValueError as error:  # too few real images, samples that are not finite
             raise UserError(f"{arguments.run}: cannot be scored: {error}") from None
         if arguments.json is not None and place.rank == 0:
-            record = {"real_images": images.where, "judge": facts, "scores": rows, "commit": commit()}
-            write_json(arguments.json, record | {"versions": versions()})
+            _write(arguments.json, rows, more, classifier=facts)
         console.say(table(rows, list(sweeps)) if sweeps else summary(rows[0]))
     return 0
 

@@ -1,19 +1,26 @@
 """evaluate.py on a finished run made by hand. What it prints, from two ranks, is in test_train.py."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from sadm_fast import evaluate
-from sadm_fast.metrics import run_evaluation
+from sadm_fast.metrics import pretrained, run_evaluation
+from sadm_fast.metrics.judges import PROBABILITIES, Judge
+from sadm_fast.metrics.pretrained import InceptionJudge
 from sadm_fast.models import ViT
 from sadm_fast.ranks import launch
+from sadm_fast.scales import pixels_to_float
 from tests.support.finished_run import finished_run
 
 
@@ -133,6 +140,133 @@ def test_a_judge_from_a_file_stands_beside_the_others_and_one_without_is_refused
         evaluate.main([str(run), "--samples", "8", "--judges", f"vit={tmp_path / 'vit.pt'}", "--json", str(scores)])
         == 0
     )
-    row = json.loads(scores.read_text())["scores"][0]
+    written = json.loads(scores.read_text())
+    row = written["scores"][0]
+    weights = written["judges"]["fd_vit"]
+    assert weights["sha256"] == hashlib.sha256((tmp_path / "vit.pt").read_bytes()).hexdigest()
+    assert row["weights"]["step"] == 10 and row["weights"]["ema"]["profile"] == "power"
+    assert row["sampling"]["seed"] == 0 and row["sampling"]["sampler"]["steps"] == 2
+    assert row["reference"]["images"] == len(list((tmp_path / "images").glob("*/*.png")))
     assert row["fd_vit"] >= 0 and set(row["kid"]) == {"fid_classifier", "fid_random", "fid_pixels", "fd_vit"}
     assert "8 samples are fewer than the features of fd_vit (8) plus one" in capsys.readouterr().out
+    twice = ["--judges", f"vit={tmp_path / 'vit.pt'}", "--judges", "vit=other.pt"]
+    assert evaluate.main([str(run), *twice]) == 2
+    assert "--judges vit: is there twice" in capsys.readouterr().err
+
+
+class Small(InceptionJudge):
+    """Inception's spaces with few features: 2 x 2 means of each channel, and the rows of one."""
+
+    feature_dim = 12
+    more_spaces: ClassVar[dict[str, int]] = {"sfid_inception": 8}
+    classes = 4
+
+    def __init__(self) -> None:
+        Judge.__init__(self)
+        self.weights = {"file": "small", "sha256": "0"}
+
+    def look(self, images: Tensor) -> dict[str, Tensor]:
+        pooled = F.adaptive_avg_pool2d(images.expand(-1, 3, -1, -1), 2).flatten(1)
+        return {
+            "fid_inception": pooled,
+            "sfid_inception": images[:, 0].mean(dim=2),
+            PROBABILITIES: (5 * pooled[:, :4]).softmax(dim=1),
+        }
+
+
+@pytest.fixture
+def small_inception(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch, "distributed", alone)
+    monkeypatch.setattr(pretrained, "pretrained_judge", lambda name, file: Small())
+    for attribute in ("feature_dim", "more_spaces"):
+        monkeypatch.setattr(InceptionJudge, attribute, getattr(Small, attribute))
+    monkeypatch.setenv("SADM_CACHE", str(tmp_path / "cache"))
+
+
+def pixels(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+
+
+def moments(images: np.ndarray) -> dict[str, np.ndarray]:
+    """As ADM's reference files have them."""
+    seen = Small().look(pixels_to_float(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())))
+    found: dict[str, np.ndarray] = {}
+    for metric, ending in (("fid_inception", ""), ("sfid_inception", "_s")):
+        rows = seen[metric].double().numpy()
+        found |= {f"mu{ending}": rows.mean(axis=0), f"sigma{ending}": np.cov(rows, rowvar=False)}
+    return found
+
+
+@pytest.mark.usefixtures("small_inception")
+def test_images_are_scored_against_images_and_published_moments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, real = pixels(40, 0), pixels(60, 1)
+    np.savez(tmp_path / "samples.npz", samples)
+    np.savez(tmp_path / "adm.npz", arr_0=real[:30], **moments(real))  # type: ignore[arg-type]
+    np.savez(tmp_path / "moments.npz", **moments(real))  # type: ignore[arg-type]
+    for name, images in (("samples", samples), ("real", real)):
+        (tmp_path / name / "0").mkdir(parents=True)
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / "0" / f"{number:02d}.png")
+    rows = {}
+    for drawn, reference in (
+        ("samples.npz", "real"), ("samples", "real"), ("samples", "adm.npz"), ("samples.npz", "moments.npz")
+    ):  # fmt: skip
+        arguments = [str(tmp_path / drawn), "--data", str(tmp_path / reference), "--judges", "inception"]
+        assert evaluate.main([*arguments, "--json", str(tmp_path / "scores.json")]) == 0
+        rows[drawn, reference] = json.loads((tmp_path / "scores.json").read_text())["scores"][0]
+        shown = capsys.readouterr().out
+        assert "FID(40)" in shown and "sFID(40)" in shown and "IS" in shown and "40 samples; floor" in shown
+    whole, same, adm, alone = rows.values()
+    facts = ("samples_of", "reference")
+    assert {k: v for k, v in whole.items() if k not in facts} == {k: v for k, v in same.items() if k not in facts}
+    assert whole["samples_of"]["images"] == 40 and whole["reference"]["images"] == 60
+    for metric in ("fid_inception", "sfid_inception"):
+        assert adm[metric] == pytest.approx(whole[metric], rel=1e-9) == pytest.approx(alone[metric], rel=1e-9)
+        assert adm["floor"][metric] > 0 and alone["floor"] == {"fid_inception": None, "sfid_inception": None}
+    assert adm["kid"].keys() == {"fid_random", "fid_pixels", "fid_inception"} and "kid" not in alone
+    assert whole["inception_score"] == alone["inception_score"] > 1
+    assert adm["reference"]["moments"] == ["mu", "sigma", "mu_s", "sigma_s"] and adm["reference"]["images"] == 30
+
+
+@pytest.mark.usefixtures("small_inception")
+def test_a_run_is_scored_against_a_reference_npz(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real = pixels(40, 1)[..., :1]
+    np.savez(tmp_path / "ref.npz", arr_0=real)
+    np.savez(tmp_path / "moments.npz", **moments(real))  # type: ignore[arg-type]
+    scores = []
+    for reference in ("ref.npz", "moments.npz"):
+        arguments = [str(run), "--data", str(tmp_path / reference), "--judges", "inception"]
+        assert evaluate.main([*arguments, "--json", str(tmp_path / "scores.json")]) == 0
+        scores.append(json.loads((tmp_path / "scores.json").read_text())["scores"][0])
+    assert scores[0]["fid_inception"] == pytest.approx(scores[1]["fid_inception"], rel=1e-9)
+    assert set(scores[0]["floor"]) == {"fid_random", "fid_pixels", "fid_inception", "sfid_inception"}
+    assert scores[0]["reference"]["images"] == 40 and scores[1]["reference"]["images"] == 0
+    assert not list((run / "pretrained").rglob("*.safetensors")), (
+        "a classifier cannot learn from images without classes"
+    )
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--data", str(tmp_path / "moments.npz")]) == 2
+    assert "moments of Inception's features and no images; needs --judges inception=FILE" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_inception")
+def test_what_cannot_be_scored_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "few.npz", pixels(9, 0))
+    np.savez(tmp_path / "one.npz", pixels(1, 0))
+    few, inception = str(tmp_path / "few.npz"), ["--judges", "inception"]
+    for arguments, words in (
+        ([few], "few.npz: say what to compare these images with: --data PATH"),
+        ([few, "--data", few, *inception], "few.npz: has 9 images, too few to score; these judges need 10"),
+        ([str(tmp_path / "one.npz"), "--data", few], "one.npz: has 1 images, too few to score; these judges need 4"),
+        ([few, "--data", str(tmp_path / "one.npz")], "a covariance needs at least 2 feature vectors"),
+        ([few, "--data", few, "--steps", "3"], "--steps: is of a run"),
+        ([few, "--data", few, "--sweep", "steps=1,2"], "--sweep: is of a run"),
+        ([str(tmp_path / "images"), "--data", str(tmp_path / "nowhere.npz")], "--data"),
+        ([str(tmp_path / "images")], "holds no run; to score images, say what to compare them with: --data PATH"),
+        ([str(run), "--samples", "9", *inception], "samples=9: too few to score; use at least 10"),
+    ):
+        assert evaluate.main(arguments) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1, err

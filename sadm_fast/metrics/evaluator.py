@@ -85,8 +85,8 @@ class Evaluator:
         if a half has fewer than two images (give at least a few dozen) or an image is not finite.
 
         detailed: keep the real images' features, so that `score` tells kernel distances, precision and recall as well.
-        published: moments to compare with instead of the images', by metric. There need not be any images if all spaces
-            of all judges have some.
+        published: moments to compare with instead of the images', by metric. With them there need not be any images:
+            spaces without moments are left out then, and so are judges without a space.
         """
         published = published or {}
         kept: dict[str, list[Tensor]] = {judge.metric: [] for judge in judges}
@@ -116,10 +116,11 @@ class Evaluator:
             if name in published:
                 real[name] = published[name]
                 floor[name] = frechet_distance(*whole.moments(), *real[name]) if images_seen else None
-            else:
+            elif images_seen or not published:
                 floor[name] = frechet_distance(*halves[0][name].moments(), *halves[1][name].moments())
                 real[name] = whole.moments()
         keep = detailed and images_seen > 0
+        judges = [judge for judge in judges if judge.spaces.keys() & real.keys()]
         return cls(judges, real, floor, device, _of_all_ranks(kept, _widths(judges), device) if keep else None)
 
     def score(self, images: Tensor | Iterable[Tensor]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sadm_fast.errors import UserError
 from sadm_fast.exchange.installed import installed_efficientnet
-from sadm_fast.exchange.reading import misfit, read_weights, require_finite, shapes
+from sadm_fast.exchange.reading import find_weights, misfit, read_weights, require_finite, shapes
 from sadm_fast.metrics.inception import CLASSES, SPATIAL, InceptionV3, Seen
 from sadm_fast.metrics.judges import PROBABILITIES, Judge
 from sadm_fast.models import EfficientNetLite, ResNet18, ViT
@@ -40,9 +40,11 @@ class PretrainedJudge(Judge):
 
     Attributes:
         file: which file it needs and where that is from, as part of a sentence.
+        weights: the file that it has, and its sha256.
     """
 
     file: ClassVar[str]
+    weights: dict[str, str]
 
     @classmethod
     @abstractmethod
@@ -190,22 +192,24 @@ def pretrained_judge(name: str, file: str | Path | None) -> PretrainedJudge:
         file = installed_efficientnet(kind.lite)
     if file is None:
         raise UserError(f"--judges {name}: needs {kind.file}; give it as {name}=FILE")
-    state = read_weights(option, file)
-    if kind is InceptionJudge:
-        found = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        if not found.startswith(InceptionJudge.digest):
-            raise UserError(
-                f"{option}={file}: its sha256 begins with {found[:8]}, not {InceptionJudge.digest}; FID is defined by"
-                f" {kind.file}"
-            )
+    state, path = read_weights(option, file), find_weights(option, file)
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if kind is InceptionJudge and not digest.startswith(InceptionJudge.digest):
+        raise UserError(
+            f"{option}={file}: its sha256 begins with {digest[:8]}, not {InceptionJudge.digest}; FID is defined by"
+            f" {kind.file}"
+        )
     require_finite(option, file, state)
     try:
-        return kind.from_state(state)
+        judge = kind.from_state(state)
     except ValueError as error:
         raise UserError(f"{option}={file}: does not fit ({error}); expected {kind.file}") from None
+    judge.weights = {"file": str(path), "sha256": digest}
+    return judge
 
 
-def without_rank(judges: Sequence[Judge], samples: int) -> str | None:
+def without_rank(judges: Sequence[Judge], samples: int, what: str = "samples") -> str | None:
     """A line about judges whose covariance of so many samples has not full rank; None if there is none.
 
     The published tools allow it, and so do we: such distances are too large, by an amount that depends on the count.
@@ -214,6 +218,6 @@ def without_rank(judges: Sequence[Judge], samples: int) -> str | None:
     if not wide:
         return None
     return (
-        f"{samples} samples are fewer than the features of {', '.join(wide)} plus one: covariances are rank-deficient;"
+        f"{samples} {what} are fewer than the features of {', '.join(wide)} plus one: covariances are rank-deficient;"
         " compare distances of equally many samples only"
     )

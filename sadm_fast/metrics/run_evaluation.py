@@ -12,6 +12,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.feed import load_samples
 from sadm_fast.generation import generate, sampling_facts, to_images
 from sadm_fast.metrics.evaluator import Evaluator, fewest_samples
+from sadm_fast.metrics.image_sets import ImageSet
 from sadm_fast.metrics.judges import ClassifierJudge, Judge, judges_of
 from sadm_fast.metrics.pretrained import published_name
 from sadm_fast.models import Denoiser
@@ -28,7 +29,8 @@ class RunEvaluation:
     """Frechet distances of a run's samples to its real images, at any of its steps.
 
     Args:
-        images: the run's real images; evenly chosen ones are compared, config.evaluate.real_images at most.
+        images: the run's real images; evenly chosen ones are compared, config.evaluate.real_images at most. Or what is
+            compared with instead, as a whole.
         classifier: the trained judge; None: without it, for images that no classifier was trained on.
         classes: labels to draw samples of. Sample i is of classes[i mod len(classes)], whatever the number of ranks.
         autoencoder: of a run on latents, whose real and drawn latents it decodes.
@@ -39,7 +41,7 @@ class RunEvaluation:
     def __init__(
         self,
         config: Config,
-        images: Source,
+        images: Source | ImageSet,
         classifier: ClassifierJudge | None,
         classes: Sequence[int],
         device: torch.device,
@@ -56,23 +58,31 @@ class RunEvaluation:
         self._autoencoder = autoencoder
         data, evaluate = config.data, config.evaluate
         rank, world = rank_and_world_size()
-        stride = -(-len(images) // evaluate.real_images)
-        mine = list(range(0, len(images), stride))[rank::world]
-        real = (
-            to_images(load_samples(config, images, mine[i : i + evaluate.batch]).to(device), autoencoder)
-            for i in range(0, len(mine), evaluate.batch)
-        )
-        self._reference = {"images": len(range(0, len(images), stride)), "of": images.where}
+        if isinstance(images, ImageSet):
+            real, self._reference = images.batches(rank, world, evaluate.batch), images.facts()
+        else:
+            chosen = range(0, len(images), -(-len(images) // evaluate.real_images))
+            self._reference = {"of": images.where, "images": len(chosen), "fingerprint": images.fingerprint()}
+            real = self._decoded(images, chosen[rank::world])
         judges = [*judges_of(data.channels, data.resolution, classifier), *more]
         if evaluate.samples < (fewest := fewest_samples(judges, detailed=detailed)):
             raise UserError(f"evaluate.samples={evaluate.samples}: too few to score; use at least {fewest}")
         try:
-            self._evaluator = Evaluator.build(real, judges, seed=config.seed, device=device, detailed=detailed)
+            published = images.moments if isinstance(images, ImageSet) else {}
+            self._evaluator = Evaluator.build(
+                real, judges, seed=config.seed, device=device, detailed=detailed, published=published
+            )
         except ValueError as error:
             raise UserError(
                 f"evaluate: {images.where} has {len(images)} images, too few to compare with ({error});"
                 " add images, or use evaluate.every=null"
             ) from None
+
+    def _decoded(self, images: Source, numbers: range) -> Iterator[Tensor]:
+        size = self._config.evaluate.batch
+        for start in range(0, len(numbers), size):
+            samples = load_samples(self._config, images, numbers[start : start + size])
+            yield to_images(samples.to(self._device), self._autoencoder)
 
     def score(
         self,
