@@ -22,7 +22,7 @@ def test_labels_go_round_the_given_classes_and_no_others(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(run_evaluation.Evaluator, "build", lambda *_, **__: SimpleNamespace(score=score))
     monkeypatch.setattr(run_evaluation, "generate", lambda config, model, labels, ids, **_: labels)
-    source: Any = MagicMock(__len__=lambda _: 1, where="images")
+    source: Any = MagicMock(__len__=lambda _: 1, where="images", fingerprint=lambda: "f")
     evaluation = RunEvaluation(config, source, None, [1, 4, 9], torch.device("cpu"))
     row = evaluation.score(None, step=1, guidance_scale=1.5)  # type: ignore[arg-type]
     assert drawn == [1, 4, 9, 1, 4, 9, 1, 4, 9, 1]
@@ -30,7 +30,7 @@ def test_labels_go_round_the_given_classes_and_no_others(monkeypatch: pytest.Mon
     assert (row["sampling"]["sampler"]["steps"], row["sampling"]["guidance"]["scale"]) == (12, 1.5)
     assert row["sampling"]["labels"] == {"drawn": "in turn", "classes": 3}
     assert row["weights"] == {"ema": config.train.ema.model_dump()}
-    assert row["reference"] == {"images": 1, "of": "images"}
+    assert row["reference"] == {"of": "images", "images": 1, "fingerprint": "f"}
 
 
 ROW: dict[str, Any] = {
