@@ -117,7 +117,7 @@ def emoji(packages: Sequence[Path], target: Path) -> int:
 def unpacked_fonts(packages: Sequence[Path], folder: Path) -> list[Path]:
     """Unpack Debian packages into `folder`; the font files in them."""
     for package in packages:
-        run(["dpkg-deb", "--extract", str(package.resolve()), str(folder)], folder, "letters")
+        run(["dpkg-deb", "--extract", str(package.resolve()), "."], folder, "letters")
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".ttf", ".otf") and not p.is_symlink())
 
 

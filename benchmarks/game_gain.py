@@ -11,11 +11,11 @@ their ratios are paired. Psi and the judge of fid_classifier learn from two halv
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.gain_plan import Job, Plan, overrides  # noqa: E402
 from benchmarks.gain_report import Results, picture, tables  # noqa: E402
 from sadm_fast import cli  # noqa: E402
+from sadm_fast.config import Config, load_config  # noqa: E402
 from sadm_fast.errors import UserError  # noqa: E402
 from sadm_fast.files import append_json, parse_json, write_json  # noqa: E402
 
@@ -78,7 +79,7 @@ def supervise(plan_file: Path, plan: Plan, out: Path, jobs: int, threads: int) -
 
 
 def work(plan: Plan, out: Path, name: str, seed: int) -> int:
-    """Train and score the unfinished runs of one set and seed; return the exit code of the first that did not end."""
+    """Train and score the unfinished runs of one set and seed; return 0, or that it was asked to stop."""
     from sadm_fast.console import Console
     from sadm_fast.data.source import split
     from sadm_fast.feed import open_data
@@ -107,10 +108,9 @@ def work(plan: Plan, out: Path, name: str, seed: int) -> int:
             changes["structure_encoder.weights"] = str((kept / PSI_FILE).resolve())
         run = folder / f"{job.configuration}-{digest[:8]}"
         console.say(f"{name}, seed {seed}: {job.configuration}")
-        code, cpu_s = train(plan.config_file(job), run, changes)
-        if code:
-            console.say(f"{run}: training ended with {code}; what it said is in {run}.log")
-            return code
+        finished, cpu_s = train(load_config(plan.config_file(job), overrides(changes)), run)
+        if not finished:
+            return cli.EXIT_STOPPED
         scores = []
         for step in plan.score_at:
             scores.append(evaluation.score(averaged(run, step, device), step))
@@ -138,21 +138,13 @@ def work(plan: Plan, out: Path, name: str, seed: int) -> int:
     return 0
 
 
-def train(config: Path, run: Path, changes: Mapping[str, Any]) -> tuple[int, float]:
-    """Run one training to its end; return its exit code and the CPU seconds of this call."""
-    command = [sys.executable, str(ROOT / "sadm_fast" / "train.py"), "--config", str(config), "--run-dir", str(run)]
-    for override in overrides(changes):
-        command += ["--set", override]
-    run.parent.mkdir(parents=True, exist_ok=True)
-    before = _children_s()
-    with run.with_name(f"{run.name}.log").open("a") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    return code, _children_s() - before
+def train(config: Config, run: Path) -> tuple[bool, float]:
+    """Run one training in this process; return whether it reached its end, and the CPU seconds of this call."""
+    from sadm_fast import api
 
-
-def _children_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    before = time.process_time()
+    finished = api.train(config, run_dir=run)
+    return finished, time.process_time() - before
 
 
 def averaged(run: Path, step: int, device: Any) -> Any:
