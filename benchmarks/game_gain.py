@@ -30,6 +30,7 @@ from sadm_fast import cli  # noqa: E402
 from sadm_fast.config import Config, load_config  # noqa: E402
 from sadm_fast.errors import UserError  # noqa: E402
 from sadm_fast.files import append_json, parse_json, write_json  # noqa: E402
+from sadm_fast.ranks.stopping import StopRequest  # noqa: E402
 
 Line = dict[str, Any]
 RESULTS, COSTS = "results.jsonl", "cost.json"
@@ -64,21 +65,34 @@ def groups(jobs: Iterable[Job]) -> list[tuple[str, int]]:
 
 
 def supervise(plan_file: Path, plan: Plan, out: Path, jobs: int, threads: int) -> int:
-    """Start a worker for each set and seed with unfinished runs, `jobs` at a time; return the worst exit code."""
+    """Start a worker for each set and seed with unfinished runs, `jobs` at a time; return the worst exit code.
+
+    Asked to stop, it asks its workers, and returns when they have.
+    """
     done = results(plan, out)
     missing = groups(job for job in plan.jobs if job not in done)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    running: set[subprocess.Popen[bytes]] = set()
 
     def work(group: tuple[str, int]) -> int:
         name, seed = group
         command = [sys.executable, __file__, str(plan_file), "--out", str(out), "--work", f"{name}:{seed}"]
-        return subprocess.run(command, env=environment).returncode
+        running.add(worker := subprocess.Popen(command, env=environment))
+        code = worker.wait()
+        running.discard(worker)
+        return code
 
     with ThreadPoolExecutor(jobs) as pool:
-        return max(pool.map(work, missing), default=0)
+        try:
+            return max(pool.map(work, missing), default=0)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in list(running):
+                worker.terminate()
+            raise
 
 
-def work(plan: Plan, out: Path, name: str, seed: int) -> int:
+def work(plan: Plan, out: Path, name: str, seed: int, request: StopRequest) -> int:
     """Train and score the unfinished runs of one set and seed; return 0, or that it was asked to stop."""
     from sadm_fast.console import Console
     from sadm_fast.data.source import split
@@ -108,7 +122,7 @@ def work(plan: Plan, out: Path, name: str, seed: int) -> int:
             changes["structure_encoder.weights"] = str((kept / PSI_FILE).resolve())
         run = folder / f"{job.configuration}-{digest[:8]}"
         console.say(f"{name}, seed {seed}: {job.configuration}")
-        finished, cpu_s = train(load_config(plan.config_file(job), overrides(changes)), run)
+        finished, cpu_s = train(load_config(plan.config_file(job), overrides(changes)), run, request)
         if not finished:
             return cli.EXIT_STOPPED
         scores = []
@@ -138,12 +152,12 @@ def work(plan: Plan, out: Path, name: str, seed: int) -> int:
     return 0
 
 
-def train(config: Config, run: Path) -> tuple[bool, float]:
+def train(config: Config, run: Path, request: StopRequest) -> tuple[bool, float]:
     """Run one training in this process; return whether it reached its end, and the CPU seconds of this call."""
     from sadm_fast import api
 
     before = time.process_time()
-    finished = api.train(config, run_dir=run)
+    finished = api.train(config, run_dir=run, request=request)
     return finished, time.process_time() - before
 
 
@@ -237,16 +251,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(lambda _: run(parse(argv)), again="goes on")
+    return cli.run(lambda request: run(parse(argv), request), again="goes on")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, request: StopRequest) -> int:
     plan = Plan.read(arguments.plan)
     out = arguments.out or Path("runs/evidence") / plan.name
     out.mkdir(parents=True, exist_ok=True)
     if arguments.work:
         name, _, seed = arguments.work.rpartition(":")
-        return work(plan, out, name, int(seed))
+        return work(plan, out, name, int(seed), request)
     if arguments.cost:
         write_json(out / COSTS, cost(plan, arguments.repeats))
     elif not arguments.report:

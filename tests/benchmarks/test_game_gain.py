@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from benchmarks import gain_report, game_gain
 from benchmarks.gain_plan import ROOT, Job, Plan
 from sadm_fast.errors import UserError
 from sadm_fast.files import append_json
+from sadm_fast.ranks.stopping import Stopped
 
 LITE0 = "efficientnet_lite0"
 SPACES = ("fid_classifier", "fid_pixels")
@@ -103,11 +105,14 @@ def test_finished_runs_are_not_repeated_and_those_of_another_plan_do_not_count(
     of = plan(tmp_path)
     started: list[str] = []
 
-    def start(command: list[str], **_: Any) -> Any:
-        started.append(command[-1])
-        return type("Ended", (), {"returncode": 75 if command[-1] == "digits:2" else 0})
+    class Worker:
+        def __init__(self, command: list[str], **_: Any) -> None:
+            started.append(command[-1])
 
-    monkeypatch.setattr(game_gain.subprocess, "run", start)
+        def wait(self) -> int:
+            return 75 if started[-1] == "digits:2" else 0
+
+    monkeypatch.setattr(game_gain.subprocess, "Popen", Worker)
     for job in of.jobs[:3]:  # seed 0 whole, seed 1 in part
         append_json(tmp_path / game_gain.RESULTS, line(of, job, (8.0, 2.0)))
     with (tmp_path / game_gain.RESULTS).open("a") as file:
@@ -116,6 +121,33 @@ def test_finished_runs_are_not_repeated_and_those_of_another_plan_do_not_count(
     assert game_gain.supervise(Path("trial.json"), of, tmp_path, 1, 1) == 75
     assert started == ["digits:1", "digits:2"]
     assert game_gain.results(plan(tmp_path, set={"game.lambda_s": 1.0}), tmp_path) == {}
+
+
+def test_a_sweep_that_is_asked_to_stop_asks_its_workers_and_starts_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, gone, started = threading.Event(), threading.Event(), []
+
+    class Worker:
+        terminate = staticmethod(gone.set)
+
+        def __init__(self, command: list[str], **_: Any) -> None:
+            started.append(command[-1])
+
+        def wait(self) -> int:
+            here.set()
+            return 75 if gone.wait(60) else 0
+
+    def asked(pool: Any, work: Any, groups: Any) -> Any:
+        futures = [pool.submit(work, group) for group in groups]
+        assert here.wait(60) and len(futures) == 3
+        raise Stopped
+
+    monkeypatch.setattr(game_gain.subprocess, "Popen", Worker)
+    monkeypatch.setattr(game_gain.ThreadPoolExecutor, "map", asked)
+    with pytest.raises(Stopped):
+        game_gain.supervise(Path("trial.json"), plan(tmp_path), tmp_path, 1, 1)
+    assert gone.is_set() and started == ["digits:0"]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
