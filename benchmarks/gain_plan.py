@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sadm_fast.config import Config, load_config
+from sadm_fast.config_tree import flatten, without
 from sadm_fast.errors import UserError
 from sadm_fast.files import parse_json
 from sadm_fast.metrics.pretrained import PRETRAINED
@@ -35,6 +36,8 @@ _REQUIRED = {"expectation": str, "sets": dict, "configurations": dict, "seeds": 
 _OPTIONAL = {"set": dict, "judges": list}
 # What a configuration may differ in: data, noise, sampling and judges are the same for all that are compared.
 _VARIED = ("game.", "structure_encoder.", "denoiser.", "denoiser_optimizer.", "discriminator_optimizer.", "train.")
+# Fields that came after the first series, with their default: where they have it, finished runs still count.
+_YOUNGER = {"structure_encoder.pretrain.labels": "own"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,9 @@ class Plan:
 
     def digest(self, job: Job) -> str:
         """16 hex digits over all that a job's result depends on but code and machine."""
-        tree = {"config": self.config(job).resolved(), "score_at": self.score_at, "judges": self.judges}
+        config = self.config(job).resolved()
+        known = without(config, [field for field, value in _YOUNGER.items() if flatten(config)[field] == value])
+        tree = {"config": known, "score_at": self.score_at, "judges": self.judges}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from sadm_fast.config_block import MOST_STEPS, Block, ClassifierTraining, FilePath
+from sadm_fast.config_block import MOST_STEPS, Block, FilePath, PsiTraining
 from sadm_fast.config_errors import explain, refuse_deepspeed_format
 from sadm_fast.config_sampling import EvaluateConfig, SamplingConfig
 from sadm_fast.config_training import DeepSpeedConfig, OptimizerConfig, TrainConfig
@@ -291,8 +291,8 @@ class StructureEncoderConfig(Block):
         description="what to start from, safetensors or .pt; a classifier in it is left out; installed: what the"
         " package of an efficientnet ships; null: train on the data first",
     )
-    pretrain: ClassifierTraining = Field(
-        default_factory=lambda: ClassifierTraining(), description="Psi's training as a classifier, before the game"
+    pretrain: PsiTraining = Field(
+        default_factory=lambda: PsiTraining(), description="Psi's training as a classifier, before the game"
     )
 
     @model_validator(mode="after")

@@ -76,6 +76,7 @@ LATER: dict[str, Any] = {
     "structure_encoder.patch_size": 14,
     "structure_encoder.input_size": 224,
     "structure_encoder.position_grid": 37,
+    "structure_encoder.pretrain.labels": "own",
     "structure_encoder.registers": 0,
     "train.more_ema": [],
 }

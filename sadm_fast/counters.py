@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     SAMPLE_LABEL = 9  # the class of a generated sample, where it is drawn
     DROPOUT = 10  # which elements of a layer are kept
     AUGMENT = 11  # what is done to an image, and how much
+    LABEL_SHUFFLE = 12  # whose label an image is trained on with, where that is wrong on purpose
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,20 +5,24 @@ A share of every class is held out, and tells the accuracy that the report shows
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sadm_fast.build import NONE, Own, Undrawn, build_psi
 from sadm_fast.classifier import accuracy, train_classifier
 from sadm_fast.config import Config
-from sadm_fast.config_block import ClassifierTraining
+from sadm_fast.config_block import ClassifierTraining, PsiTraining
 from sadm_fast.config_tree import without_later
 from sadm_fast.console import Console
+from sadm_fast.counters import Purpose, uniform
 from sadm_fast.data import MicroBatchPlan, make_loader
+from sadm_fast.data.batch import ImageBatch
+from sadm_fast.data.order import SampleOrder
 from sadm_fast.data.source import Source, split
 from sadm_fast.exchange.starting import load_psi
 from sadm_fast.feed import load_samples, loader_spec
@@ -90,7 +94,7 @@ def _prepare(
         "pixels": config.data.model_dump(include={"resolution", "channels", "flip"})
         | ({} if config.data.shape is None else {"shape": config.data.shape}),
         "architecture": network.architecture,
-        "training": network.training.model_dump(),
+        "training": _told(network.training),
         "seed": network.seed,
     }
     fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
@@ -100,6 +104,8 @@ def _prepare(
 
     module, info = load_or_train(path, network.build, train, fingerprint)
     known = "" if info.get("accuracy") is None else f", accuracy {info['accuracy']:.1%} on held-out images"
+    if not network.training.steps:
+        known = ", untrained"
     console.say(f"The {network.what}{known}" + (f" (from {path})" if info["cached"] else ""))
     return module, info
 
@@ -109,6 +115,9 @@ def _train(
 ) -> dict[str, Any]:
     """Train `module` in place on all but the held-out images; return what is known about it then. Collective."""
     training = network.training
+    if not training.steps:
+        module.to(device)
+        return {"steps": 0, "accuracy": None}
     rank, world_size = rank_and_world_size()
     rest, held_out = hold_out(config, images)
     plan = MicroBatchPlan(
@@ -120,14 +129,17 @@ def _train(
         world_size=world_size,
     )
     loader = make_loader(rest, plan, loader_spec(config), device)
-    console.say(f"Training the {network.what} on {len(rest)} images ({len(held_out)} held out), {training.steps} steps")
+    wrong = _shuffled(training)
+    batches = _with_shuffled_labels(loader, rest, network.seed) if wrong else loader
+    on = f"{len(rest)} images{' with shuffled labels' if wrong else ''} ({len(held_out)} held out)"
+    console.say(f"Training the {network.what} on {on}, {training.steps} steps")
     try:
         with console.bar(network.what, training.steps) as bar, collect_statistics(module):
             head = train_classifier(
                 module,
                 module.feature_dim,
                 len(images.classes),
-                loader,
+                batches,
                 steps=training.steps,
                 lr=training.lr,
                 weight_decay=training.weight_decay,
@@ -142,6 +154,29 @@ def _train(
     labels = torch.from_numpy(held_out.labels[chosen])
     return {
         "steps": training.steps,
+        **({"labels": "shuffled"} if wrong else {}),
         "held_out_images": len(held_out),
         "accuracy": accuracy(module, head, load_samples(config, held_out, chosen), labels),
     }
+
+
+def _shuffled(training: ClassifierTraining) -> bool:
+    return isinstance(training, PsiTraining) and training.labels == "shuffled"
+
+
+def _told(training: ClassifierTraining) -> dict[str, Any]:
+    """The training as a part of a fingerprint; `labels` is younger than many files, so its default is left out."""
+    return training.model_dump(exclude=None if _shuffled(training) else {"labels"})
+
+
+def _with_shuffled_labels(batches: Iterable[ImageBatch], images: Source, seed: int) -> Iterator[ImageBatch]:
+    """The batches of a plan over `images` with this seed, each image with the label of one drawn for it.
+
+    The labels are permuted by (seed, image number): classes keep their sizes, and all ranks and epochs agree.
+    """
+    draw = uniform(seed, Purpose.LABEL_SHUFFLE, torch.arange(len(images)))[:, 0]
+    labels = torch.from_numpy(images.labels[np.argsort(draw.numpy(), kind="stable")])
+    order = SampleOrder(len(images), seed)
+    for batch in batches:
+        numbers = torch.from_numpy(order.images(batch.sample_ids.cpu().numpy()))
+        yield batch._replace(labels=labels[numbers].to(batch.labels.device))

@@ -43,10 +43,11 @@ def check_start(
     check_loggers(config.logging)
     check_queue(config, world_size)
     if config.game.mode != "plain" and config.structure_encoder.weights is None:
-        _check_classes(
-            config, source, "structure_encoder.weights=null: Psi",
-            "give the weights of an encoder trained elsewhere (docs/data.md), or use game.mode=plain",
-        )  # fmt: skip
+        if config.structure_encoder.pretrain.steps:
+            _check_classes(
+                config, source, "structure_encoder.weights=null: Psi",
+                "give the weights of an encoder trained elsewhere (docs/data.md), or use game.mode=plain",
+            )  # fmt: skip
         require_own(folder.pretrained / PSI_FILE)
     if config.evaluate.every is not None:
         _check_classes(

@@ -497,6 +497,7 @@ def other_values(value: Any) -> list[Any]:
         "text",
         "on",
         "model",
+        "shuffled",
         "data",
         "own",
         "features",

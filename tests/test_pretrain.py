@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sadm_fast import pretrain
+from sadm_fast.build import build_psi
 from sadm_fast.classifier import accuracy, train_classifier
 from sadm_fast.config import check_config
 from sadm_fast.console import Console
 from sadm_fast.data.batch import ImageBatch
+from sadm_fast.data.samples import Arrays
+from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
 from sadm_fast.metrics.judges import ClassifierJudge
 from sadm_fast.train_once import load_or_train
@@ -137,6 +141,54 @@ def test_the_judge_has_a_seed_of_its_own_whatever_the_runs_is(monkeypatch: pytes
     judge, _ = pretrain.prepare_judge(config, images, Path(), torch.device("cpu"), Console(rank=1))
     torch.manual_seed(seed)
     assert not torch.equal(next(judge.parameters()), next(ClassifierJudge(1).parameters()))
+
+
+def psi_of(tmp_path: Path, source: Source, **pretrain_fields: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Psi of a run on `source`, trained as `pretrain_fields` say, kept in tmp_path."""
+    blocks: dict[str, Any] = {
+        "data": {"source": "own", "resolution": 16},
+        "structure_encoder": {"width": 8, "feature_dim": 8, "pretrain": {"batch": 16, **pretrain_fields}},
+    }
+    config = check_config({"name": "wrong", **blocks})
+    return pretrain.prepare_psi(config, source, tmp_path, torch.device("cpu"), Console(rank=1))
+
+
+def toy_source(count: int = 80) -> Arrays:
+    images, labels = toy_images(count, seed=3)
+    return Arrays(images, labels)
+
+
+def test_psi_that_is_not_trained_keeps_its_first_weights(tmp_path: Path):
+    psi, facts = psi_of(tmp_path, toy_source(), steps=0)
+    first = build_psi(check_config({"name": "x", "structure_encoder": {"width": 8, "feature_dim": 8}}))
+    assert all(torch.equal(a, b) for a, b in zip(psi.parameters(), first.parameters(), strict=True))
+    assert not psi.training and facts == {"steps": 0, "accuracy": None, "cached": False}
+    trained, facts = psi_of(tmp_path, toy_source(), steps=2)
+    assert not torch.equal(next(trained.parameters()), next(psi.parameters())) and not facts["cached"]
+    with pytest.raises(UserError, match="labels=shuffled: steps=0 learns no labels"):
+        psi_of(tmp_path, toy_source(), steps=0, labels="shuffled")
+
+
+@pytest.mark.parametrize("labels", ["own", "shuffled"])
+def test_psi_learns_shuffled_labels_where_it_shall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str):
+    source, seen = toy_source(), list[tuple[bytes, int]]()
+
+    def watch(module: nn.Module, dim: int, classes: int, batches: Iterator[ImageBatch], **_: Any) -> nn.Linear:
+        for batch, _step in zip(batches, range(12), strict=False):  # more than two epochs of at most 80 images
+            seen.extend((x.numpy().tobytes(), int(y)) for x, y in zip(batch.images, batch.labels, strict=True))
+        return nn.Linear(dim, classes)
+
+    monkeypatch.setattr(pretrain, "train_classifier", watch)
+    _, facts = psi_of(tmp_path, source, steps=12, labels=labels)
+    learned = dict(seen)
+    assert all(learned[image] == label for image, label in seen), "an image has one label all along"
+    images = source.read(np.arange(len(source)), np.zeros(len(source), dtype=bool))
+    true = {image.tobytes(): label for image, label in zip(images, source.labels.tolist(), strict=True)}
+    own = [true[image] for image in learned]
+    assert np.bincount(list(learned.values())).tolist() == np.bincount(own).tolist(), "classes keep their sizes"
+    assert facts.get("labels") == (None if labels == "own" else "shuffled")
+    right = np.mean([true[image] == label for image, label in learned.items()])
+    assert right == 1 if labels == "own" else right < 0.5
 
 
 class Training:

@@ -86,6 +86,8 @@ def test_psi_and_the_judge_need_images_of_two_classes(tmp_path: Path, labels: li
     assert message.startswith("evaluate.every=5: its judge is trained ")
     assert message.endswith("use evaluate.every=null and score the samples afterwards")
     check_start(config(game={"mode": "plain"}), Labels(labels), 10, RunFolder(tmp_path), 1)
+    untrained = config(structure_encoder=SMALL["structure_encoder"] | {"pretrain": {"steps": 0}})
+    check_start(untrained, Labels(labels), 10, RunFolder(tmp_path), 1)
 
 
 def test_too_few_images_to_hold_out_are_counted(tmp_path: Path) -> None:

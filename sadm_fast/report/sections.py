@@ -261,7 +261,7 @@ def _relation_caption(item: Relations) -> str:
 
 def _accuracies(run: Run) -> str:
     parts = []
-    for key, name, role in texts.CLASSIFIERS:
+    for key, name in texts.CLASSIFIERS:
         if key == "structure_encoder" and run.mode == "plain":
             continue
         facts = run.facts.get(key)
@@ -271,7 +271,9 @@ def _accuracies(run: Run) -> str:
         accuracy = number(facts.get("accuracy"))
         right = "" if accuracy is None else f" It was right on <b>{accuracy:.1%}</b> of its test images."
         rest = {path: value for path, value in flatten(facts).items() if path != "accuracy"}
-        parts.append(f"<section><h3>{name}</h3><p>{role}{right}</p>{table(rest)}</section>")
+        parts.append(
+            f"<section><h3>{name}</h3><p>{texts.classifier_role(key, facts)}{right}</p>{table(rest)}</section>"
+        )
     return f'<div class="two">{"".join(parts)}</div>'
 
 

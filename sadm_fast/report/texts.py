@@ -3,6 +3,8 @@
 All of it is fixed text. Nothing of a run is in it, so it goes into the page without escaping.
 """
 
+from collections.abc import Mapping
+
 MODE_NAMES = {
     "plain": "plain diffusion",
     "structure": "fixed structure",
@@ -77,18 +79,19 @@ RELATIONS = (
     "from which S is computed. All steps share the colour scales, so early and late can be compared."
 )
 PLAIN_RELATIONS = "Plain diffusion has no discriminator: nothing looks at relations in this run."
-CLASSIFIERS = (
-    (
-        "structure_encoder",
-        "The structure encoder Ψ",
-        "It was trained as a classifier before the game started.",
-    ),
-    (
-        "judge",
-        "The judge behind fid_classifier",
-        "It is trained apart from the game and never gives the denoiser a gradient.",
-    ),
-)
+CLASSIFIERS = (("structure_encoder", "The structure encoder Ψ"), ("judge", "The judge behind fid_classifier"))
+
+
+def classifier_role(key: str, facts: Mapping[str, object]) -> str:
+    """What a network of CLASSIFIERS is for, or where its weights come from by its entry in run.json."""
+    if key == "judge":
+        return "It is trained apart from the game and never gives the denoiser a gradient."
+    if "weights" in facts:
+        return "Its first weights came from a file."
+    if facts.get("steps") == 0:
+        return "It was not trained before the game: its structure is that of random weights."
+    shuffled = facts.get("labels") == "shuffled"
+    return f"It was trained as a classifier{' of shuffled labels' if shuffled else ''} before the game started."
 
 
 def relations_title(mode: str | None) -> str:
