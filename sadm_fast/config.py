@@ -391,7 +391,7 @@ class GameConfig(Block):
 
     @model_validator(mode="after")
     def _comparable(self) -> Self:
-        maps, hidden = self.compare in ("tokens", "locations"), self.look_at == "hidden"
+        maps, hidden = self.compares_maps, self.look_at == "hidden"
         wrong = [
             (hidden and self.mode == "sadm", "look_at=hidden: Psi cannot play against the tokens; use mode=structure"),
             (hidden and self.strength == "gradient", "look_at=hidden: needs strength=weight"),
@@ -417,6 +417,11 @@ class GameConfig(Block):
         if found := [reason for is_so, reason in wrong if is_so]:
             raise ValueError(found[0])
         return self
+
+    @property
+    def compares_maps(self) -> bool:
+        """Whether S compares feature maps of `stage`, not pooled features."""
+        return self.compare in ("tokens", "locations")
 
     def playing(self, step: int) -> bool:
         """Whether 0-based iteration `step` belongs to the game; before and after it the training is plain."""
@@ -491,7 +496,7 @@ class Config(Block):
                 f" {list(self.psi_shape)}"
             )
         stages = {"cnn": 3, "resnet18": 4, "vit": psi.depth, **dict.fromkeys(EFFICIENTNETS, 7)}.get(psi.architecture)
-        if stages is not None and self.game.stage > stages:
+        if self.game.compares_maps and stages is not None and self.game.stage > stages:
             raise ValueError(f"game.stage={self.game.stage}: {psi.architecture} has {stages}")
         if self.game.look_at == "hidden" and (problem := _hidden_problem(self)) is not None:
             raise ValueError(f"game.look_at=hidden: {problem}")

@@ -751,3 +751,10 @@ def test_the_game_ends_after_it_has_begun() -> None:
 def test_what_s_cannot_compare_is_refused(game: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(game=game)
+
+
+def test_psi_needs_a_stage_only_where_its_maps_are_compared() -> None:
+    vit = {"architecture": "vit", "depth": 1}
+    config(structure_encoder=vit)
+    with pytest.raises(UserError, match="game.stage=2: vit has 1"):
+        config(structure_encoder=vit, game={"compare": "locations"})

@@ -124,8 +124,10 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(
     for line in scores:
         assert set(line) == {"step", "samples", "floor", "sampling", "weights", "reference"} | SCORES
         assert line["samples"] == 12 and set(line["floor"]) == SCORES
-    argv = start_line(ROOT / "sadm_fast" / "evaluate.py", str(run), "--json", str(tmp_path / "scores.json"), ranks=2)
-    said, _ = Program(argv, tmp_path).finish()
+    evaluation = start_line(
+        ROOT / "sadm_fast" / "evaluate.py", str(run), "--json", str(tmp_path / "scores.json"), ranks=2
+    )
+    said, _ = Program(evaluation, tmp_path).finish()
     assert said.count("12 samples; floor") == 1, "both ranks have printed"
     result = json.loads((tmp_path / "scores.json").read_text())["scores"][0]
     assert {name: result[name] for name in SCORES} == pytest.approx({name: scores[-1][name] for name in SCORES})

@@ -48,7 +48,7 @@ SIGTERMS: dict[str, tuple[Whom, int]] = {
 def test_sigterm_saves_one_checkpoint_and_ends_every_process(training: Make, tmp_path: Path, row: Row, whom: str):
     one, whole = training("zero2-bf16")
     run, never = tmp_path / "run", (f"train.checkpoint_every={10 * STEPS}", "data.loader=torch")
-    slowly = Fault(f"{TRAINER}:draw", rank=1, action="slow", again=True)
+    slowly = Fault(f"{TRAINER}:draw_batch", rank=1, action="slow", again=True)
     program = one.launch(run, slowly, overrides=never)
     choose, code = SIGTERMS[whom]
     family: list[psutil.Process] = []
@@ -84,7 +84,7 @@ def poisoned(one: Training, run: Path, *faults: Fault) -> list[int]:
 @pytest.mark.parametrize(
     ("what", "target", "variant"),
     [
-        ("the data", f"{TRAINER}:draw", "zero2-bf16"),
+        ("the data", f"{TRAINER}:draw_batch", "zero2-bf16"),
         ("the denoising loss", f"{ENGINE}:predict", "zero2-bf16"),
         *(("the denoiser's gradient", f"{ENGINE}:structure_distance", variant) for variant in VARIANTS),
         *(("the discriminator's gradient", f"{ENGINE}:discriminator_loss", variant) for variant in VARIANTS),
@@ -101,7 +101,7 @@ def test_a_nan_on_one_rank_is_skipped_by_both_players_on_all_ranks(
 def test_nans_that_do_not_end_end_the_run_and_name_the_last_good_checkpoint(training: Make, tmp_path: Path, row: Row):
     one, _ = training("zero2-bf16")
     run = tmp_path / "run"
-    program = one.launch(run, Fault(f"{TRAINER}:draw", 6, rank=1, when="after", action="nan", again=True))
+    program = one.launch(run, Fault(f"{TRAINER}:draw_batch", 6, rank=1, when="after", action="nan", again=True))
     _, err = program.finish(EXIT_USER_ERROR)
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -129,7 +129,7 @@ def test_a_rank_that_is_frozen_by_the_system_ends_the_job(training: Make, tmp_pa
     """It cannot say anything itself; the others do, and the launcher kills it after its own 30 seconds."""
     one, whole = training("zero2-bf16")
     run = tmp_path / "run"
-    slowly = Fault(f"{TRAINER}:draw", rank=1, action="slow", again=True)
+    slowly = Fault(f"{TRAINER}:draw_batch", rank=1, action="slow", again=True)
     program = one.launch(run, slowly, overrides=("train.patience=8",))
     program.at_step(3, run / "metrics.jsonl", lambda: ranks(program)[rank].suspend())
     _, err = program.finish(EXIT_LOST)
@@ -141,7 +141,7 @@ def test_a_rank_that_is_frozen_by_the_system_ends_the_job(training: Make, tmp_pa
 
 def test_a_rank_that_dies_is_one_line_from_the_others(training: Make, tmp_path: Path, row: Row):
     one, _ = training("zero2-bf16")
-    program = one.launch(tmp_path / "run", Fault(f"{TRAINER}:draw", 3, rank=1))
+    program = one.launch(tmp_path / "run", Fault(f"{TRAINER}:draw_batch", 3, rank=1))
     out, err = program.finish(code=None)
     assert program.process.returncode not in (0, EXIT_STOPPED, EXIT_USER_ERROR)
     assert "error: rank 0: another rank is gone (" in err and "the same command continues" in err
@@ -151,7 +151,9 @@ def test_a_rank_that_dies_is_one_line_from_the_others(training: Make, tmp_path: 
 
 def test_an_error_that_one_rank_alone_meets_is_said(training: Make, tmp_path: Path, row: Row):
     one, _ = training("zero2-bf16")
-    _, err = one.launch(tmp_path / "run", Fault(f"{TRAINER}:draw", 3, rank=1, action="complain")).finish(code=None)
+    _, err = one.launch(tmp_path / "run", Fault(f"{TRAINER}:draw_batch", 3, rank=1, action="complain")).finish(
+        code=None
+    )
     assert "error: only here" in err
     row(FAULTS, "an error on one rank alone", "that rank says it")
 
