@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from sadm_fast.run.log import TrainingLog
 from sadm_kernels import relation_matrix
 
 _RELATION_IMAGES = 60
+_PAIRS = 6  # that are shown as pictures
 # The fixed batch is noisier than most of what is trained on: there the denoiser has to guess structure.
 _RELATION_LEVEL = 0.8
 
@@ -82,8 +84,18 @@ class RelationView:
         self._batch = Batch(x0, labels, labels, noise, config.process.sample_t(level), level)
 
     @torch.no_grad()
-    def save(self, path: Path, denoiser: nn.Module, psi: Callable[[Tensor], Tensor]) -> None:
-        """relations/step-N.npz: real and fake relation matrices [B, B], labels [B], log_snr [B]."""
+    def save(
+        self,
+        path: Path,
+        denoiser: nn.Module,
+        psi: Callable[[Tensor], Tensor],
+        as_images: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """relations/step-N.npz: real and fake relation matrices [B, B], labels [B], log_snr [B], pairs [P, 2].
+
+        pairs: the images whose relation differs most between the two, the largest difference first.
+        as_images: of samples; then step-N.png shows a pair in each column: both of x0, then both of xhat0.
+        """
         game, batch = self._config.game, self._batch
         xhat0 = predict(self._config.process, denoiser, batch).xhat0
 
@@ -91,14 +103,30 @@ class RelationView:
             relation = relation_matrix(psi(x), relation=game.relation, normalize=game.normalize, tau=game.tau)
             return relation.cpu().numpy()
 
+        real, fake = matrix(batch.x0), matrix(xhat0)
+        pairs = most_changed(real, fake, _PAIRS)
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(
                 file,
-                real=matrix(batch.x0),
-                fake=matrix(xhat0),
+                real=real,
+                fake=fake,
+                pairs=pairs,
                 labels=batch.labels.cpu().numpy(),
                 log_snr=self._config.process.log_snr(batch.t).cpu().numpy(),
             )
+        if as_images is not None:
+            rows = [samples[torch.from_numpy(of)] for samples in (batch.x0, xhat0) for of in pairs.T]
+            save_picture(picture_grid(as_images(torch.cat(rows)), len(pairs)), path.with_suffix(".png"))
+
+
+def most_changed(real: np.ndarray, fake: np.ndarray, count: int) -> np.ndarray:
+    """The `count` pairs i < j with the largest |fake - real| of two matrices [B, B], largest first: int64 [P, 2].
+
+    What is not finite comes last.
+    """
+    pairs = np.stack(np.triu_indices(len(real), 1), axis=1)
+    change = np.nan_to_num(np.abs(fake - real), nan=-1.0, posinf=-1.0)[tuple(pairs.T)]
+    return pairs[np.argsort(-change, kind="stable")[:count]]
 
 
 class Gallery:
@@ -158,7 +186,10 @@ class Gallery:
             if self._relations is not None and self._viewer is not None and self._psi_viewer is not None:
                 path = self._folder.relations / f"{name}.npz"
                 with self._optional(path):
-                    self._relations.save(path, self._viewer, self._looks)
+                    images = partial(to_images, autoencoder=self._autoencoder)
+                    self._relations.save(
+                        path, self._viewer, self._looks, None if config.data.shape is not None else images
+                    )
         if evaluation_due:
             self._evaluate(step, log)
             if self._rank == 0 and step < config.train.steps:

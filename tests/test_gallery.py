@@ -15,7 +15,8 @@ from sadm_fast.config import Config, check_config
 from sadm_fast.console import Console
 from sadm_fast.data import open_images
 from sadm_fast.data.source import Source
-from sadm_fast.gallery import Gallery, RelationView, grid_classes, real_grid
+from sadm_fast.gallery import Gallery, RelationView, grid_classes, most_changed, real_grid
+from sadm_fast.models import Denoiser
 
 
 def shards(path: Path, labels: Sequence[int]) -> Source:
@@ -61,6 +62,40 @@ def test_real_images_stand_under_their_own_class(config: Config, tmp_path: Path)
 def test_relations_of_a_subset_of_a_thousand_classes_are_looked_at(config: Config, tmp_path: Path) -> None:
     view = RelationView(config, shards(tmp_path / "subset.tar", [7, 99, 255] * 25), torch.device("cpu"))
     assert np.bincount(view._batch.labels)[[7, 99, 255]].tolist() == [20, 20, 20]
+
+
+def test_the_pairs_that_change_most_are_named_and_shown(config: Config, tmp_path: Path) -> None:
+    source = shards(tmp_path / "greys.tar", [0, 100, 200] * 25)
+    view = RelationView(config, source, torch.device("cpu"))
+
+    def psi(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x.mean(dim=(1, 2, 3)), torch.ones(len(x))], dim=1)
+
+    class Grey(Denoiser):
+        null_class = 256
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x)  # xhat0 is the noised image, scaled down
+
+    view.save(tmp_path / "step-000005.npz", Grey(), psi, lambda samples: samples)
+    with np.load(tmp_path / "step-000005.npz") as arrays:
+        real, fake, labels, pairs = (arrays[key] for key in ("real", "fake", "labels", "pairs"))
+    change = np.abs(fake - real)
+    assert pairs.shape == (6, 2) and change[tuple(pairs[0])] == change.max() > 0
+    assert [change[i, j] for i, j in pairs] == sorted(np.unique(change), reverse=True)[:6]
+    with Image.open(tmp_path / "step-000005.png") as opened:
+        picture = np.asarray(opened)
+    side = (picture.shape[1] - 2) // 6
+    assert picture.shape[0] == 4 * side + 2
+    middles = picture[2 + side // 2 :: side, 2 + side // 2 :: side]
+    assert np.array_equal(middles[:2], labels[pairs].T), "above, the real ones"
+
+
+def test_what_is_not_finite_has_not_changed_most() -> None:
+    real = np.zeros((4, 4))
+    fake = np.array([[9, 1, -3, 0], [1, 9, np.nan, 2], [-3, np.nan, 9, np.inf], [0, 2, np.inf, 9]])
+    assert most_changed(real, fake, 3).tolist() == [[0, 2], [1, 3], [0, 1]]
+    assert most_changed(real[:2, :2], fake[:2, :2], 3).tolist() == [[0, 1]]
 
 
 def test_an_evaluation_that_cannot_be_made_ends_no_training(capfd: pytest.CaptureFixture[str]) -> None:

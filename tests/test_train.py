@@ -102,7 +102,7 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(
         "config.json", "run.json", "metrics.jsonl", "evaluations.jsonl", "report.html", "samples/real.png",
         "pretrained/structure_encoder.safetensors", "pretrained/judge.safetensors",
         *(f"samples/{step}{weights}.png" for step in steps for weights in ("", "-ema")),
-        *(f"relations/{step}.npz" for step in steps),
+        *(f"relations/{step}.{kind}" for step in steps for kind in ("npz", "png")),
         *(f"checkpoints/{step}/{name}" for step in steps for name in ("COMPLETE", "ema.safetensors")),
         *(f"checkpoints/{step}/{player}/rank-0.safetensors" for step in steps
           for player in ("denoiser", "discriminator")),

@@ -20,6 +20,7 @@ from sadm_fast.report.figures import (
     relation_scales,
 )
 from sadm_fast.report.markup import escape, figure, inline, missing, show, table
+from sadm_fast.report.pairs import changed_most
 from sadm_fast.report.reading import (
     JUDGE_OF,
     Relations,
@@ -232,6 +233,7 @@ def relations(run: Run) -> str:
             continue
         maps = relation_maps(f"relations-{step}", item, run.classes, relation_scales(found))
         parts.append(f'<div class="maps">{figure(maps, _relation_caption(item))}</div>')
+        parts.append(changed_most(run, step))
     if len(read) == 1:
         parts.append(missing("There is one step so far; early beside late comes with the next one."))
     return "".join(parts) + _accuracies(run)

@@ -97,7 +97,8 @@ img { display: block; width: 100%; height: auto; border-radius: 3px; background:
   text-align: right; max-width: 8rem; }
 .aside .asked, .strip .asked { font-size: 0.7rem; }
 .two > p { margin: 0; }
-.maps { margin: 1.2rem 0 1.8rem; }
+.maps, .pairs { margin: 1.2rem 0 1.8rem; }
+.pairs { max-width: 46rem; }
 table { border-collapse: collapse; font-size: 0.88rem; line-height: 1.45; }
 th, td { text-align: left; vertical-align: top; padding: 0.22rem 1rem 0.22rem 0;
   border-bottom: 1px solid var(--rule); overflow-wrap: anywhere; }
