@@ -39,10 +39,10 @@ _MOST_BYTES = 2**40  # of one layer's output, in fp32
 
 class DataConfig(Block):
     path: FilePath = Field("demo:mnist5k", description="folder of the samples; demo:mnist5k is the embedded demo set")
-    source: Literal["folder", "webdataset", "huggingface", "latents", "own"] = Field(
+    source: Literal["folder", "webdataset", "mds", "huggingface", "latents", "own"] = Field(
         "folder",
-        description="folder: class/name.png; webdataset: tar shards; huggingface: Parquet or Arrow files; latents: what"
-        " encode.py wrote; own: given to sadm_fast.train",
+        description="folder: class/name.png; webdataset: tar shards; mds: MosaicML's shards; huggingface: Parquet or"
+        " Arrow files; latents: what encode.py wrote; own: given to sadm_fast.train",
     )
     resolution: int = Field(
         16, ge=8, le=2**14, description="side of the square crop in pixels, also of the images behind latents"
@@ -84,7 +84,7 @@ class LatentsConfig(Block):
         None, gt=0, le=1e6, description="scaled latent = scale * raw latent; null: the autoencoder's scaling_factor"
     )
     images: FilePath | None = Field(None, description="encode.py: folder of the images to encode")
-    images_source: Literal["folder", "webdataset", "huggingface"] = Field(
+    images_source: Literal["folder", "webdataset", "mds", "huggingface"] = Field(
         "folder", description="encode.py: as data.source"
     )
     dtype: Literal["float16", "float32"] = Field(

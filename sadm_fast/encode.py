@@ -6,8 +6,8 @@
 
 Encoding writes what data.path of the configuration names, with as many ranks as the launcher starts. The same command
 continues an interrupted run. --check and --bench take an image folder (class/name.jpg), a folder of WebDataset tar
-shards, tables of Hugging Face (Parquet, Arrow), or cached latents; --check prints one line a problem and ends with 1 if
-there is one.
+or MDS shards, tables of Hugging Face (Parquet, Arrow), or cached latents; --check prints one line a problem and ends
+with 1 if there is one.
 """
 
 import argparse

@@ -69,7 +69,8 @@ def _describe(config: "Config", folder: "RunFolder") -> None:
 
     from sadm_fast.build import resolve_classes
     from sadm_fast.console import Console
-    from sadm_fast.feed import open_data
+    from sadm_fast.data import kind_of
+    from sadm_fast.feed import count_classes, open_data
     from sadm_fast.models.autoencoder import Autoencoder
     from sadm_fast.planning.dry_run import describe
     from sadm_fast.precision import settle_precision
@@ -77,18 +78,20 @@ def _describe(config: "Config", folder: "RunFolder") -> None:
 
     console = Console()
     config, about_bf16 = settle_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    there = Path(config.data.path).exists() or config.data.path.startswith("demo:")
+    path = config.data.path
+    there = Path(path).exists() or path.startswith("demo:") or kind_of(path) != "folder"
     if there or config.denoiser.num_classes is None:
         source = open_data(config, console, check=False)
         classes = resolve_classes(config, source)
         check_start(config, source, classes, folder, environment.world_size())
+        samples = f"\ndata.path={path}: {len(source)} samples of {count_classes(source, classes)}"
     else:
-        classes = config.denoiser.num_classes
+        classes, samples = config.denoiser.num_classes, ""
         check_weights(config, classes)
-        console.say(f"data.path={config.data.path} is not there; planned for denoiser.num_classes={classes}\n")
+        console.say(f"data.path={path} is not there; planned for denoiser.num_classes={classes}\n")
     if config.latents is not None and Path(config.latents.autoencoder).is_dir():
         Autoencoder.load(config.latents.autoencoder, scale=config.latents.scale)
-    console.say(describe(config, classes, environment.world_size()))
+    console.say(describe(config, classes, environment.world_size()) + samples)
     if about_bf16 is not None:
         console.say(about_bf16)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -296,6 +297,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(config: Path, tmp_path: Pat
     rest = out[end:]
     for word in ("denoiser", "discriminator", "parameters", "3 classes", "GFLOP", "GMAC", "Memory of one rank", "MiB"):
         assert word in rest, word
+    assert re.search(r"\ndata\.path=.*: \d+ samples of 3 classes\n$", rest)
     assert not (tmp_path / "run").exists()
     plain = dry_run(config, tmp_path / "run", capfd, "game.mode=plain")
     assert "discriminator  " not in plain

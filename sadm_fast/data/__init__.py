@@ -24,6 +24,7 @@ from sadm_fast.data.huggingface import TableRows
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.latent_loader import LatentLoader
 from sadm_fast.data.latents import ENCODING, MANIFEST, LatentSource
+from sadm_fast.data.mds import INDEX, MdsShards
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.sample_loader import SampleLoader
 from sadm_fast.data.samples import SampleSource
@@ -59,17 +60,19 @@ def open_images(path: str | Path, kind: str = "folder", progress: Progress | Non
     """List the images at `path` without opening them (that is require_sound).
 
     kind "folder": root/class/name.ext, or "demo:mnist5k"; "webdataset": tar shards, whose index is made if it is
-    missing; "huggingface": Parquet or Arrow tables. progress is called with shards done, shards. Raises UserError
-    (ImageFolder.scan, TarShards.scan, TableRows.scan).
+    missing; "mds": MosaicML's shards, likewise; "huggingface": Parquet or Arrow tables. progress is called with shards
+    done, shards. Raises UserError (ImageFolder.scan, TarShards.scan, MdsShards.scan, TableRows.scan).
     """
     path = expand_home(path)
     with _other_kind_named(path, kind):
         if kind == "webdataset":
             return TarShards.scan(path, progress)
+        if kind == "mds":
+            return MdsShards.scan(path, progress)
         if kind == "huggingface":
             return TableRows.scan(path, progress)
         if kind != "folder":
-            raise ValueError(f"kind={kind!r}: must be 'folder', 'webdataset' or 'huggingface'")
+            raise ValueError(f"kind={kind!r}: must be 'folder', 'webdataset', 'mds' or 'huggingface'")
         return ImageFolder.scan(demo_folder(path) if path.startswith(PREFIX) else path)
 
 
@@ -86,6 +89,8 @@ def kind_of(path: str | Path) -> str:
         return "latents"
     if root.suffix == ".tar" or (os.path.isdir(root) and any(root.glob("*.tar"))):
         return "webdataset"
+    if os.path.exists(root / INDEX):
+        return "mds"
     return "huggingface" if holds_tables(root) else "folder"
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from sadm_fast.data.source import printable
 from sadm_fast.errors import UserError
 
-_IMAGES = ("image", "img")
-_LABELS = ("label", "labels", "fine_label", "class", "target")
+IMAGES = ("image", "img")
+LABELS = ("label", "labels", "fine_label", "class", "target")
 _FOLDERS = 3  # the files' own and two above
 
 
@@ -39,7 +39,7 @@ def find_columns(schema: Any, path: str) -> Columns:
     features = _described(schema)
     images = [field.name for field in schema if _holds_bytes(field.type)]
     images = [name for name in images if _kind(features, name) == "Image"] or images
-    image = _one_of(images, _IMAGES)
+    image = one_of(images, IMAGES)
     if image is None:
         raise UserError(
             f"{where}: has {'several columns' if images else 'no column'} of images; one must hold encoded images, as"
@@ -49,7 +49,7 @@ def find_columns(schema: Any, path: str) -> Columns:
         return Columns(image, None, ("all",))
     numbers = [field.name for field in schema if str(field.type).startswith(("int", "uint"))]
     marked = [name for name in numbers if _kind(features, name) == "ClassLabel"]
-    label = _one_of(marked, _LABELS) or next((name for name in _LABELS if name in numbers), None)
+    label = one_of(marked, LABELS) or next((name for name in LABELS if name in numbers), None)
     if label is None:
         raise UserError(
             f"{where}: has no column of labels; one must hold class numbers and be called label, or a ClassLabel; to"
@@ -61,7 +61,7 @@ def find_columns(schema: Any, path: str) -> Columns:
     return Columns(image, label, None if names is None else tuple(map(str, names)))
 
 
-def _one_of(names: list[str], first: tuple[str, ...]) -> str | None:
+def one_of(names: list[str], first: tuple[str, ...]) -> str | None:
     """The only name, or else the first one of `first` that is there."""
     return names[0] if len(names) == 1 else next((name for name in first if name in names), None)
 

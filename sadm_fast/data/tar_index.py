@@ -5,29 +5,25 @@ are one sample, as are 0001.jpg and 0001.json. Making an index reads the tar hea
 the images.
 """
 
-import io
 import json
 import os
 import tarfile
-import zipfile
 from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from sadm_fast.data.checking import Progress
 from sadm_fast.data.image_folder import EXTENSIONS
 from sadm_fast.data.paths import open_plain_file
+from sadm_fast.data.shards import MAX_CLASSES, ShardIndex
 from sadm_fast.data.source import PackedNames, printable
 from sadm_fast.data.tar_members import Member, read_members
 from sadm_fast.data.workers import end_with_trainer, worker_context
 from sadm_fast.errors import UserError
 
-_MAX_CLASSES = 1 << 20
 _MAX_LABEL_BYTES = 1 << 20
 _MAX_PROCESSES = 16
 
@@ -38,27 +34,7 @@ Reading headers is Python code, 20,000 samples a second. Threads would share one
 """
 
 
-class TarIndex(NamedTuple):
-    """Where the N images of some shards are."""
-
-    shards: np.ndarray  # int32 [N], which shard
-    offsets: np.ndarray  # int64 [N], where in it the image's bytes begin
-    sizes: np.ndarray  # int64 [N], how many they are
-    labels: np.ndarray  # int64 [N]
-    members: PackedNames  # [N], names of the image members
-
-    def take(self, indices: np.ndarray) -> "TarIndex":
-        """The entries at `indices` (int64), in that order."""
-        return TarIndex(
-            self.shards[indices],
-            self.offsets[indices],
-            self.sizes[indices],
-            self.labels[indices],
-            self.members.take(indices),
-        )
-
-
-def build_index(paths: Sequence[str], progress: Progress | None = None) -> TarIndex:
+def build_index(paths: Sequence[str], progress: Progress | None = None) -> ShardIndex:
     """The index of tar files, in the order of `paths` and of members within each.
 
     progress is called with (shards done, shards). Raises UserError that names the shard: no permission, not a tar
@@ -70,7 +46,7 @@ def build_index(paths: Sequence[str], progress: Progress | None = None) -> TarIn
     else:
         with ProcessPoolExecutor(processes, worker_context(__name__), end_with_trainer) as pool:
             parts = _collect(pool.map(_index_shard, paths), len(paths), progress)
-    return TarIndex(
+    return ShardIndex(
         np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.labels) for part in parts]),
         np.concatenate([part.offsets for part in parts]),
         np.concatenate([part.sizes for part in parts]),
@@ -79,49 +55,11 @@ def build_index(paths: Sequence[str], progress: Progress | None = None) -> TarIn
     )
 
 
-def dump_index(index: TarIndex) -> bytes:
-    """The index as the bytes of an .npz file."""
-    content = io.BytesIO()
-    np.savez(
-        content,
-        shards=index.shards,
-        offsets=index.offsets,
-        sizes=index.sizes,
-        labels=index.labels,
-        members=np.frombuffer(index.members.joined, dtype=np.uint8),
-        ends=index.members.ends,
-    )
-    return content.getvalue()
-
-
-def load_index(path: Path, num_shards: int) -> TarIndex | None:
-    """The index in an .npz file; None if there is no such file, it is damaged, or it is something else."""
-    try:
-        with np.load(path, allow_pickle=False) as file:  # zip's checksums find damage
-            names = PackedNames(file["members"].tobytes(), file["ends"])
-            index = TarIndex(file["shards"], file["offsets"], file["sizes"], file["labels"], names)
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile):
-        return None
-    arrays = (*index[:4], names.ends)
-    fits = (
-        arrays[0].ndim == 1
-        and len({values.shape for values in arrays}) == 1
-        and [values.dtype for values in arrays] == [np.int32] + [np.int64] * 4
-        and len(names) > 0
-        and names.ends[-1] == len(names.joined)
-        and index.shards.min() >= 0
-        and index.shards.max() < num_shards
-        and index.labels.min() >= 0
-        and index.labels.max() < _MAX_CLASSES
-    )
-    return index if fits else None
-
-
 def _size(path: str) -> int:
     return os.stat(path).st_size
 
 
-def _collect(parts: Iterable[TarIndex], total: int, progress: Progress | None) -> list[TarIndex]:
+def _collect(parts: Iterable[ShardIndex], total: int, progress: Progress | None) -> list[ShardIndex]:
     collected = []
     for part in parts:
         collected.append(part)
@@ -130,7 +68,7 @@ def _collect(parts: Iterable[TarIndex], total: int, progress: Progress | None) -
     return collected
 
 
-def _index_shard(path: str) -> TarIndex:
+def _index_shard(path: str) -> ShardIndex:
     """The index of one shard, as shard 0."""
     offsets, sizes, labels = array("q"), array("q"), array("q")
     names = []
@@ -158,7 +96,7 @@ def _index_shard(path: str) -> TarIndex:
         raise UserError(
             f"{printable(path)}: has no samples; a sample is an image and a label: 0001.jpg and 0001.cls or 0001.json"
         )
-    return TarIndex(
+    return ShardIndex(
         np.zeros(len(names), dtype=np.int32),
         np.array(offsets, dtype=np.int64),
         np.array(sizes, dtype=np.int64),
@@ -225,6 +163,6 @@ def _class_number(where: str, value: object) -> int:
     text = str(value)
     if type(value) not in (int, str) or not (text.isascii() and text.isdigit()):
         raise UserError(f"{where}: the label is {text[:40]!r}; it must be a class number: 0, 1, 2, ...")
-    if len(text) > 9 or int(text) >= _MAX_CLASSES:
-        raise UserError(f"{where}: the label is {text[:40]}; class numbers end below {_MAX_CLASSES}")
+    if len(text) > 9 or int(text) >= MAX_CLASSES:
+        raise UserError(f"{where}: the label is {text[:40]}; class numbers end below {MAX_CLASSES}")
     return int(text)

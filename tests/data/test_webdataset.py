@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from sadm_fast.data import open_any, tar_index, webdataset
+from sadm_fast.data import shards as shards_module
 from sadm_fast.data.checking import check
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.source import split
@@ -428,7 +429,7 @@ def test_a_shard_that_changed_or_vanished_after_listing_is_an_os_error(small_sha
         with pytest.raises(OSError, match="size has changed"):
             shards.read(index)
     (small_shards / "001.tar").unlink()
-    webdataset._opened.cache_clear()
+    shards_module._opened.cache_clear()
     with pytest.raises(FileNotFoundError):
         shards.read(8)
 
@@ -451,7 +452,7 @@ def _open_below(folder: Path) -> int:
 def test_open_descriptors_are_bounded_and_threads_may_share_them(
     make_shard: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = webdataset._OPEN_SHARDS + 20
+    count = shards_module._OPEN_SHARDS + 20
     contents = [_png(i) for i in range(count)]
     for i, content in enumerate(contents):
         root = make_shard(f"{i:03d}.tar", [("a.png", content), ("a.cls", b"0")]).parent
@@ -459,8 +460,8 @@ def test_open_descriptors_are_bounded_and_threads_may_share_them(
     wanted = np.random.default_rng(0).integers(count, size=2000).tolist()
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(shards.read, wanted)) == [contents[i] for i in wanted]
-    assert 0 < _open_below(root) <= webdataset._OPEN_SHARDS
-    webdataset._opened.cache_clear()
+    assert 0 < _open_below(root) <= shards_module._OPEN_SHARDS
+    shards_module._opened.cache_clear()
     assert _open_below(root) == 0
 
 
