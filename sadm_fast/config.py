@@ -359,10 +359,10 @@ class GameConfig(Block):
         description="tokens and locations: the stage of Psi whose maps are compared, from the image on (cnn: 3 stages,"
         " resnet18: 4, vit: its blocks, efficientnet: 7); maps larger than 8x8 are averaged down to that",
     )
-    strength: Literal["weight", "gradient"] = Field(
+    strength: Literal["weight", "gradient", "per_sample"] = Field(
         "weight",
         description="what lambda_s is; weight: of S; gradient: the gradient of S in xhat0 gets lambda_s times"
-        " the length of that of the denoising loss, in each micro-batch",
+        " the length of that of the denoising loss, in each micro-batch; per_sample: in each sample, times its gate",
     )
     noise_levels: Literal["sample", "batch"] = Field(
         "sample",
@@ -396,12 +396,12 @@ class GameConfig(Block):
         maps, hidden = self.compares_maps, self.look_at == "hidden"
         wrong = [
             (hidden and self.mode == "sadm", "look_at=hidden: Psi cannot play against the tokens; use mode=structure"),
-            (hidden and self.strength == "gradient", "look_at=hidden: needs strength=weight"),
+            (hidden and self.strength != "weight", "look_at=hidden: needs strength=weight"),
             (hidden and self.compare == "features", "look_at=hidden: tokens have no features of Psi to equal"),
             (hidden and self.queue, "look_at=hidden: needs queue=0"),
             (hidden and self.scope == "global", "look_at=hidden: needs scope=rank"),
             (not hidden and self.block != 1, f"block={self.block}: is for look_at=hidden"),
-            (self.strength == "gradient" and self.scope == "global", "strength=gradient: needs scope=rank"),
+            (self.strength != "weight" and self.scope == "global", f"strength={self.strength}: needs scope=rank"),
             (
                 self.noise_levels == "batch" and self.queue,
                 "noise_levels=batch: needs queue=0",

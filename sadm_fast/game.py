@@ -11,6 +11,7 @@
                  compare=features:   sum_i w_i rho(||g_i - f_i||) / sum_i w_i
     [5]  min over theta:  L_den + lambda_s S                                      `denoiser_loss`
     [5b] or with strength=gradient: lambda_s ||dL_den/dxhat0|| / ||dS/dxhat0|| S  `at_strength`
+                 per_sample: dS/dxhat0_i gets the length w_i lambda_s ||dL_den/dxhat0_i||
     [6]  max over Psi:    S                                                       `discriminator_loss`
     [7]  lambda_s(step):  a linear ramp, and a linear decay to the game's end     `schedule`
 
@@ -256,15 +257,24 @@ def denoiser_loss(loss: Tensor, distance: Tensor | None = None, lambda_s: float 
     return denoising if distance is None else denoising + lambda_s * distance
 
 
-def at_strength(distance: Tensor, batch: Batch, xhat0: Tensor, loss_weight: Tensor) -> Tensor:
+def at_strength(
+    distance: Tensor, batch: Batch, xhat0: Tensor, loss_weight: Tensor, each: Tensor | None = None
+) -> Tensor:
     """[5b] S 0-d with a gradient in xhat0 of the length of L_den's: 0-d; the graph behind S is used up.
 
     loss_weight: w(t) [B]. Where S has no gradient it stays without.
+    each: None: the gradients as a whole; [B]: those of each sample, with this factor, so that S leads at no noise
+        level: at high noise w(t) is small, and S that is the same at all levels has the longer gradient there.
     """
     (of_s,) = torch.autograd.grad(distance, xhat0)
-    of_loss = 2.0 * loss_weight.view(-1, *[1] * (xhat0.ndim - 1)) * (xhat0.detach() - batch.x0) / xhat0.numel()
-    length = of_s.norm()
-    direction = of_s * torch.where(length == 0, 0.0, of_loss.norm() / torch.where(length == 0, 1.0, length))
+    column = (-1, *[1] * (xhat0.ndim - 1))
+    of_loss = 2.0 * loss_weight.view(column) * (xhat0.detach() - batch.x0) / xhat0.numel()
+    if each is None:
+        length, wanted = of_s.norm(), of_loss.norm()
+    else:
+        length = of_s.flatten(1).norm(dim=1).view(column)
+        wanted = (each * of_loss.flatten(1).norm(dim=1)).view(column)
+    direction = of_s * torch.where(length == 0, 0.0, wanted / torch.where(length == 0, 1.0, length))
     pull = (direction * xhat0).sum()
     return distance.detach() + (pull - pull.detach())
 

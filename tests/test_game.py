@@ -259,6 +259,13 @@ def test_at_equal_strength_s_pulls_as_hard_as_the_denoising_loss() -> None:
     (found,) = torch.autograd.grad(pull, xhat0)
     torch.testing.assert_close(pull.detach(), distance.detach())
     torch.testing.assert_close(found, of_s * (of_loss.norm() / of_s.norm()))
+    # The same in each sample, with a factor of its own.
+    each = torch.linspace(0.0, 1.0, SIZE)
+    distance = structure_distance(Comparison(), EDM(), psi, b, xhat0).distance
+    (found,) = torch.autograd.grad(at_strength(distance, b, xhat0, weight, each), xhat0)
+    lengths = [x.flatten(1).norm(dim=1) for x in (found, of_loss, of_s)]
+    torch.testing.assert_close(lengths[0], each * lengths[1])
+    torch.testing.assert_close(found.flatten(1), of_s.flatten(1) * (lengths[0] / lengths[2])[:, None])
     # Equal samples have S = 0 and no gradient: nothing is divided by its length.
     flat = b._replace(x0=torch.zeros_like(b.x0))
     equal = torch.zeros_like(b.x0).requires_grad_(True)

@@ -296,8 +296,9 @@ class Players:
                         self.compare, self.process, self.psi, looked_at, estimate, self._past, tokens
                     )  # fmt: skip
                     distance = structure.distance
-                    if self.config.game.strength == "gradient":
-                        distance = at_strength(distance, batch, xhat0, self.process.loss_weight(batch.t))
+                    if (strength := self.config.game.strength) != "weight":
+                        each = structure.samples.weight if strength == "per_sample" else None
+                        distance = at_strength(distance, batch, xhat0, self.process.loss_weight(batch.t), each)
                     self._backward("denoiser", denoiser_loss(loss, distance, lambda_s), veto)
                 distances.append(structure.distance.detach())
                 samples.append(structure.samples)

@@ -173,7 +173,7 @@ def play(
             left = (game.stop_step or config.train.steps) - step
             ramp = min(ramp, left / game.decay_steps) if game.decay_steps else ramp
             ramp = 0.0 if alone else ramp
-            terms, new, strengths = [], [], []
+            terms, new, pulls = [], [], []
             for batch in groups:
                 f = psi(batch.x0.double()).detach()
                 xhat0, losses = _estimate(denoiser, batch, 0.5)
@@ -182,16 +182,19 @@ def play(
                     g = tokens[-1] if f.ndim == 3 else tokens[-1].mean(dim=1)
                 seen = _seen(config, f, g, batch)
                 terms.append(_structure(config, seen, queue))
-                if game.strength == "gradient":
+                pulls.append(terms[-1])
+                if game.strength != "weight":
                     both = losses.mean(), terms[-1]
-                    of_loss, of_s = (torch.autograd.grad(x, xhat0, retain_graph=True)[0].norm() for x in both)
-                    strengths.append(of_loss / of_s)
+                    of_loss, of_s = (torch.autograd.grad(x, xhat0, retain_graph=True)[0].flatten(1) for x in both)
+                    factor = of_loss.norm() / of_s.norm()
+                    if game.strength == "per_sample":
+                        factor = (seen.weight * of_loss.norm(dim=1) / of_s.norm(dim=1))[:, None]
+                    pulls[-1] = (factor * of_s * xhat0.flatten(1)).sum()
                 columns = seen.f, seen.g.detach(), seen.weight, seen.labels
                 new += [Seen(*one) for one in zip(*(column.split(1) for column in columns), strict=True)]
             queue = (queue + new)[-game.queue :] if game.queue else []
             distance = torch.stack(terms).mean()
-            pull = torch.stack([s * x for s, x in zip(strengths, terms, strict=True)]).mean() if strengths else distance
-            loss = loss + game.lambda_s * ramp * pull
+            loss = loss + game.lambda_s * ramp * torch.stack(pulls).mean()
         trace.distances.append(None if distance is None else distance.item())
         trace.denoiser_norms.append(_step(denoiser, optimizers[0], loss, config.denoiser_optimizer))
     trace.denoiser = {name: p.detach() for name, p in denoiser.named_parameters() if p.requires_grad}

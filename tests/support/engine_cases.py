@@ -121,7 +121,7 @@ def cases(world_size: int) -> list[Case]:
         Case("hidden-zero3", "structure", 3, game={"look_at": "hidden", "compare": "tokens"}),
         Case("strength", "sadm", 2, game={"strength": "gradient"}),
         Case("strength-accumulation2", "structure", 0, 2, game={"strength": "gradient", "compare": "features"}),
-        Case("strength-zero3", "sadm", 3, game={"strength": "gradient"}),
+        Case("strength-zero3", "sadm", 3, game={"strength": "per_sample", "gate_log_snr": 0.5}),
         Case("stop", "sadm", 2, game={"stop_step": 2, "decay_steps": 2}),
         Case("warmup", "sadm", 2, game={"warmup_steps": 1, "ramp_steps": 4}),
         Case("warmup-zero3", "sadm", 3, 2, game={"warmup_steps": 1, "start_step": 1}),
