@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
 from pathlib import Path
@@ -125,6 +125,12 @@ class Plan:
     @property
     def baseline(self) -> str:
         return next(iter(self.configurations))
+
+    def against(self, name: str) -> Self:
+        """The plan with another baseline; UserError if it has no such configuration."""
+        if name not in self.configurations:
+            raise UserError(f"{self.name}: {name} must be one of {', '.join(self.configurations)}")
+        return replace(self, configurations={name: self.configurations[name], **self.configurations})
 
     def changes(self, job: Job) -> dict[str, Any]:
         """What `--set` changes for a job."""

@@ -244,6 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, help="workers at a time (default: a core for each, one on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default %(default)s)")
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--against", metavar="NAME", help="report ratios to this one (default: the plan's first)")
     parser.add_argument("--cost", action="store_true", help="time an iteration of each configuration, train nothing")
     parser.add_argument("--repeats", type=int, default=9, help="rounds of --cost (default %(default)s)")
     parser.add_argument("--work", metavar="SET:SEED", help=argparse.SUPPRESS)
@@ -268,7 +269,7 @@ def run(arguments: argparse.Namespace, request: StopRequest) -> int:
         code = supervise(arguments.plan, plan, out, jobs, arguments.threads)
         if code:
             return code
-    for line in report(plan, out):
+    for line in report(plan if arguments.against is None else plan.against(arguments.against), out):
         print(line)
     return 0
 

@@ -177,6 +177,10 @@ def test_the_tables_pair_the_runs_of_a_seed(tmp_path: Path) -> None:
     text = "\n".join(gain_report.tables(of, found, None))
     assert "Expected: the game is better" in text and "3 (2 to 4)" in text
     assert "-20.0% [-20.0%, -20.0%]" in text  # though plain's seeds differ twofold
+    text = "\n".join(gain_report.tables(of.against("game"), found, None))
+    assert "+25.0% [+25.0%, +25.0%]" in text and of.against("game").digests == of.digests
+    with pytest.raises(UserError, match="structure must be one of plain, game"):
+        of.against("structure")
     steps = [10 + 20 * math.log(8 / last) / math.log(8 / (0.8 * last)) for last in (2, 3)]
     assert gain_report.fewer_steps(of, found, "digits", "game", "fid_pixels") == pytest.approx([30 / s for s in steps])
     assert gain_report.fewer_steps(of, finished(of, 1.1), "digits", "game", "fid_pixels") == [None, None, None]
