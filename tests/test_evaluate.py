@@ -1,4 +1,4 @@
-"""evaluate.py on a finished run made by hand. What it prints, from two ranks, is in test_train.py."""
+"""evaluate.py on a finished run made by hand, and on images. A run on two ranks is in test_train.py."""
 
 import hashlib
 import json
@@ -15,13 +15,21 @@ from PIL import Image
 from torch import Tensor
 
 from sadm_fast import evaluate
+from sadm_fast.config_tree import flatten
 from sadm_fast.metrics import pretrained, run_evaluation
 from sadm_fast.metrics.judges import PROBABILITIES, Judge
 from sadm_fast.metrics.pretrained import InceptionJudge
-from sadm_fast.models import ViT
 from sadm_fast.ranks import launch
 from sadm_fast.scales import pixels_to_float
 from tests.support.finished_run import finished_run
+from tests.support.judge_files import small_vit
+from tests.support.ranks import run_ranks
+
+
+@contextmanager
+def alone(*, deepspeed: bool) -> Iterator[launch.Place]:
+    """The only rank, without a process group."""
+    yield launch.Place(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -58,20 +66,11 @@ def test_a_folder_without_a_run_is_named_before_the_ranks_meet(
 def test_samples_that_cannot_be_scored_are_one_line(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    @contextmanager
-    def alone(*, deepspeed: bool) -> Iterator[launch.Place]:
-        yield launch.Place(0, 1, torch.device("cpu"))
-
     monkeypatch.setattr(launch, "distributed", alone)
     monkeypatch.setattr(run_evaluation, "generate", lambda *_, **__: torch.full((12, 1, 8, 8), torch.nan))
     assert evaluate.main([str(run)]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {run}: cannot be scored: the moments hold NaN") and err.count("\n") == 1
-
-
-@contextmanager
-def alone(*, deepspeed: bool) -> Iterator[launch.Place]:
-    yield launch.Place(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -133,23 +132,18 @@ def test_a_judge_from_a_file_stands_beside_the_others_and_one_without_is_refused
     err = capsys.readouterr().err
     assert "--judges inception: needs pt_inception-2015-12-05-6726825d.pth" in err and err.count("\n") == 1
     monkeypatch.setattr(launch, "distributed", alone)
-    vit = ViT(3, patch_size=14, width=8, depth=1, position_grid=2, input_size=28)
-    torch.save(vit.state_dict(), tmp_path / "vit.pt")
-    scores = tmp_path / "scores.json"
-    assert (
-        evaluate.main([str(run), "--samples", "8", "--judges", f"vit={tmp_path / 'vit.pt'}", "--json", str(scores)])
-        == 0
-    )
+    vit, scores = small_vit(tmp_path), tmp_path / "scores.json"
+    assert evaluate.main([str(run), "--samples", "8", "--judges", f"vit={vit}", "--json", str(scores)]) == 0
     written = json.loads(scores.read_text())
     row = written["scores"][0]
     weights = written["judges"]["fd_vit"]
-    assert weights["sha256"] == hashlib.sha256((tmp_path / "vit.pt").read_bytes()).hexdigest()
+    assert weights["sha256"] == hashlib.sha256(vit.read_bytes()).hexdigest()
     assert row["weights"]["step"] == 10 and row["weights"]["ema"]["profile"] == "power"
     assert row["sampling"]["seed"] == 0 and row["sampling"]["sampler"]["steps"] == 2
     assert row["reference"]["images"] == len(list((tmp_path / "images").glob("*/*.png")))
     assert row["fd_vit"] >= 0 and set(row["kid"]) == {"fid_classifier", "fid_random", "fid_pixels", "fd_vit"}
     assert "8 samples are fewer than the features of fd_vit (8) plus one" in capsys.readouterr().out
-    twice = ["--judges", f"vit={tmp_path / 'vit.pt'}", "--judges", "vit=other.pt"]
+    twice = ["--judges", f"vit={vit}", "--judges", "vit=other.pt"]
     assert evaluate.main([str(run), *twice]) == 2
     assert "--judges vit: is there twice" in capsys.readouterr().err
 
@@ -187,6 +181,13 @@ def pixels(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
 
 
+def save_folder(folder: Path, images: np.ndarray) -> None:
+    """Images of one class, in order."""
+    (folder / "0").mkdir(parents=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / "0" / f"{number:02d}.png")
+
+
 def moments(images: np.ndarray) -> dict[str, np.ndarray]:
     """As ADM's reference files have them."""
     seen = Small().look(pixels_to_float(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())))
@@ -206,9 +207,7 @@ def test_images_are_scored_against_images_and_published_moments(
     np.savez(tmp_path / "adm.npz", arr_0=real[:30], **moments(real))  # type: ignore[arg-type]
     np.savez(tmp_path / "moments.npz", **moments(real))  # type: ignore[arg-type]
     for name, images in (("samples", samples), ("real", real)):
-        (tmp_path / name / "0").mkdir(parents=True)
-        for number, image in enumerate(images):
-            Image.fromarray(image).save(tmp_path / name / "0" / f"{number:02d}.png")
+        save_folder(tmp_path / name, images)
     rows = {}
     for drawn, reference in (
         ("samples.npz", "real"), ("samples", "real"), ("samples", "adm.npz"), ("samples.npz", "moments.npz")
@@ -270,3 +269,22 @@ def test_what_cannot_be_scored_is_one_line(run: Path, tmp_path: Path, capsys: py
         assert evaluate.main(arguments) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1, err
+
+
+@pytest.mark.slow
+def test_two_ranks_score_images_as_one_does(tmp_path: Path) -> None:
+    save_folder(tmp_path / "samples", pixels(21, 0))  # an odd number: one rank has one more
+    np.savez(tmp_path / "real.npz", pixels(31, 1))
+    judge, found = small_vit(tmp_path), []
+    for ranks in (1, 2):
+        scores = tmp_path / f"{ranks}.json"
+        run_ranks(
+            "sadm_fast.evaluate", ranks, str(tmp_path / "samples"), "--data", str(tmp_path / "real.npz"),
+            "--judges", f"vit={judge}", "--json", str(scores),
+        )  # fmt: skip
+        found += json.loads(scores.read_text())["scores"]
+    assert found[0]["samples"] == 21 and found[0]["fd_vit"] > 0
+    spaces = {"fid_random", "fid_pixels", "fd_vit"}
+    assert all(set(found[0][of]) == spaces for of in ("floor", "kid", "precision", "recall"))
+    one, two = (flatten(row) for row in found)
+    assert one == pytest.approx(two, rel=1e-6)

@@ -18,13 +18,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sadm_fast.train as train
-from sadm_fast import cli
+from sadm_fast import cli, evaluate
 from sadm_fast.build import build_denoiser
 from sadm_fast.config import load_config
+from sadm_fast.config_tree import flatten
 from sadm_fast.run.checkpoint import sha256
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.manifest import FORMAT
 from sadm_fast.run.state import TrainState
+from tests.support.judge_files import small_vit
 from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, tree
 from tests.support.ranks import ROOT, clean_environment
 
@@ -125,13 +127,14 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(
     for line in scores:
         assert set(line) == {"step", "samples", "floor", "sampling", "weights", "reference"} | SCORES
         assert line["samples"] == 12 and set(line["floor"]) == SCORES
-    evaluation = start_line(
-        ROOT / "sadm_fast" / "evaluate.py", str(run), "--json", str(tmp_path / "scores.json"), ranks=2
-    )
+    judge = ["--judges", f"vit={small_vit(tmp_path)}", "--json"]
+    evaluation = start_line(ROOT / "sadm_fast" / "evaluate.py", str(run), *judge, str(tmp_path / "two.json"), ranks=2)
     said, _ = Program(evaluation, tmp_path).finish()
     assert said.count("12 samples; floor") == 1, "both ranks have printed"
-    result = json.loads((tmp_path / "scores.json").read_text())["scores"][0]
-    assert {name: result[name] for name in SCORES} == pytest.approx({name: scores[-1][name] for name in SCORES})
+    assert evaluate.main([str(run), *judge, str(tmp_path / "one.json")]) == 0
+    one, two = (json.loads((tmp_path / f"{ranks}.json").read_text())["scores"][0] for ranks in ("one", "two"))
+    assert {name: two[name] for name in SCORES} == pytest.approx({name: scores[-1][name] for name in SCORES})
+    assert flatten(two) == pytest.approx(flatten(one)) and two["fd_vit"] > 0
     facts = json.loads((run / "run.json").read_text())
     assert facts["classes"] == list(CLASSES) and facts["parameters"].keys() == {"denoiser", "discriminator"}
     assert facts["structure_encoder"]["accuracy"] is not None and facts["judge"]["accuracy"] is not None
