@@ -30,6 +30,7 @@ from sadm_fast.config_tree import (
 from sadm_fast.diffusion import EDM, VP, Flow, Process
 from sadm_fast.diffusion.samplers import SAMPLERS, options_of, sampler_name
 from sadm_fast.errors import UserError
+from sadm_fast.game import Comparison
 from sadm_fast.models.dit import parse_name
 from sadm_fast.models.unet import level_sides, norm_groups
 
@@ -48,6 +49,12 @@ class DataConfig(Block):
         16, ge=8, le=2**14, description="side of the square crop in pixels, also of the images behind latents"
     )
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour")
+    held_out: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each class that nothing is trained on; evaluate.py --memorisation compares with it",
+    )
     shape: tuple[Annotated[int, Field(ge=1, le=2**24)], ...] | None = Field(
         None,
         min_length=1,
@@ -536,6 +543,24 @@ class Config(Block):
     @property
     def process(self) -> Process:
         return self.diffusion.build()
+
+    @property
+    def comparison(self) -> Comparison:
+        """S over the samples of one rank."""
+        game = self.game
+        return Comparison(
+            relation=game.relation,
+            penalty=game.penalty,
+            normalize=game.normalize,
+            tau=game.tau,
+            delta=game.delta,
+            gate_log_snr=game.gate_log_snr,
+            gate_slope=game.gate_slope,
+            same_class=game.same_class,
+            compare=game.compare,
+            one_level=game.noise_levels == "batch",
+            impl="reference" if self.implementation == "reference" else "auto",
+        )
 
     def resolved(self) -> dict[str, Any]:
         """Every field that has a say, with its value, for json.dumps; `check_config` makes the same Config of it."""

@@ -57,6 +57,7 @@ RETIRED = {
 # Fields that a configuration of the first versions does not have, with the default that says what it meant. Where
 # they have it they are left out of its fingerprint: runs of that time go on.
 LATER: dict[str, Any] = {
+    "data.held_out": 0.0,
     "data.shape": None,
     "denoiser.architecture": "dit",
     "denoiser.position_grid": None,

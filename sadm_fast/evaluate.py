@@ -13,6 +13,7 @@ its floor, real images against real ones. A run on latents is scored decoded, wi
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " efficientnet_lite0, whose weights the extra `judges` installs",
     )  # fmt: skip
     parser.add_argument(
+        "--memorisation", action="store_true",
+        help="look for copies of training images in place of scores: nearest training images of samples, and loss and S"
+        " on held-out images; the run's report shows them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--held-out", type=cli.path, metavar="PATH",
+        help="--memorisation: images that the run was not trained on (default: what data.held_out kept back)",
+    )  # fmt: skip
+    parser.add_argument(
         "--json", type=cli.path, metavar="FILE", help="write all scores there, with how they came about"
     )
     return parser.parse_args(argv)
@@ -112,6 +122,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--judges {twice[0]}: is there twice; its scores would have one name")
     path: Path = arguments.run
+    if arguments.held_out is not None and not arguments.memorisation:
+        raise UserError(f"--held-out {arguments.held_out}: is for --memorisation")
+    if arguments.memorisation:
+        for option in ("data", "sweep"):
+            if getattr(arguments, option) not in (None, []):
+                raise UserError(f"--{option}: is for scores; --memorisation looks at the run's own training images")
     images = path.suffix.lower() == ".npz"
     if not images and not RunFolder(path).config.exists() and step_of(path) is None:
         if arguments.data is None and path.is_dir():
@@ -125,7 +141,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 raise UserError(f"--{option}: is of a run; {path} is one set of images")
     # Checked before the ranks meet.
     judges = [pretrained_judge(name, file) for name, file in arguments.judges]
-    return _evaluate_images(arguments, judges) if images else _evaluate_run(arguments, judges)
+    if images and not arguments.memorisation:
+        return _evaluate_images(arguments, judges)
+    return _memorisation(arguments, judges) if arguments.memorisation else _evaluate_run(arguments, judges)
 
 
 def _evaluate_images(arguments: argparse.Namespace, more: "list[PretrainedJudge]") -> int:
@@ -272,6 +290,109 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
         if arguments.json is not None and place.rank == 0:
             _write(arguments.json, rows, more, classifier=facts)
         console.say(table(rows, list(sweeps)) if sweeps else summary(rows[0]))
+    return 0
+
+
+def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]") -> int:
+    from sadm_fast.console import Console
+    from sadm_fast.feed import open_data, open_held_out
+    from sadm_fast.files import write_json
+    from sadm_fast.generation import load_trained, to_images
+    from sadm_fast.metrics.held_out import gaps
+    from sadm_fast.metrics.judges import judges_of
+    from sadm_fast.metrics.memorisation import LEVEL, look_for_copies, summary
+    from sadm_fast.pictures import picture_grid, save_picture
+    from sadm_fast.pretrain import prepare_judge, prepare_psi
+    from sadm_fast.ranks import environment
+    from sadm_fast.ranks.collectives import first_on_rank_zero
+    from sadm_fast.ranks.launch import distributed, own_device
+    from sadm_fast.report import write_report
+    from sadm_fast.run.checkpoint import load_player
+    from sadm_fast.run.facts import commit, versions
+    from sadm_fast.run.folder import RunFolder
+
+    say = Console(environment.rank()).say
+    trained = load_trained(arguments.run, own_device(), say, ema=arguments.ema)
+    config = trained.config
+    if config.data.shape is not None:
+        raise UserError(f"--memorisation: {arguments.run} has samples that are no images; the judges compare images")
+    changes = {"samples": arguments.samples, "steps": arguments.steps, "real_images": arguments.real_images}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changes)})
+    folder = RunFolder(trained.checkpoint.parent.parent)
+    with distributed(deepspeed=False) as place:
+        console = Console(place.rank)
+        autoencoder = trained.autoencoder(place.device, arguments.autoencoder)
+
+        def opened(path: "Path | None") -> "Source":
+            return open_data(config, console, check=place.rank == 0, path=None if path is None else str(path))
+
+        training = first_on_rank_zero(lambda: opened(None))
+        if arguments.held_out is None:
+            held_out = open_held_out(config, console)
+        else:
+            held_out = first_on_rank_zero(lambda: opened(arguments.held_out))
+        judge = None
+        if autoencoder is None:
+            judge, _ = prepare_judge(config, training, folder.pretrained, place.device, console)
+        judges = [*judges_of(config.data.channels, config.data.resolution, judge), *more]
+        shown: dict[str, Any] = {}
+        with ExitStack() as stack:
+
+            def progress(what: str, done: int, total: int) -> None:
+                if what not in shown:
+                    shown[what] = stack.enter_context(console.bar(what, total))
+                shown[what].at(done)
+
+            try:
+                found = look_for_copies(
+                    config, trained.model, judges, training, held_out, trained.filled, place.device,
+                    autoencoder=autoencoder, progress=progress,
+                )  # fmt: skip
+            except ValueError as error:  # samples or a judge that are not finite
+                raise UserError(f"{arguments.run}: cannot be looked at: {error}") from None
+        differences: dict[str, Any] = {}
+        if held_out is not None:
+            psi = None
+            if config.game.mode != "plain" and config.game.look_at == "estimate":
+                network, _ = prepare_psi(config, training, folder.pretrained, place.device, console)
+                if config.game.mode == "sadm":
+                    load_player(trained.checkpoint, "discriminator", network)
+                if config.comparison.of_maps:
+                    network.map_stage = config.game.stage
+                network.to(place.device).eval()
+                pixels = config.structure_encoder.input == "pixels"
+                psi = (lambda x: network(to_images(x, autoencoder))) if pixels else network
+            with console.progress("training and held-out batches") as report:
+                try:
+                    of = gaps(config, trained.model, psi, training, held_out, place.device, report)
+                except ValueError as error:
+                    raise UserError(f"{arguments.run}: cannot be looked at: {error}") from None
+            differences = {name: gap._asdict() for name, gap in of.items()}
+        facts = {
+            "step": trained.step,
+            "samples": config.evaluate.samples,
+            "training_images": len(training),
+            "held_out": None if held_out is None else {"of": held_out.where, "images": len(held_out)},
+            "level": LEVEL,
+            "spaces": found.scores,
+            "held_out_batches": differences,
+            "weights": trained.facts(),
+            "judges": {judge.metric: judge.weights for judge in more},
+            "commit": commit(),
+            "versions": versions(),
+        }
+        if place.rank == 0:
+            folder.memorisation.mkdir(exist_ok=True)
+            for name, images in found.pictures.items():
+                picture = picture_grid(images, len(images) // 2)
+                save_picture(picture, folder.memorisation / f"{name}.png")
+            write_json(folder.memorisation / "memorisation.json", facts)
+            if arguments.json is not None:
+                write_json(arguments.json, facts)
+            write_report(folder.path)
+        console.say(summary(facts))
+        console.say(f"report: {folder.report}")
     return 0
 
 

@@ -14,7 +14,7 @@ from sadm_fast.config import Config
 from sadm_fast.console import Console
 from sadm_fast.data.batch import LoaderSpec
 from sadm_fast.data.latents import LatentSource
-from sadm_fast.data.source import ImageSource, Source, printable
+from sadm_fast.data.source import ImageSource, Source, printable, split
 from sadm_fast.errors import UserError
 from sadm_fast.game import Batch, draw
 
@@ -61,8 +61,22 @@ def open_data(
 
     own: the source of a run that is given one (data.source=own).
 
+    Of the run's own data, what data.held_out keeps back is left out: `open_held_out` is the rest.
+
     Raises UserError for what is missing, broken, or not what the configuration says.
     """
+    source = _open(config, console, check, path, own)
+    return split(source, config.data.held_out, config.seed)[0] if config.data.held_out and path is None else source
+
+
+def open_held_out(config: Config, console: Console) -> Source | None:
+    """What data.held_out keeps back from a run; None if it is 0. UserError as open_data."""
+    if not config.data.held_out:
+        return None
+    return split(_open(config, console, False, None, None), config.data.held_out, config.seed)[1]
+
+
+def _open(config: Config, console: Console, check: bool, path: str | None, own: Source | None) -> Source:
     with asked_as("data.path" if path is None else "--data"):
         if own is not None:
             source = own

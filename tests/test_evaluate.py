@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -288,3 +289,53 @@ def test_two_ranks_score_images_as_one_does(tmp_path: Path) -> None:
     assert all(set(found[0][of]) == spaces for of in ("floor", "kid", "precision", "recall"))
     one, two = (flatten(row) for row in found)
     assert one == pytest.approx(two, rel=1e-6)
+
+
+def test_copies_of_training_images_are_looked_for_and_shown_in_the_report(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "distributed", alone)
+    assert evaluate.main([str(run), "--memorisation"]) == 0
+    out = capsys.readouterr().out
+    assert "fid_pixels" in out and "as training images among each other" in out
+    facts = json.loads((run / "memorisation" / "memorisation.json").read_text())
+    assert facts["held_out"] is None and not facts["held_out_batches"] and facts["samples"] == 12
+    assert {path.stem for path in (run / "memorisation").glob("*.png")} == set(facts["spaces"])
+    assert "each compared with the others" in (run / "report.html").read_text()
+
+    raw = json.loads((run / "config.json").read_text())
+    raw["game"]["mode"] = "plain"
+    (run / "config.json").write_text(json.dumps(raw))
+    other = tmp_path / "held out"
+    shutil.copytree(raw["data"]["path"], other)
+    scores = tmp_path / "found.json"
+    assert evaluate.main([str(run), "--memorisation", "--held-out", str(other), "--json", str(scores)]) == 0
+    facts = json.loads(scores.read_text())
+    assert facts["held_out"]["of"] == str(other)
+    gap = facts["held_out_batches"]["loss"]
+    assert gap["training"] > 0 and "S" not in facts["held_out_batches"]
+    assert "Denoising loss" in (run / "report.html").read_text()
+
+    raw["game"]["mode"] = "sadm"
+    raw["structure_encoder"]["pretrain"] |= {"steps": 0}
+    (run / "config.json").write_text(json.dumps(raw))
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--memorisation", "--held-out", str(other)]) == 2
+    err = capsys.readouterr().err
+    assert "the discriminator cannot be loaded" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--held-out", "x"], "--held-out x: is for --memorisation"),
+        (["--memorisation", "--data", "x"], "--data: is for scores"),
+        (["--memorisation", "--sweep", "steps=1"], "--sweep: is for scores"),
+    ],
+)
+def test_options_of_another_question_are_one_line(
+    run: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(run), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1

@@ -17,7 +17,7 @@ from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.errors import UserError
-from sadm_fast.feed import count_classes, load_samples, open_data, other_classes
+from sadm_fast.feed import count_classes, load_samples, open_data, open_held_out, other_classes
 from tests.data.latent_caches import make_encoding, write_cache
 from tests.data.loaders import open_feed
 
@@ -111,6 +111,19 @@ def test_a_shard_that_does_not_match_its_hash_is_refused_at_start_unless_told_ot
         open_data(latent_config(root), Console())
     assert len(open_data(latent_config(root, {"broken": "skip"}), Console())) == 11
     assert len(open_data(latent_config(root), Console(), check=False)) == 11
+
+
+def test_what_is_held_out_is_of_each_class_and_nothing_is_trained_on_it(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "images", count=10)
+    config = image_config(root, held_out=0.2)
+    rest, held_out = open_data(config, Console()), open_held_out(config, Console())
+    assert held_out is not None
+    assert np.bincount(rest.labels).tolist() == [8, 8] and np.bincount(held_out.labels).tolist() == [2, 2]
+    names = [source.name(i) for source in (rest, held_out) for i in range(len(source))]
+    assert len(set(names)) == 20
+    assert len(open_data(config, Console(), path=str(root))) == 20, "other images are compared with as a whole"
+    assert open_held_out(image_config(root), Console()) is None
+    assert open_data(image_config(root), Console()).fingerprint() != rest.fingerprint()
 
 
 def test_a_broken_image_is_refused_at_start_or_replaced_and_counted(tmp_path: Path) -> None:

@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 
 import sadm_fast.train as train
 from sadm_fast import cli, evaluate
-from sadm_fast.build import build_denoiser
+from sadm_fast.build import build_denoiser, build_psi
 from sadm_fast.config import load_config
 from sadm_fast.config_tree import flatten
-from sadm_fast.run.checkpoint import sha256
+from sadm_fast.console import Console
+from sadm_fast.feed import open_data
+from sadm_fast.gallery import RelationView
+from sadm_fast.run.checkpoint import load_player, sha256
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.manifest import FORMAT
 from sadm_fast.run.state import TrainState
@@ -141,6 +144,14 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(
     with np.load(run / "relations" / "step-000003.npz", allow_pickle=False) as relations:
         count = len(relations["labels"])
         assert relations["real"].shape == relations["fake"].shape == (count, count)
+        then = relations["real"]
+    # Psi of a checkpoint is the one that looked at that step.
+    resolved = load_config(config, ["denoiser.num_classes=5"])
+    psi = build_psi(resolved).eval()
+    load_player(run / "checkpoints" / "step-000003", "discriminator", psi)
+    view = RelationView(resolved, open_data(resolved, Console(), check=False), torch.device("cpu"))
+    view.save(tmp_path / "again.npz", build_denoiser(resolved, 5), psi)
+    np.testing.assert_allclose(np.load(tmp_path / "again.npz")["real"], then, rtol=0, atol=1e-6)
     assert load_config(run / "config.json").resolved() == json.loads((run / "config.json").read_text())
 
     # The average is a whole state: a network and another run start from it.

@@ -113,23 +113,10 @@ class Players:
 
     def _comparison(self) -> Comparison:
         """S as the configuration wants it, over this rank's samples or those of all."""
-        game = self.config.game
-        fields: dict[str, Any] = {
-            "relation": game.relation,
-            "penalty": game.penalty,
-            "normalize": game.normalize,
-            "tau": game.tau,
-            "delta": game.delta,
-            "gate_log_snr": game.gate_log_snr,
-            "gate_slope": game.gate_slope,
-            "same_class": game.same_class,
-            "compare": game.compare,
-            "one_level": game.noise_levels == "batch",
-            "impl": "reference" if self.config.implementation == "reference" else "auto",
-        }
-        if game.scope == "global" and self.world_size > 1 and dist.group.WORLD is not None:
-            return SharedComparison(**fields, group=dist.group.WORLD)
-        return Comparison(**fields)
+        alone = self.config.comparison
+        if self.config.game.scope == "global" and self.world_size > 1 and dist.group.WORLD is not None:
+            return SharedComparison(**vars(alone), group=dist.group.WORLD)
+        return alone
 
     def _keep_tokens(self, denoiser: Any, psi: Any) -> None:
         """Keep what a block of each forward returns, and let Psi's maps have as many cells."""

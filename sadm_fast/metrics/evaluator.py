@@ -165,6 +165,19 @@ class Evaluator:
             result |= details
         return result
 
+    def rows(self, images: Tensor | Iterable[Tensor]) -> dict[str, Tensor]:
+        """Rows float32 [N, feature_dim] of the images of all ranks, in the order of the whole, by metric. Collective.
+
+        images: a tensor [N, C, H, W] in [-1, 1], or an iterable of such; rounded to 8 bits as in `score`.
+        """
+        widths = _widths(self.judges)
+        kept: dict[str, list[Tensor]] = {name: [] for name in widths}
+        for batch in _batches(images):
+            found = _features(self.judges, batch, self.device)
+            for name, parts in kept.items():
+                parts.append(found[name].float())
+        return _of_all_ranks(kept, widths, self.device)
+
 
 def _widths(judges: Sequence[Judge]) -> dict[str, int]:
     return {judge.metric: judge.feature_dim for judge in judges}

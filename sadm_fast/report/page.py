@@ -9,6 +9,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.files import replacing
 from sadm_fast.report import sections, texts
 from sadm_fast.report.markup import change, count, duration, escape, missing, show
+from sadm_fast.report.memorisation import memorisation
 from sadm_fast.report.reading import JUDGE_OF, Run, number, read_run
 from sadm_fast.report.style import style_sheet
 
@@ -43,6 +44,7 @@ def render(run: Run) -> str:
         ("scores", "Distance to real images", sections.scores),
         ("losses", "Training curves", sections.losses),
         ("relations", texts.relations_title(run.mode), sections.relations),
+        ("memorisation", "Copies of training images", memorisation),
         ("speed", "Speed and memory", sections.speed),
         ("settings", "Settings", sections.settings),
         ("origin", "Where it ran", sections.origin),

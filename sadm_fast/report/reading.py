@@ -34,6 +34,7 @@ class Relations(NamedTuple):
 class Run:
     """A run's folder in memory; a field is empty if the folder has nothing for it (yet)."""
 
+    path: Path
     name: str
     config: dict[str, Any]
     facts: dict[str, Any]  # run.json
@@ -107,6 +108,7 @@ def read_run(run_dir: Path) -> Run:
     samples = run_dir / "samples"
     real_grid = samples / "real.png"
     return Run(
+        path=run_dir,
         name=run_dir.resolve().name,
         config=_read_object(run_dir / "config.json", unreadable),
         facts=_read_object(run_dir / "run.json", unreadable),

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sadm_fast.engine.feature_queue import FeatureQueue
-from sadm_fast.engine.state import restore
+from sadm_fast.engine.state import BUFFER, MASTER, restore
 from sadm_fast.errors import UserError, sign_of_a_lost_rank
 from sadm_fast.ranks.collectives import max_over_ranks, rank_and_world_size
 from sadm_fast.run.manifest import (
@@ -206,3 +207,20 @@ def load(
             f"checkpoint {folder}: cannot be loaded ({type(error).__name__}: {reason});"
             " use the code it was written with, or another --run-dir"
         ) from error
+
+
+@torch.no_grad()
+def load_player(folder: Path, player: str, network: nn.Module) -> None:
+    """Put a player's fp32 weights and buffers, as a checkpoint's ranks wrote them, into a network of one process.
+
+    Raises:
+        UserError: the checkpoint does not hold this player, or not these weights.
+    """
+    try:
+        with SavedPieces(folder / name for name in Manifest.read(folder).parts_of(player)) as saved:
+            trained = [(MASTER, *named) for named in network.named_parameters() if named[1].requires_grad]
+            buffers = [(BUFFER, *named) for named in network.named_buffers() if named[1].numel()]
+            for kind, name, value in [*trained, *buffers]:
+                value.copy_(saved.read(kind, name, 0, value.numel()).view_as(value))
+    except (OSError, KeyError, RuntimeError, SafetensorError, Damaged, OtherFormat) as error:
+        raise UserError(f"checkpoint {folder}: the {player} cannot be loaded ({error})") from None

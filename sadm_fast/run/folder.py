@@ -34,6 +34,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.real_grid = self.samples / "real.png"
         self.relations = path / "relations"
+        self.memorisation = path / "memorisation"
         self.pretrained = path / "pretrained"
         self.checkpoints = path / "checkpoints"
         self.snapshots = path / "snapshots"

@@ -16,6 +16,7 @@ from sadm_fast.report import sections, write_report
 from sadm_fast.report.figures import picture
 from sadm_fast.report.page import _progress
 from sadm_fast.report.reading import evenly_chosen, read_run
+from tests.report.test_memorisation import FACTS
 
 FLOOR = {"fid_classifier": 0.1127, "fid_random": 0.00212, "fid_pixels": 0.3541}
 COLUMNS = 10
@@ -34,12 +35,13 @@ def make_run(
     classes = classes or [str(digit) for digit in range(10)]
     rng = np.random.default_rng(0)
     run_dir = root / f"mnist-{mode}"
-    for folder in ("samples", "relations"):
+    for folder in ("samples", "relations", "memorisation"):
         (run_dir / folder).mkdir(parents=True)
     write_json(run_dir / "config.json", fake_config(mode, planned))
     write_json(run_dir / "run.json", fake_facts(classes))
     write_rows(run_dir / "metrics.jsonl", fake_metrics(mode, steps, rng))
     write_rows(run_dir / "evaluations.jsonl", fake_evaluations(steps))
+    write_json(run_dir / "memorisation/memorisation.json", FACTS)
     clean = fake_digits(rng)
     save_grid(run_dir / "samples/real.png", fake_digits(rng))
     for step in range(250, steps + 1, 250):
@@ -323,6 +325,7 @@ def test_an_empty_folder_gives_a_page_of_honest_sentences(tmp_path: Path) -> Non
         "No relation matrices have been written yet.",
         "config.json has not been written yet.",
         "run.json has not been written yet.",
+        "Not looked at yet",
     ):
         assert sentence in page.text
 

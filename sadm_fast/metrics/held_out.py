@@ -1,0 +1,94 @@
+"""What the players make of images that nobody trained on: denoising loss and S on training and on held-out batches."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sadm_fast.config import Config
+from sadm_fast.counters import Purpose, uniform
+from sadm_fast.data.source import Source
+from sadm_fast.feed import load_samples
+from sadm_fast.game import draw, predict, structure_distance
+
+PASSES = 4  # over the held-out images, each with other noise
+_FIRST_ID = 1 << 34  # noise that no training sample has
+_FEWEST = 2  # batches, for an error
+
+
+class Gap(NamedTuple):
+    """Means over pairs of a training and a held-out batch, and of their difference with its standard error."""
+
+    training: float
+    held_out: float
+    difference: float
+    error: float
+    batches: int
+
+
+@torch.no_grad()
+def gaps(
+    config: Config,
+    model: nn.Module,
+    psi: Callable[[Tensor], Tensor] | None,
+    training: Source,
+    held_out: Source,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Gap]:
+    """ "loss", the denoising loss, and with `psi` "S", of batches of config.train.micro_batch images, at least 16.
+
+    A held-out batch and the training batch beside it have the same noise, noise levels and classes; only the images
+    differ. At most config.evaluate.real_images held-out images, PASSES times.
+
+    Raises:
+        ValueError: there are too few images for two batches.
+    """
+    pairs = _partners(training, held_out, config.evaluate.real_images, config.seed)
+    size = min(max(16, config.train.micro_batch), len(pairs))
+    starts = range(0, len(pairs) - size + 1, size)
+    total = len(starts) * PASSES
+    if len(pairs) < 2 or total < _FEWEST:
+        raise ValueError(f"{len(pairs)} held-out images of classes that were trained on: too few to compare")
+    found: dict[str, list[list[float]]] = {"loss": [], **({} if psi is None else {"S": []})}
+    for number in range(total):
+        start = starts[number % len(starts)]
+        batch_pairs = pairs[start : start + size]
+        ids = torch.arange(size, device=device) + (_FIRST_ID + number * size)
+        both: dict[str, list[float]] = {name: [] for name in found}
+        for source, indices in zip((training, held_out), batch_pairs.T, strict=True):
+            x0 = load_samples(config, source, indices.numpy()).to(device)
+            labels = torch.from_numpy(source.labels[indices.numpy()]).to(device)
+            batch = draw(config.process, x0, labels, ids, seed=config.seed, null_class=None, label_dropout=0.0)
+            prediction = predict(config.process, model, batch)
+            both["loss"].append(float(prediction.loss.mean()))
+            if psi is not None:
+                of = structure_distance(config.comparison, config.process, psi, batch, prediction.xhat0)
+                both["S"].append(float(of.distance))
+        for name, values in both.items():
+            found[name].append(values)
+        progress(number + 1, total)
+    return {name: _gap(torch.tensor(values, dtype=torch.float64)) for name, values in found.items()}
+
+
+def _partners(training: Source, held_out: Source, most: int, seed: int) -> Tensor:
+    """Pairs (training image, held-out image) of one class, in an order that mixes classes: int64 [P, 2]."""
+    chosen = torch.arange(0, len(held_out), -(-len(held_out) // most))
+    order = chosen[uniform(seed, Purpose.SPLIT, chosen)[:, 0].argsort()].tolist()
+    members = {c: (training.labels == c).nonzero()[0] for c in training.filled}
+    draw = uniform(seed, Purpose.SPLIT, torch.arange(len(held_out)) + len(held_out))[:, 0]
+    pairs = [
+        (int(of_class[int(draw[i] * len(of_class))]), i)
+        for i in order
+        if (of_class := members.get(int(held_out.labels[i]))) is not None
+    ]
+    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+
+
+def _gap(values: Tensor) -> Gap:
+    """Of values [batches, 2], training and held-out."""
+    difference = values[:, 1] - values[:, 0]
+    error = float(difference.std() / len(difference) ** 0.5)
+    training, held_out = values.mean(dim=0).tolist()
+    return Gap(training, held_out, float(difference.mean()), error, len(values))
