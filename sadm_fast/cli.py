@@ -61,6 +61,13 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_config(required=False)
 
+    def add_precision(self) -> None:
+        """Add --precision, of the networks that draw."""
+        self.add_argument(
+            "--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+            help="of the denoiser's arithmetic (default: fp32); tf32: of GPUs, and of the decoder and the judges too",
+        )  # fmt: skip
+
     def check_model(self, arguments: argparse.Namespace) -> None:
         """UserError unless the arguments name one model."""
         if (arguments.run is None) == (arguments.weights is None):

@@ -58,6 +58,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--ema", metavar="WHICH", help="another average of the run, or a width made of its snapshots: as sample.py"
     )
+    parser.add_precision()
     parser.add_argument("--autoencoder", help="of latents: folder or hub id (default: where the run had it)")
     parser.add_argument(
         "--sweep", type=_sweep, action="append", default=[], metavar="NAME=V,V,...",
@@ -136,8 +137,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if images:
         if arguments.data is None:
             raise UserError(f"{path}: say what to compare these images with: --data PATH")
-        for option in ("samples", "steps", "ema", "sweep"):
-            if getattr(arguments, option) not in (None, []):
+        for option in ("samples", "steps", "ema", "sweep", "precision"):
+            if getattr(arguments, option) not in (None, [], "fp32"):
                 raise UserError(f"--{option}: is of a run; {path} is one set of images")
     # Checked before the ranks meet.
     judges = [pretrained_judge(name, file) for name, file in arguments.judges]
@@ -154,8 +155,10 @@ def _evaluate_images(arguments: argparse.Namespace, more: "list[PretrainedJudge]
     from sadm_fast.metrics.pretrained import without_rank
     from sadm_fast.metrics.run_evaluation import summary
     from sadm_fast.models.autoencoder import Autoencoder
+    from sadm_fast.precision import allow_tf32
     from sadm_fast.ranks.launch import distributed
 
+    allow_tf32(False)
     with distributed(deepspeed=False) as place:
         console, path = Console(place.rank), arguments.run
         autoencoder = arguments.autoencoder and Autoencoder.load(arguments.autoencoder, device=place.device)
@@ -234,7 +237,7 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     say = Console(environment.rank()).say
     changes = {"samples": arguments.samples, "steps": arguments.steps, "real_images": arguments.real_images}
     changes = {key: value for key, value in changes.items() if value is not None}
-    found = [load_trained(arguments.run, own_device(), say, ema=average) for average in averages]
+    found = [load_trained(arguments.run, own_device(), say, ema=of).at(arguments.precision) for of in averages]
     trained = found[0]
 
     def configured(steps: str | None) -> "Config":

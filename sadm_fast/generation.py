@@ -24,6 +24,7 @@ from sadm_fast.exchange.starting import classes_of_weights, start_from_weights
 from sadm_fast.files import parse_json
 from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.precision import allow_tf32
 from sadm_fast.run import checkpoint
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.manifest import EMA_FILE, MORE_EMA, Damaged, OtherFormat, step_of
@@ -42,6 +43,19 @@ class Trained(NamedTuple):
     checkpoint: Path  # its folder, or the file of weights
     sha256: str  # of the file of the weights; of their values where they are made of several
     ema: dict[str, Any] | None  # the profile of the average; None: weights alone, of which it is not known
+    precision: str = "fp32"  # of the network's arithmetic
+
+    def at(self, precision: str) -> "Trained":
+        """The same in another arithmetic; the network is converted in place.
+
+        "fp32"; "tf32": fp32 with GPUs' TF32, for all that the process computes; "bf16": the network as a training in
+        bf16 calls it. The sampler's own arithmetic stays. Raises UserError for tf32 where there is no GPU.
+        """
+        if precision == "tf32" and next(self.model.parameters()).device.type != "cuda":
+            raise UserError("--precision tf32: only GPUs have it; use fp32 or bf16")
+        allow_tf32(precision == "tf32")
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return self._replace(model=self.model.to(dtype), precision=precision)
 
     def autoencoder(self, device: torch.device, path: str | None = None) -> Autoencoder | None:
         """What turns its samples into images, from `path` or where the run had it; None if they are images.
@@ -76,8 +90,11 @@ class Trained(NamedTuple):
         return torch.cat(drawn)
 
     def facts(self) -> dict[str, Any]:
-        """Which weights these are, for the record beside what is made with them."""
-        return {"file": str(self.checkpoint), "sha256": self.sha256, "step": self.step, "ema": self.ema}
+        """Which weights these are and how they are used, for the record beside what is made with them."""
+        file = str(self.checkpoint)
+        return {
+            "file": file, "sha256": self.sha256, "step": self.step, "ema": self.ema, "precision": self.precision
+        }  # fmt: skip
 
 
 def load_trained(

@@ -1,4 +1,4 @@
-"""bf16 against fp32 on the device of a run: what train.precision=auto takes, and what is said of bf16 at the start.
+"""fp32, TF32 or bf16: what train.precision=auto takes, what is said of bf16 at the start, and GPUs' TF32.
 
 Some processors have no instructions for bf16: PyTorch then converts every number, and bf16 takes several times as long
 as fp32. One matrix product tells.
@@ -38,6 +38,15 @@ def bf16_gain(device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether fp32 products and convolutions on GPUs round their factors to TF32's 10 bits, in the whole process.
+
+    PyTorch's own default is yes for convolutions and no for products.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def with_precision(config: Config, precision: str) -> Config:

@@ -58,6 +58,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guide-config", metavar="FILE", help="the configuration of a --guide that is a file")
     parser.add_argument("--seed", type=cli.whole(0, 2**64 - 1), metavar="N", help="of all noise (default: the run's)")
     parser.add_argument("--autoencoder", help="of a model on latents: folder or hub id (default: where the run had it)")
+    parser.add_precision()
     parser.add_argument("--batch", type=cli.whole(1), default=250, metavar="N", help="samples at a time, on each rank")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -161,6 +162,7 @@ def _load(
     else:
         weights = [f"denoiser.weights={arguments.weights}"]
         trained = load_alone(load_config(arguments.config, [*overrides, *weights]), device)
+    trained = trained.at(arguments.precision)
     if arguments.guide is None:
         return trained, None
     if trained.config.sampling.guidance_scale == 1.0:
@@ -177,7 +179,7 @@ def _load(
     ):
         if own != other:
             raise UserError(f"--guide {arguments.guide}: must have the same {what}: {own}, not {other}")
-    return trained, guide
+    return trained, guide.at(arguments.precision)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sadm_fast import drawing, sample
+from sadm_fast.generation import load_trained
 from sadm_fast.ranks.stopping import StopRequest
 from sadm_fast.run.snapshots import snapshot_name
 from tests.support.finished_run import finished_run
@@ -173,7 +174,24 @@ def test_the_record_says_all_that_has_a_say(run: Path) -> None:
     complete = json.loads((run / "checkpoints/step-000010/COMPLETE").read_text())
     assert there["weights"]["sha256"] == complete["files"]["ema.safetensors"]
     assert there["labels"] == {"drawn": "in turn", "classes": "all 3"}
+    assert there["weights"]["precision"] == "fp32"
     assert {"torch", "python", "sadm_fast"} <= there["versions"].keys() and "commit" in there
+
+
+def test_bf16_rounds_the_network_and_is_in_the_record(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guided = ["--guidance-scale", "2", "--guide", str(run / "checkpoints/step-000010"), "--count", "3"]
+    rounded = drawn(run, *guided, "--precision", "bf16")
+    assert not np.array_equal(rounded, drawn(run, *guided, out="y.npz"))
+    trained = load_trained(run, torch.device("cpu"), print)
+    inputs = torch.ones(1, 1, 8, 8), torch.zeros(1), torch.tensor([1])
+    exact = trained.model(*inputs)
+    assert trained.at("bf16").model(*inputs).dtype == torch.bfloat16
+    # A few roundings to 8 bits on the way through one block.
+    assert (trained.model(*inputs) - exact).abs().max() < 2**-5 * exact.abs().max()
+    there = record(run.parent / "x.npz")
+    assert there["weights"]["precision"] == there["guide"]["precision"] == "bf16"
+    error = refused(capsys, str(run), "--out", str(run.parent / "x.npz"), "--precision", "tf32")
+    assert "--precision tf32: only GPUs have it" in error
 
 
 def test_weights_alone_draw_what_their_run_draws(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,7 +134,8 @@ def test_a_judge_from_a_file_stands_beside_the_others_and_one_without_is_refused
     assert "--judges inception: needs pt_inception-2015-12-05-6726825d.pth" in err and err.count("\n") == 1
     monkeypatch.setattr(launch, "distributed", alone)
     vit, scores = small_vit(tmp_path), tmp_path / "scores.json"
-    assert evaluate.main([str(run), "--samples", "8", "--judges", f"vit={vit}", "--json", str(scores)]) == 0
+    options = ["--samples", "8", "--precision", "bf16", "--json", str(scores)]
+    assert evaluate.main([str(run), "--judges", f"vit={vit}", *options]) == 0
     written = json.loads(scores.read_text())
     row = written["scores"][0]
     weights = written["judges"]["fd_vit"]
@@ -142,6 +143,7 @@ def test_a_judge_from_a_file_stands_beside_the_others_and_one_without_is_refused
     assert row["weights"]["step"] == 10 and row["weights"]["ema"]["profile"] == "power"
     assert row["sampling"]["seed"] == 0 and row["sampling"]["sampler"]["steps"] == 2
     assert row["reference"]["images"] == len(list((tmp_path / "images").glob("*/*.png")))
+    assert row["weights"]["precision"] == "bf16"
     assert row["fd_vit"] >= 0 and set(row["kid"]) == {"fid_classifier", "fid_random", "fid_pixels", "fd_vit"}
     assert "8 samples are fewer than the features of fd_vit (8) plus one" in capsys.readouterr().out
     twice = ["--judges", f"vit={vit}", "--judges", "vit=other.pt"]
@@ -262,6 +264,7 @@ def test_what_cannot_be_scored_is_one_line(run: Path, tmp_path: Path, capsys: py
         ([str(tmp_path / "one.npz"), "--data", few], "one.npz: has 1 images, too few to score; these judges need 4"),
         ([few, "--data", str(tmp_path / "one.npz")], "a covariance needs at least 2 feature vectors"),
         ([few, "--data", few, "--steps", "3"], "--steps: is of a run"),
+        ([few, "--data", few, "--precision", "bf16"], "--precision: is of a run"),
         ([few, "--data", few, "--sweep", "steps=1,2"], "--sweep: is of a run"),
         ([str(tmp_path / "images"), "--data", str(tmp_path / "nowhere.npz")], "--data"),
         ([str(tmp_path / "images")], "holds no run; to score images, say what to compare them with: --data PATH"),

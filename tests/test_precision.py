@@ -8,7 +8,7 @@ import torch
 
 from sadm_fast import precision
 from sadm_fast.config import Config, check_config
-from sadm_fast.precision import bf16_gain, kept_precision, settle_precision
+from sadm_fast.precision import allow_tf32, bf16_gain, kept_precision, settle_precision
 
 CPU = torch.device("cpu")
 
@@ -44,6 +44,15 @@ def test_auto_takes_bf16_only_where_it_is_quicker_and_a_line_says_so(
 def test_fp32_measures_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "bf16_gain", None)
     assert settle_precision(config("fp32"), CPU) == (config("fp32"), None)
+
+
+def test_tf32_is_on_or_off_for_products_and_convolutions_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    for of in flags:
+        monkeypatch.setattr(of, "allow_tf32", of.allow_tf32)  # to be brought back
+    for allowed in (True, False):
+        allow_tf32(allowed)
+        assert [of.allow_tf32 for of in flags] == [allowed, allowed]
 
 
 def test_a_run_keeps_what_auto_was_at_its_start(tmp_path: Path) -> None:
