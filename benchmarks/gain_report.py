@@ -135,7 +135,8 @@ def tables(plan: Plan, found: Results, costs: Costs | None) -> Iterator[str]:
                 cells.append(f"{whole / plain_cost:.2f}")
             lines.append([configuration, *cells])
         if len(lines) > 1:
-            yield aligned(lines, markdown=True) + "\n"
+            if len(plan.score_at) > 1:  # between two scores a distance is reached, at one it is or is not
+                yield aligned(lines, markdown=True) + "\n"
             yield aligned(losses(plan, found, name), markdown=True) + "\n"
 
 
