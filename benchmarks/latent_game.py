@@ -17,12 +17,18 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def game_config(mode: str = "sadm", *, micro_batch: int = 32, implementation: str = "fast", **blocks: Any) -> Config:
-    """Make the configuration; `blocks` replaces denoiser, extends train, structure_encoder and zero_optimization."""
+    """Make the configuration; `blocks` replaces denoiser, extends data, train, structure_encoder, zero_optimization."""
     return check_config(
         {
             "name": "benchmark",
             "implementation": implementation,
-            "data": {"source": "latents", "path": "made-up", "resolution": 256, "channels": 3},
+            "data": {
+                "source": "latents",
+                "path": "made-up",
+                "resolution": 256,
+                "channels": 3,
+                **blocks.get("data", {}),
+            },
             "latents": {"autoencoder": "made-up"},
             "diffusion": {"process": "vp", "learn_sigma": True},
             "denoiser": blocks.get("denoiser", {"name": "DiT-S/4", "num_classes": CLASSES}),

@@ -111,6 +111,7 @@ def configuration(mode: str, stage: int, precision: str = "bf16") -> Config:
     return game_config(
         mode,
         micro_batch=4,
+        data={"resolution": 64},
         denoiser=DENOISER,
         structure_encoder={"stem": "small"},
         train={"precision": precision},

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.source import ImageSource
 from sadm_fast.feed import load_samples, open_data, open_images_to_encode
 from tests.data.loaders import open_feed
-from tests.support.ranks import run_ranks
+from tests.support.programs import train_here
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json") if path.stem != "schema")
@@ -256,7 +257,6 @@ def test_pixels_have_edms_network_and_settings(name: str) -> None:
     "names", [("cifar10", "ffhq64"), pytest.param(("cifar10_unconditional", "celeba64"), marks=pytest.mark.soak)]
 )
 def test_u_nets_train_two_steps_on_the_stand_ins(names: tuple[str, ...], tmp_path: Path) -> None:
-    commands = []
     for name in names:
         images = _write_stand_in(LAYOUTS[name], tmp_path / name)
         config = _load(name, images)
@@ -264,12 +264,10 @@ def test_u_nets_train_two_steps_on_the_stand_ins(names: tuple[str, ...], tmp_pat
         narrow = config.structure_encoder.model_copy(update={"architecture": "cnn"})
         save_file(build_psi(config.model_copy(update={"structure_encoder": narrow})).state_dict(), psi)
         changes = {**NARROWER, "structure_encoder.weights": psi, "data.path": images, "data.threads": 1}
-        commands.append(["--config", str(ROOT / f"configs/{name}.json"), "--run-dir", str(tmp_path / f"run-{name}")])
-        commands[-1] += [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-    (tmp_path / "commands.json").write_text(json.dumps(commands))
-    run_ranks("tests.support.config_worker", 1, str(tmp_path / "commands.json"))
-    for name in names:
+        overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
         run = tmp_path / f"run-{name}"
+        with mock.patch("sadm_fast.trainer.write_report"):  # its pictures would take most of the time
+            train_here("--config", str(ROOT / f"configs/{name}.json"), "--run-dir", str(run), *overrides)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert lines[-1]["step"] == 2 and lines[-1]["skipped_steps"] == 0 and lines[-1]["structure_distance"] > 0
         average = load_file(run / "checkpoints/step-000002/ema.safetensors")

@@ -10,7 +10,7 @@ import sadm_fast.train as train
 from sadm_fast import encode
 from sadm_fast.config import load_config
 from tests.support.autoencoders import save_autoencoder
-from tests.support.programs import Program, lines, start_line
+from tests.support.programs import Program, lines, start_line, train_here
 from tests.support.ranks import ROOT
 
 SCRIPT = ROOT / "sadm_fast" / "train.py"
@@ -81,8 +81,10 @@ def test_one_iteration_from_cached_latents(
     arguments = ["--config", config_file(name), *(part for override in overrides for part in ("--set", override))]
     assert encode.main(arguments) == 0
     run = tmp_path / "run"
-    # As a program: DeepSpeed trains once in a process.
-    Program(start_line(SCRIPT, *arguments, "--run-dir", str(run), ranks=0 if ranks == 1 else ranks), tmp_path).finish()
+    if ranks == 1:
+        train_here(*arguments, "--run-dir", str(run))
+    else:
+        Program(start_line(SCRIPT, *arguments, "--run-dir", str(run), ranks=ranks), tmp_path).finish()
     (line,) = lines(run / "metrics.jsonl")
     accumulation = load_config(config_file(name)).train.grad_accumulation
     assert line["step"] == 1 and line["samples_seen"] == 2 * ranks * accumulation and line["skipped_steps"] == 0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import sadm_fast.train as train
 from sadm_fast import encode, sample
 from tests.support.autoencoders import save_autoencoder
-from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line
+from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, train_here
 from tests.support.ranks import ROOT
 
 SCRIPT = ROOT / "sadm_fast" / "train.py"
@@ -66,10 +66,11 @@ def trained(config: Path, run: Path, *overrides: str) -> int:
 
 @pytest.fixture(scope="module")
 def run(config: Path) -> Path:
-    """A run of four steps, trained by a program: DeepSpeed trains once in a process."""
+    """A run of four steps."""
     folder = config.parent / "short"
-    argv = start_line(SCRIPT, "--config", str(config), "--run-dir", str(folder), "--set", "train.steps=4")
-    Program(argv, config.parent, {"SADM_CACHE": str(config.parent / "cache")}).finish()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SADM_CACHE", str(config.parent / "cache"))
+        train_here("--config", str(config), "--run-dir", str(folder), "--set", "train.steps=4")
     return folder
 
 

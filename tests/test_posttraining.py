@@ -15,11 +15,10 @@ from sadm_fast.build import build_denoiser, build_psi
 from sadm_fast.config import Config, check_config, load_config
 from sadm_fast.engine.players import Players
 from tests.support.autoencoders import save_autoencoder
-from tests.support.programs import Program, assert_same_state, lines, start_line
+from tests.support.programs import assert_same_state, lines, train_here
 from tests.support.ranks import ROOT
 from tests.test_imagenet_configs import NARROWER, some_images
 
-SCRIPT = ROOT / "sadm_fast" / "train.py"
 CLASSES = 10
 POSTTRAIN = ROOT / "configs/imagenet256_posttrain.json"
 
@@ -73,7 +72,7 @@ def test_the_denoiser_rests_while_the_discriminator_warms_up_and_a_resumed_run_i
     tree = digits(tmp_path)
     (tmp_path / "x.json").write_text(json.dumps(tree))
     run, again = tmp_path / "run", tmp_path / "again"
-    Program(start_line(SCRIPT, "--config", str(tmp_path / "x.json"), "--run-dir", str(run)), tmp_path).finish()
+    train_here("--config", str(tmp_path / "x.json"), "--run-dir", str(run))
 
     start = torch.load(tree["denoiser"]["weights"], weights_only=True)
     rested, moved = average(run, 3), average(run, 5)
@@ -87,7 +86,7 @@ def test_the_denoiser_rests_while_the_discriminator_warms_up_and_a_resumed_run_i
 
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints/step-000005")
-    Program(start_line(SCRIPT, "--config", str(tmp_path / "x.json"), "--run-dir", str(again)), tmp_path).finish()
+    train_here("--config", str(tmp_path / "x.json"), "--run-dir", str(again))
     assert_same_state(run / "checkpoints/step-000005", again / "checkpoints/step-000005")
 
 
@@ -116,7 +115,7 @@ def test_the_example_plays_on_the_pixels_of_decoded_latents(tmp_path: Path, monk
     arguments = ["--config", str(POSTTRAIN), *(part for override in overrides for part in ("--set", override))]
     assert encode.main(arguments) == 0
     run = tmp_path / "run"
-    Program(start_line(SCRIPT, *arguments, "--run-dir", str(run)), tmp_path).finish()
+    train_here(*arguments, "--run-dir", str(run))
     first, second = lines(run / "metrics.jsonl")
     assert first["lr"] == 0 < second["lr"]
     assert second["structure_distance"] > 0 and first["grad_norm_discriminator"] > 0

@@ -30,7 +30,7 @@ from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.manifest import FORMAT
 from sadm_fast.run.state import TrainState
 from tests.support.judge_files import small_vit
-from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, tree
+from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, train_here, tree
 from tests.support.ranks import ROOT, clean_environment
 
 CLASSES = ("circle", "square", "triangle")
@@ -168,8 +168,8 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(
         (run / name).touch()
 
     before = tree(run / "checkpoints") | {"metrics": (run / "metrics.jsonl").read_bytes()}
-    out, _ = Program(argv, tmp_path).finish()
-    assert f"Continuing {run} at step 6" in out
+    train_here(*argv[2:])
+    assert f"Continuing {run} at step 6" in capfd.readouterr().out
     assert tree(run / "checkpoints") | {"metrics": (run / "metrics.jsonl").read_bytes()} == before
 
 
@@ -186,10 +186,12 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(
     ],
     ids=["plain", "structure", "zero2-bf16"],
 )
-def test_other_modes_train(config: Path, tmp_path: Path, overrides: list[str], players: list[str]):
+def test_other_modes_train(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], overrides: list[str], players: list[str]
+):
     run = tmp_path / "run"
-    _, err = Program(command(config, run, "train.steps=3", *overrides), tmp_path).finish()
-    assert "Traceback" not in err
+    train_here(*command(config, run, "train.steps=3", *overrides)[2:])
+    assert "Traceback" not in capfd.readouterr().err
     logged = lines(run / "metrics.jsonl")
     assert [line["step"] for line in logged] == [1, 2, 3]
     assert all(set(line) == METRICS for line in logged)
@@ -290,7 +292,8 @@ def refused_division(config: Path, run: Path, capfd: pytest.CaptureFixture[str],
 
 @pytest.mark.slow
 def test_another_batch_is_another_run(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    Program(command(config, tmp_path / "run", "train.steps=3", "train.grad_accumulation=2"), tmp_path).finish()
+    train_here(*command(config, tmp_path / "run", "train.steps=3", "train.grad_accumulation=2")[2:])
+    capfd.readouterr()
     refused_division(config, tmp_path / "run", capfd, "train.grad_accumulation=1")  # half as many samples a step
     changed = ["train.grad_accumulation=1", "train.micro_batch=8"]  # as many samples, but S compares twice as many
     refused_division(config, tmp_path / "run", capfd, *changed)

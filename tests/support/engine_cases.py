@@ -142,21 +142,25 @@ def cases(world_size: int) -> list[Case]:
         Case("unet-zero0-accumulation2", "sadm", 0, 2, unet=True, checkpointing=True),
         Case("unet-zero2", "structure", 2, unet=True, zero={"reduce_bucket_size": 5000}),
         Case("unet-zero3", "plain", 3, unet=True, zero={"stage3_param_persistence_threshold": 0}),
-        *compiled_cases(),
+        *compiled_cases(world_size),
     ]
     return [case for case in everything if case.stage in stages(world_size)]
 
 
-def compiled_cases() -> list[Case]:
-    """Cases of `cases` with train.compile; their worker compiles without Inductor, that of `matrix` with it."""
+def compiled_cases(world_size: int) -> list[Case]:
+    """Cases of `cases` with train.compile; their worker compiles without Inductor, that of `matrix` with it.
+
+    Each takes seconds to be compiled, so one rank plays those of ZeRO stage 0 and two those of stage 2.
+    """
     small = {"reduce_bucket_size": 2000}  # a flat parameter is smaller than a block
-    return [
+    everything = [
         Case("compiled", "sadm", 2, compiled=True, depth=3, zero=small),
         Case("compiled-accumulation2", "sadm", 0, 2, compiled=True, depth=3, zero=small, checkpointing=True),
         Case("compiled-bf16", "structure", 2, 1, "bf16", compiled=True, depth=3),
         Case("graphs", "sadm", 2, compiled="graphs", game={"discriminator_steps": 2}),
         Case("graphs-accumulation2", "sadm", 0, 2, compiled="graphs"),
     ]
+    return [case for case in everything if case.stage == (0 if world_size == 1 else 2)]
 
 
 def stages(world_size: int) -> tuple[int, ...]:

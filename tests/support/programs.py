@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import sadm_fast.train as train
 from tests.support.ranks import clean_environment
 
 TIMEOUT = 600.0
@@ -28,6 +30,12 @@ def start_line(script: Path, *arguments: str, ranks: int = 0) -> list[str]:
         return [sys.executable, str(script), *arguments]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     return [*launcher, "--master_port", str(free_port()), str(script), *arguments]
+
+
+def train_here(*arguments: str) -> None:
+    """train.py in this process, which has imported what it needs: a Program takes several seconds to be as far."""
+    with mock.patch.dict(os.environ, clean_environment(), clear=True):
+        assert train.main(list(arguments)) == 0
 
 
 class Program:
