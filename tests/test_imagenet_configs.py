@@ -22,7 +22,7 @@ NARROWER = [
     "denoiser.name=null", "denoiser.patch_size=8", "denoiser.hidden_size=32", "denoiser.depth=1",
     "denoiser.num_heads=2", "train.micro_batch=2", "structure_encoder.pretrain.steps=1",
     "structure_encoder.pretrain.batch=4", "game.start_step=0", "train.steps=1",
-    "sampling.steps=1", "sampling.columns=1", "sampling.rows=1", "data.threads=1",
+    "sampling.steps=1", "sampling.columns=1", "sampling.rows=1", "data.threads=1", "data.resolution=128",
 ]  # fmt: skip
 
 

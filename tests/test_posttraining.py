@@ -101,7 +101,9 @@ def test_the_example_plays_on_the_pixels_of_decoded_latents(tmp_path: Path, monk
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
-    shorter = [override for override in NARROWER if not override.startswith(("structure_encoder", "game.start"))]
+    shorter = [
+        override for override in NARROWER if not override.startswith(("structure_encoder", "game.start", "data.res"))
+    ]
     overrides = [
         *shorter, f"data.path={tmp_path / 'latents'}", f"latents.autoencoder={autoencoder}", "data.resolution=64",
         f"latents.images={tmp_path / 'images'}", "latents.batch=4", "train.compile=off",
