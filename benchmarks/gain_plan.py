@@ -37,7 +37,13 @@ _OPTIONAL = {"set": dict, "judges": list}
 # What a configuration may differ in: data, noise, sampling and judges are the same for all that are compared.
 _VARIED = ("game.", "structure_encoder.", "denoiser.", "denoiser_optimizer.", "discriminator_optimizer.", "train.")
 # Fields that came after the first series, with their default: where they have it, finished runs still count.
-_YOUNGER: dict[str, Any] = {"data.held_out": 0.0, "structure_encoder.pretrain.labels": "own"}
+_YOUNGER: dict[str, Any] = {
+    "data.held_out": 0.0,
+    "evaluate.ema": None,
+    "evaluate.guidance": [1.0],
+    "evaluate.judges": None,
+    "structure_encoder.pretrain.labels": "own",
+}
 
 
 @dataclass(frozen=True)

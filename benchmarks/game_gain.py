@@ -98,7 +98,7 @@ def work(plan: Plan, out: Path, name: str, seed: int, request: StopRequest) -> i
     from sadm_fast.data.source import split
     from sadm_fast.feed import open_data
     from sadm_fast.metrics.pretrained import pretrained_judge
-    from sadm_fast.metrics.run_evaluation import RunEvaluation, one_line
+    from sadm_fast.metrics.run_evaluation import RunEvaluation, chosen_judges, one_line
     from sadm_fast.pretrain import PSI_FILE, prepare_judge, prepare_psi
     from sadm_fast.ranks.launch import own_device
     from sadm_fast.run.facts import commit, machine, versions
@@ -111,8 +111,8 @@ def work(plan: Plan, out: Path, name: str, seed: int, request: StopRequest) -> i
     images = open_data(base, console)
     for_psi, for_judge = split(images, _LABELS_OF_JUDGE, seed)
     judge, judge_facts = prepare_judge(base, for_judge, folder, device, console)
-    more = [pretrained_judge(judge_name, None) for judge_name in plan.judges]
-    evaluation = RunEvaluation(base, images, judge, images.filled, device, more=more)
+    judges = [*chosen_judges(base, judge), *(pretrained_judge(judge_name, None) for judge_name in plan.judges)]
+    evaluation = RunEvaluation(base, images, judges, images.filled, device)
     for job in jobs:
         config, changes, digest = plan.config(job), plan.changes(job), plan.digests[job]
         psi_facts: dict[str, Any] = {}

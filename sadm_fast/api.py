@@ -72,8 +72,9 @@ def train(
         num_classes = resolve_classes(config, source)
         autoencoder = None
         looks = config.structure_encoder.input == "pixels" and config.game.mode != "plain"
-        if isinstance(source, LatentSource) and config.latents is not None and (place.rank == 0 or looks):
-            # Rank 0 makes the pictures; Psi may look through it on all.
+        everywhere = looks or config.evaluate.every is not None
+        if isinstance(source, LatentSource) and config.latents is not None and (place.rank == 0 or everywhere):
+            # Rank 0 makes the pictures; Psi may look through it on all, and all draw for evaluations.
             autoencoder = Autoencoder.load(
                 config.latents.autoencoder,
                 device=place.device,

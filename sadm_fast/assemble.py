@@ -20,7 +20,9 @@ from sadm_fast.engine.players import Players, samples_compared, samples_per_step
 from sadm_fast.exchange.starting import start_from_weights
 from sadm_fast.files import write_json
 from sadm_fast.gallery import Gallery, grid_classes, real_grid
-from sadm_fast.metrics.run_evaluation import RunEvaluation
+from sadm_fast.metrics.judges import ClassifierJudge
+from sadm_fast.metrics.pretrained import without_rank
+from sadm_fast.metrics.run_evaluation import RunEvaluation, chosen_judges
 from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.pictures import save_picture
@@ -48,8 +50,8 @@ def assemble(
 ) -> Trainer:
     """The trainer of a claimed folder, at its newest whole checkpoint or at step 0. Collective.
 
-    autoencoder: of the latents in `source`, on rank 0, which makes the pictures, and on every rank if Psi sees pixels;
-        None elsewhere.
+    autoencoder: of the latents in `source`, on rank 0, which makes the pictures, and on every rank if Psi sees pixels
+        or there are evaluations; None elsewhere.
     own: networks that the caller gives.
 
     Raises:
@@ -81,8 +83,13 @@ def assemble(
     evaluation: RunEvaluation | None = None
     judge_facts: dict[str, Any] = {}
     if config.evaluate.every is not None:
-        judge, judge_facts = prepare_judge(config, source, folder.pretrained, device, console)
-        evaluation = RunEvaluation(config, source, judge, source.filled, device)
+        classifier: ClassifierJudge | None = None
+        if "classifier" in config.judges:
+            classifier, judge_facts = prepare_judge(config, source, folder.pretrained, device, console)
+        judges = chosen_judges(config, classifier)
+        if few := without_rank(judges, config.evaluate.samples):
+            console.say(few)
+        evaluation = RunEvaluation(config, source, judges, source.filled, device, autoencoder=autoencoder)
     with nullcontext() if found is None else Undrawn():
         denoiser = build_denoiser(config, num_classes, own)
     if found is None:
@@ -134,7 +141,10 @@ def assemble(
         folder,
         source,
         players,
-        partial(_average, emas[EMA_FILE]),
+        {
+            profile.label: partial(_average, ema)
+            for profile, ema in zip(config.train.profiles, emas.values(), strict=True)
+        },
         shapes,
         viewer=viewer,
         psi_viewer=psi_viewer,

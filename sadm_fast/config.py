@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from sadm_fast.config_block import MOST_STEPS, Block, FilePath, PsiTraining
 from sadm_fast.config_errors import explain, refuse_deepspeed_format
 from sadm_fast.config_sampling import EvaluateConfig, SamplingConfig
-from sadm_fast.config_training import DeepSpeedConfig, OptimizerConfig, TrainConfig
+from sadm_fast.config_training import DeepSpeedConfig, EMAProfile, OptimizerConfig, TrainConfig
 from sadm_fast.config_tree import (
     CHANGEABLE,
     LEARNING_RATES,
@@ -476,17 +476,12 @@ class Config(Block):
             )
         if self.structure_encoder.input == "pixels" and self.latents is None:
             raise ValueError("structure_encoder.input=pixels: decodes latents, and samples are pixels; use samples")
-        if self.latents is not None and self.evaluate.every is not None:
-            raise ValueError(
-                "evaluate.every: the judges compare pixels; with data.source=latents it must be null"
-                " (sample.py --folder writes images for other evaluators)"
-            )
         if self.data.shape is not None and self.evaluate.every is not None:
             raise ValueError(
                 f"evaluate.every={self.evaluate.every}: the judges compare images; with data.shape it must be null"
                 " (sadm_fast.load draws samples for a judge of your own)"
             )
-        if (problem := _sampling_problem(self)) is not None:
+        if (problem := _sampling_problem(self) or _evaluation_problem(self)) is not None:
             raise ValueError(problem)
         if self.game.mode != "plain" and self.train.micro_batch < 2 and not self.game.queue:
             raise ValueError(
@@ -562,6 +557,18 @@ class Config(Block):
             impl="reference" if self.implementation == "reference" else "auto",
         )
 
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """Names of the judges of evaluate.judges, those with a file as NAME=FILE."""
+        own = ("classifier", "random", "pixels") if self.latents is None else ("random", "pixels")
+        return own if self.evaluate.judges is None else self.evaluate.judges
+
+    @property
+    def scored_averages(self) -> list[EMAProfile]:
+        """Profiles of the averages of evaluate.ema."""
+        which = [self.train.ema.label] if self.evaluate.ema is None else self.evaluate.ema
+        return [profile for profile in map(self.train.profile, which) if profile is not None]
+
     def resolved(self) -> dict[str, Any]:
         """Every field that has a say, with its value, for json.dumps; `check_config` makes the same Config of it."""
         tree = self.model_dump(mode="json", exclude={"schema_file"})
@@ -629,6 +636,23 @@ def _sampling_problem(config: Config) -> str | None:
         return "sampling.clip_denoised=true: clips pixels to [-1, 1]; with data.shape samples are no images"
     if sampling.clip_denoised and config.latents is not None:
         return "sampling.clip_denoised=true: clips pixels to [-1, 1]; latents have no such range"
+    return None
+
+
+def _evaluation_problem(config: Config) -> str | None:
+    """Say what evaluations cannot do; None if nothing is wrong."""
+    evaluate, train = config.evaluate, config.train
+    for which in evaluate.ema or ():
+        if train.profile(which) is None:
+            kept = ", ".join(profile.label for profile in train.profiles)
+            return f"evaluate.ema={which}: the run keeps {kept}; add it to train.more_ema"
+    guided = [scale for scale in evaluate.guidance if scale != 1.0]
+    if guided and not config.denoiser.conditional:
+        return (
+            f"evaluate.guidance={guided[0]:g}: denoiser.conditional=false has no null class to guide from; it must be 1"
+        )
+    if config.latents is not None and "classifier" in config.judges:
+        return "evaluate.judges=classifier: is trained on images; with data.source=latents use others"
     return None
 
 

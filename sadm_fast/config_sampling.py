@@ -1,9 +1,9 @@
 """The configuration's blocks about drawing samples and scoring them."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from sadm_fast.config_block import MOST_STEPS, Block, ClassifierTraining
@@ -89,13 +89,44 @@ class SamplingConfig(Block):
 
 
 class EvaluateConfig(Block):
-    """Frechet distances between samples and real images, during the run."""
+    """Frechet distances between samples and real images, during the run and as evaluate.py's defaults."""
 
     every: int | None = Field(None, ge=1, le=MOST_STEPS, description="steps between evaluations; null: never")
-    samples: int = Field(2000, ge=2, le=10**8, description="samples drawn for each evaluation")
-    batch: int = Field(250, ge=1, le=2**20, description="samples drawn at a time")
-    steps: int = Field(12, ge=1, le=10**5, description="sampler steps; no guidance")
+    samples: int = Field(2000, ge=2, le=10**8, description="samples drawn for each line of scores")
+    batch: int = Field(250, ge=1, le=2**20, description="samples that a rank draws at a time")
+    steps: int = Field(12, ge=1, le=10**5, description="sampler steps")
+    guidance: tuple[Annotated[float, Field(ge=0, le=1e4)], ...] = Field(
+        (1.0,), min_length=1, max_length=16, strict=False, description="guidance scales, each scored; 1: none"
+    )
+    ema: tuple[Annotated[float, Field(ge=1e-3, lt=0.28)] | Annotated[str, Field(min_length=1)], ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=16,
+        strict=False,
+        description="averages, each scored: widths of power-function ones, or names (exponential-0.9999), of train.ema"
+        " and train.more_ema; null: train.ema alone",
+    )
+    judges: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=16,
+        strict=False,
+        description="feature spaces: classifier, random, pixels, and judges with weights, NAME or NAME=FILE as"
+        " evaluate.py --judges; null: classifier, random and pixels, of latents random and pixels",
+    )
     real_images: int = Field(10000, ge=4, le=10**8, description="most real images to compare with")
     judge: ClassifierTraining = Field(
         default_factory=lambda: ClassifierTraining(), description="training of the classifier behind fid_classifier"
     )
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        for name, values in (("guidance", self.guidance), ("ema", self.ema), ("judges", self.judges)):
+            found = [value.partition("=")[0] if name == "judges" else value for value in map(_plain, values or ())]
+            if twice := [value for value in found if found.count(value) > 1]:
+                raise ValueError(f"{name}: {twice[0]} is there twice; its scores would have one name")
+        return self
+
+
+def _plain(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"

@@ -114,6 +114,11 @@ class TrainConfig(Block):
         """The averages' profiles; the first is the one that is sampled from."""
         return (self.ema, *self.more_ema)
 
+    def profile(self, which: float | str) -> PowerEMA | ExponentialEMA | ConstantEMA | None:
+        """The average of this width (of a power-function one) or label; None: the run keeps none such."""
+        label = which if isinstance(which, str) else f"power-{which:g}"
+        return next((profile for profile in self.profiles if profile.label == label), None)
+
     @model_validator(mode="after")
     def _averages(self) -> Self:
         labels = [profile.label for profile in self.profiles]

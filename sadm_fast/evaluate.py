@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sadm_fast.config import Config
     from sadm_fast.data.source import Source
     from sadm_fast.metrics.image_sets import ImageSet
     from sadm_fast.metrics.judges import Judge
@@ -210,11 +209,12 @@ def _require_images_or_inception(real: "ImageSet", judges: "Sequence[Judge]") ->
         )
 
 
-def _write(path: Path, rows: list[dict[str, Any]], judges: "Sequence[PretrainedJudge]", **more: Any) -> None:
+def _write(path: Path, rows: list[dict[str, Any]], judges: "Sequence[Judge]", **more: Any) -> None:
     from sadm_fast.files import write_json
+    from sadm_fast.metrics.pretrained import PretrainedJudge
     from sadm_fast.run.facts import commit, versions
 
-    weights = {judge.metric: judge.weights for judge in judges}
+    weights = {judge.metric: judge.weights for judge in judges if isinstance(judge, PretrainedJudge)}
     write_json(path, {"scores": rows, "judges": weights, **more, "commit": commit(), "versions": versions()})
 
 
@@ -225,7 +225,14 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     from sadm_fast.metrics.image_sets import ImageSet, open_reference
     from sadm_fast.metrics.judges import ClassifierJudge
     from sadm_fast.metrics.pretrained import without_rank
-    from sadm_fast.metrics.run_evaluation import RunEvaluation, summary, table
+    from sadm_fast.metrics.run_evaluation import (
+        RunEvaluation,
+        chosen_judges,
+        losses_line,
+        summary,
+        table,
+        variant,
+    )
     from sadm_fast.pretrain import prepare_judge
     from sadm_fast.ranks import environment
     from sadm_fast.ranks.collectives import first_on_rank_zero
@@ -240,17 +247,12 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     found = [load_trained(arguments.run, own_device(), say, ema=of).at(arguments.precision) for of in averages]
     trained = found[0]
 
-    def configured(steps: str | None) -> "Config":
-        of_sweep = {} if steps is None else {"steps": int(steps)}
-        evaluate = trained.config.evaluate.model_copy(update=changes | of_sweep)
-        return trained.config.model_copy(update={"evaluate": evaluate})
+    config = trained.config.model_copy(update={"evaluate": trained.config.evaluate.model_copy(update=changes)})
 
     with distributed(deepspeed=False) as place:
-        console, config = Console(place.rank), configured(None)
-        if few := without_rank(more, config.evaluate.samples):
-            console.say(few)
+        console = Console(place.rank)
         autoencoder = trained.autoencoder(place.device, arguments.autoencoder)
-        judge: ClassifierJudge | None = None
+        classifier: ClassifierJudge | None = None
         facts: dict[str, Any] = {}
         data: Path | None = arguments.data
         images: Source | ImageSet
@@ -268,31 +270,42 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
             )
             if other := other_classes([trained.classes[label] for label in trained.filled], of):
                 console.say(other)
-            if autoencoder is None:
+            if "classifier" in config.judges:
                 pretrained = RunFolder(arguments.run).pretrained
                 if data is not None:  # the judge of other images is another judge
                     pretrained = pretrained / f"on-{of.fingerprint()[:12]}"
-                judge, facts = prepare_judge(config, of, pretrained, place.device, console)
+                classifier, facts = prepare_judge(config, of, pretrained, place.device, console)
             images = of
+        own = [j for j in chosen_judges(config, classifier) if j.metric not in {judge.metric for judge in more}]
+        judges = [*own, *more]
+        if few := without_rank(judges, config.evaluate.samples):
+            console.say(few)
+        models = [(of.model, of.facts()) for of in found]
+        guidance = [float(scale) for scale in sweeps.get("guidance", ["1"])]
+        each = [int(steps) for steps in sweeps.get("steps", [config.evaluate.steps])]
+        total = config.evaluate.samples * len(models) * len(guidance) * len(each)
         rows: list[dict[str, Any]] = []
         try:
-            for steps in sweeps.get("steps", [None]):
-                evaluation = RunEvaluation(
-                    configured(steps), images, judge, trained.filled, place.device,
-                    autoencoder=autoencoder, detailed=True, more=more,
-                )  # fmt: skip
-                for of_run in found:
-                    for guidance in sweeps.get("guidance", ["1"]):
-                        scores = evaluation.score(of_run.model, of_run.step or 0, float(guidance), of_run.facts())
-                        profile = of_run.ema or {}
-                        label = profile.get("std", profile.get("decay"))
-                        point = {"guidance": guidance, "steps": steps, "ema": label}
+            evaluation = RunEvaluation(
+                config, images, judges, trained.filled, place.device,
+                autoencoder=autoencoder, detailed=True, losses=data is None,
+            )  # fmt: skip
+            with console.bar("samples", total) as bar:
+
+                def turn(drawn: int) -> None:
+                    bar.at(len(rows) * config.evaluate.samples + drawn)
+
+                for steps in each:
+                    for scores in evaluation.rows(models, trained.step or 0, guidance, steps=steps, turn=turn):
+                        point = variant(scores)
                         rows.append({**{name: point[name] for name in sweeps}, **scores})
-        except ValueError as error:  # too few real images, samples that are not finite
+        except ValueError as error:  # samples that are not finite
             raise UserError(f"{arguments.run}: cannot be scored: {error}") from None
         if arguments.json is not None and place.rank == 0:
-            _write(arguments.json, rows, more, classifier=facts)
+            _write(arguments.json, rows, judges, classifier=facts)
         console.say(table(rows, list(sweeps)) if sweeps else summary(rows[0]))
+        if not sweeps and (losses := losses_line(rows[0])):
+            console.say(losses)
     return 0
 
 

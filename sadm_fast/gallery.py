@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +18,16 @@ from sadm_fast.counters import Purpose, normal
 from sadm_fast.data.source import Source
 from sadm_fast.engine.masters import Fragment, gather, local_masters
 from sadm_fast.engine.players import Players
+from sadm_fast.errors import UserError
 from sadm_fast.feed import load_samples
 from sadm_fast.files import replacing
 from sadm_fast.game import Batch, predict
 from sadm_fast.generation import generate, to_images
-from sadm_fast.metrics.run_evaluation import RunEvaluation, one_line
+from sadm_fast.metrics.run_evaluation import RunEvaluation, Turn, losses_line, one_line, table, variant
 from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.pictures import picture_grid, save_picture
-from sadm_fast.ranks.collectives import rank_and_world_size
+from sadm_fast.ranks.collectives import broadcast_json, rank_and_world_size
 from sadm_fast.report import write_report
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.log import TrainingLog
@@ -135,11 +137,12 @@ class Gallery:
     Rank 0 draws. All ranks take part where weights are put together, and in evaluations.
 
     Args:
-        players, average: the engines, and this rank's fragments of the averaged denoiser.
+        players: the engines.
+        averages: this rank's fragments of the averaged denoisers by the labels of their profiles, train.ema's first.
         shapes: full shapes of the trained parameters by player.
         viewer, psi_viewer: fp32 networks that take up the weights to look through, in eval mode; None on a rank
             that does not look.
-        autoencoder: of the latents, on rank 0; None for pixels.
+        autoencoder: of the latents, on rank 0 and where `evaluation` is; None for pixels.
         evaluation: on every rank, or on none.
     """
 
@@ -149,7 +152,7 @@ class Gallery:
         folder: RunFolder,
         source: Source,
         players: Players,
-        average: Callable[[], Sequence[Fragment]],
+        averages: Mapping[str, Callable[[], Sequence[Fragment]]],
         shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
         *,
         viewer: Denoiser | None,
@@ -159,7 +162,7 @@ class Gallery:
         device: torch.device,
         console: Console,
     ) -> None:
-        self._config, self._folder, self._players, self._average = config, folder, players, average
+        self._config, self._folder, self._players, self._averages = config, folder, players, averages
         self._shapes, self._classes = shapes, source.filled
         self._viewer, self._psi_viewer, self._autoencoder = viewer, psi_viewer, autoencoder
         self._evaluation, self._device, self._console = evaluation, device, console
@@ -167,34 +170,96 @@ class Gallery:
         self._relations = RelationView(config, source, device) if psi_viewer is not None else None
 
     def look(self, step: int, log: TrainingLog) -> bool:
-        """Make what is due after `step` steps; False if nothing is. Collective."""
+        """Make the pictures that are due after `step` steps; False if none are. Collective."""
         config = self._config
-        picture_due = config.train.due(step, config.train.sample_every)
-        every = config.evaluate.every
-        evaluation_due = self._evaluation is not None and every is not None and config.train.due(step, every)
-        if not (picture_due or evaluation_due):
+        if not config.train.due(step, config.train.sample_every):
             return False
         name = f"step-{step:06d}"
-        if picture_due:
-            self._take_up(list(local_masters(self._players.denoiser)), "denoiser", self._viewer)
-            self._save_grid(log, step, name, "samples/raw")
-        self._take_up(self._average(), "denoiser", self._viewer)
-        if picture_due:
-            self._save_grid(log, step, f"{name}-ema", "samples/ema")
-            if self._players.discriminator is not None:
-                self._take_up(list(local_masters(self._players.discriminator)), "discriminator", self._psi_viewer)
-            if self._relations is not None and self._viewer is not None and self._psi_viewer is not None:
-                path = self._folder.relations / f"{name}.npz"
-                with self._optional(path):
-                    images = partial(to_images, autoencoder=self._autoencoder)
-                    self._relations.save(
-                        path, self._viewer, self._looks, None if config.data.shape is not None else images
-                    )
-        if evaluation_due:
-            self._evaluate(step, log)
-            if self._rank == 0 and step < config.train.steps:
-                write_report(self._folder.path)
+        self._take_up(list(local_masters(self._players.denoiser)), "denoiser", self._viewer)
+        self._save_grid(log, step, name, "samples/raw")
+        self._take_up_average(config.train.ema.label)
+        self._save_grid(log, step, f"{name}-ema", "samples/ema")
+        if self._players.discriminator is not None:
+            self._take_up(list(local_masters(self._players.discriminator)), "discriminator", self._psi_viewer)
+        if self._relations is not None and self._viewer is not None and self._psi_viewer is not None:
+            path = self._folder.relations / f"{name}.npz"
+            with self._optional(path):
+                images = partial(to_images, autoencoder=self._autoencoder)
+                self._relations.save(path, self._viewer, self._looks, None if config.data.shape is not None else images)
         return True
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether scores are due after `step` steps."""
+        every, train = self._config.evaluate.every, self._config.train
+        return self._evaluation is not None and every is not None and step > 0 and train.due(step, every)
+
+    def rehearse(self, step: int) -> None:
+        """Try an evaluation out with one batch, and say how long it will take. Collective.
+
+        UserError before the first step, a line after it: its images cannot be scored.
+        """
+        if self._evaluation is None or self._viewer is None or step >= self._config.train.steps:
+            return
+        evaluate, averages = self._config.evaluate, self._config.scored_averages
+        self._take_up_average(averages[0].label)
+        try:
+            seconds = self._evaluation.rehearse(self._viewer, max(evaluate.guidance))
+        except ValueError as error:
+            message = f"evaluate.every={evaluate.every}: samples of step {step} cannot be scored ({error})"
+            if step == 0:
+                raise UserError(message) from None
+            self._console.say(f"{message}; training goes on")
+            return
+        lines = len(averages) * len(evaluate.guidance)
+        self._console.say(
+            f"An evaluation every {evaluate.every} steps: {lines} x {evaluate.samples} samples, about"
+            f" {lines * seconds:.0f} s"
+        )
+
+    def evaluate(self, step: int, log: TrainingLog, turn: Turn | None = None) -> None:
+        """Score what evaluations.jsonl does not hold yet of `step`, each average at each guidance scale. Collective.
+
+        turn: called before each batch, on every rank.
+        """
+        assert self._evaluation is not None and self._viewer is not None  # on every rank, where there are evaluations
+        config, viewer, started = self._config, self._viewer, time.perf_counter()
+
+        def averages() -> Iterator[tuple[Denoiser, dict[str, Any]]]:
+            for profile in config.scored_averages:
+                self._take_up_average(profile.label)
+                yield viewer, {"ema": profile.model_dump(mode="json")}
+
+        known = broadcast_json(self._folder.evaluations_of(step) if self._rank == 0 else [])
+        rows: list[dict[str, Any]] = []
+        try:
+            for row in self._evaluation.rows(averages(), step, config.evaluate.guidance, known=known, turn=turn):
+                log.write_evaluation(row, self._name(row))
+                rows.append(row)
+        except ValueError as error:  # samples that are not finite, on all ranks alike: a diverged average
+            self._console.say(f"step {step}: no evaluation ({error}); training goes on")
+        if not rows:
+            return
+        seconds = time.perf_counter() - started
+        drawn = sum(row["samples"] for row in rows)
+        cost = f"{seconds:.0f} s, {drawn / seconds:.4g} images/s"
+        if len(rows) == 1:
+            self._console.say(f"step {step}: {one_line(rows[0])}, {losses_line(rows[0])} ({cost})")
+        else:
+            shown = table([{**variant(row), **row} for row in rows], ["guidance", "ema"])
+            self._console.say(f"step {step}: an evaluation ({cost})\n{shown}")
+        if self._rank == 0 and step < config.train.steps:
+            write_report(self._folder.path)
+
+    def _name(self, row: dict[str, Any]) -> str:
+        """What a line's numbers stand below in the loggers: the first variant's as if it were the only one."""
+        ema, scale = row["weights"]["ema"], row["sampling"]["guidance"]["scale"]
+        first = self._config.scored_averages[0].model_dump(mode="json"), self._config.evaluate.guidance[0]
+        if (ema, scale) == first:
+            return "evaluation"
+        return f"evaluation/{ema['profile']}-{ema.get('std', ema.get('decay')):g}-guidance-{scale:g}"
+
+    def _take_up_average(self, label: str) -> None:
+        self._take_up(self._averages[label](), "denoiser", self._viewer)
 
     def _take_up(self, fragments: Sequence[Fragment], player: str, viewer: nn.Module | None) -> None:
         """Put weights that all ranks own together into a viewer; a rank without one takes part. Collective."""
@@ -232,14 +297,3 @@ class Gallery:
             yield
         except OSError as error:
             self._console.complain(f"{path}: not written ({error.strerror or error}); training goes on")
-
-    def _evaluate(self, step: int, log: TrainingLog) -> None:
-        assert self._evaluation is not None and self._viewer is not None  # on every rank, where there are evaluations
-        started = time.perf_counter()
-        try:
-            scores = self._evaluation.score(self._viewer, step)
-        except ValueError as error:  # samples that are not finite, on all ranks alike: a diverged average
-            self._console.say(f"step {step}: no evaluation ({error}); training goes on")
-            return
-        log.write_evaluation(scores)
-        self._console.say(f"step {step}: {one_line(scores)} ({time.perf_counter() - started:.0f} s)")

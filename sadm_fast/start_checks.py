@@ -19,6 +19,7 @@ from sadm_fast.engine.feature_queue import check_queue
 from sadm_fast.engine.optimizers import check_optimizers
 from sadm_fast.errors import UserError
 from sadm_fast.exchange.starting import check_denoiser_weights, check_psi_weights
+from sadm_fast.metrics.run_evaluation import chosen_judges, require_enough
 from sadm_fast.planning.cost import activations, meta_models
 from sadm_fast.planning.memory import Activations, rank_memory
 from sadm_fast.planning.players import players
@@ -50,11 +51,13 @@ def check_start(
             )  # fmt: skip
         require_own(folder.pretrained / PSI_FILE)
     if config.evaluate.every is not None:
-        _check_classes(
-            config, source, f"evaluate.every={config.evaluate.every}: its judge",
-            "use evaluate.every=null and score the samples afterwards",
-        )  # fmt: skip
-        require_own(folder.pretrained / JUDGE_FILE)
+        if "classifier" in config.judges:
+            _check_classes(
+                config, source, f"evaluate.every={config.evaluate.every}: its judge",
+                'use evaluate.judges=["random", "pixels"], or evaluate.every=null',
+            )  # fmt: skip
+            require_own(folder.pretrained / JUDGE_FILE)
+        require_enough(chosen_judges(config, None), config.evaluate.samples)
     check_disk(config, num_classes, folder, own)
 
 

@@ -23,8 +23,8 @@ from sadm_fast.feed import draw_batch, loader_spec
 from sadm_fast.files import append_json
 from sadm_fast.gallery import Gallery
 from sadm_fast.planning.speed import StepSpeed
-from sadm_fast.ranks.collectives import barrier, rank_and_world_size
-from sadm_fast.ranks.stopping import StopRequest
+from sadm_fast.ranks.collectives import barrier, max_over_ranks, rank_and_world_size
+from sadm_fast.ranks.stopping import Stopped, StopRequest
 from sadm_fast.ranks.vote import Vote
 from sadm_fast.ranks.watchdog import Watchdog
 from sadm_fast.report import write_report
@@ -107,13 +107,17 @@ class Trainer:
         loader = self._loader()
         self._started = time.perf_counter()
         first, taken_before = self.step, self.state.ema_updates
-        interval, stop = Interval(self.device), False
+        stop = False
         try:
             with (
                 request.deferred(),
                 self._watched("starting to train") as watchdog,
                 self.console.bar("training", train.steps, self.step) as bar,
             ):
+                self.gallery.rehearse(self.step)
+                if self.gallery.evaluates_after(self.step):  # it may have been stopped before its end
+                    stop = self._evaluate(log, request, watchdog)
+                interval = Interval(self.device)
                 while self.step < train.steps and not stop:
                     watchdog.alive(f"in step {self.step + 1}")
                     self._iteration(loader, interval)
@@ -127,14 +131,18 @@ class Trainer:
                         log.write(line)
                         bar.at(self.step, _note(line))
                         interval = Interval(self.device)
-                    watchdog.alive(f"making pictures or an evaluation after step {self.step}")
+                    watchdog.alive(f"making pictures after step {self.step}")
                     if self.gallery.look(self.step, log):
                         interval = Interval(self.device)  # looking is not training: keep it out of the throughput
                     watchdog.alive(f"saving after step {self.step}")
-                    due = train.due(self.step, train.checkpoint_every) and self.step < train.steps
-                    if due and not self._skipped_in_a_row:
+                    if train.due(self.step, train.checkpoint_every) and not self._skipped_in_a_row:
                         self._save()
                         vote.start_anew()  # nobody has been asked about this save yet
+                        interval = Interval(self.device)
+                    if self.gallery.evaluates_after(self.step) and not stop:
+                        self.writer.finish()  # an evaluation may take long: what is saved is safe before it
+                        vote.start_anew()
+                        stop = self._evaluate(log, request, watchdog)
                         interval = Interval(self.device)
                 if stop:
                     self.console.say(f"asked to stop: saving a checkpoint of step {self.step}")
@@ -150,7 +158,7 @@ class Trainer:
             if self.rank == 0:
                 write_report(self.folder.path)
             barrier()  # the launcher ends the others as soon as one has ended with 75
-        finished = self.step >= train.steps
+        finished = self.step >= train.steps and not (stop and self.gallery.evaluates_after(self.step))
         taken = self.state.ema_updates
         if finished and (not taken or (self.step > first and taken == taken_before)):
             raise UserError(
@@ -159,6 +167,21 @@ class Trainer:
                 " --run-dir"
             )
         return finished
+
+    def _evaluate(self, log: TrainingLog, request: StopRequest, watchdog: Watchdog) -> bool:
+        """Score the averages as they are; True if a rank was asked to stop meanwhile. Collective."""
+
+        def turn(drawn: int) -> None:
+            watchdog.alive(f"in an evaluation after step {self.step}, {drawn} samples drawn")
+            if max_over_ranks(torch.tensor(int(request.asked))):
+                raise Stopped
+
+        try:
+            turn(0)
+            self.gallery.evaluate(self.step, log, turn)
+        except Stopped:
+            return True
+        return False
 
     def _log(self) -> TrainingLog:
         if self.rank != 0:

@@ -165,9 +165,24 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
             "data.source=folder: the latents block is for data.source=latents",
         ),
         (
-            {"data": {"source": "latents", "resolution": 64}, "latents": {}, "evaluate": {"every": 5}},
-            "evaluate.every: the judges compare pixels; with data.source=latents it must be null"
-            " (sample.py --folder writes images for other evaluators)",
+            {
+                "data": {"source": "latents", "resolution": 64},
+                "latents": {},
+                "evaluate": {"judges": ["pixels", "classifier"]},
+            },
+            "evaluate.judges=classifier: is trained on images; with data.source=latents use others",
+        ),
+        ({"evaluate": {"ema": [0.1, 0.05]}}, "evaluate.ema=0.05: the run keeps power-0.1; add it to train.more_ema"),
+        ({"evaluate": {"ema": ["power-0.2"]}}, "evaluate.ema=power-0.2: the run keeps power-0.1"),
+        ({"evaluate": {"guidance": [1, 1.5, 1]}}, "evaluate.guidance: 1 is there twice"),
+        ({"evaluate": {"judges": ["vit=a.pt", "vit=b.pt"]}}, "evaluate.judges: vit is there twice"),
+        ({"evaluate": {"guidance": []}}, "evaluate.guidance"),
+        (
+            {
+                "denoiser": {"architecture": "unet", "channels": 32, "conditional": False, "label_dropout": 0.0},
+                "evaluate": {"guidance": [1.5]},
+            },
+            "evaluate.guidance=1.5: denoiser.conditional=false has no null class to guide from; it must be 1",
         ),
         (
             {"data": {"resolution": 36}, "denoiser": {"name": "DiT-S/8"}},
@@ -544,6 +559,7 @@ def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(bloc
     alone |= {"train.ema_snapshot_every", "game.stage", "game.block", "game.look_at"}  # depend on another field
     alone |= {"structure_encoder.input", "data.shape"}  # pixels need latents and weights; a shape is of data.source=own
     alone |= {"denoiser.architecture"}
+    alone |= {"evaluate.ema", "evaluate.judges"}  # lists of names
     alone |= {f"sampling.{setting}" for setting in SamplingConfig.model_fields}  # most fit one sampler only
     assert set(flatten(resolved)) - seen <= alone
 

@@ -97,7 +97,7 @@ def test_a_sweep_is_a_table_with_the_best_marked_and_a_file(
     sweeps = ["--sweep", "guidance=1,4", "--sweep", "steps=1,2"]
     assert evaluate.main([str(run), "--samples", "12", *sweeps, "--json", str(scores)]) == 0
     rows = json.loads(scores.read_text())["scores"]
-    assert [(row["steps"], row["guidance"]) for row in rows] == [("1", "1"), ("1", "4"), ("2", "1"), ("2", "4")]
+    assert [(row["steps"], row["guidance"]) for row in rows] == [(1, 1.0), (1, 4.0), (2, 1.0), (2, 4.0)]
     assert [row["sampling"]["guidance"]["scale"] for row in rows] == [1.0, 4.0, 1.0, 4.0]
     assert all(set(row["kid"]) == set(row["floor"]) == set(row["recall"]) for row in rows)
     table = capsys.readouterr().out.splitlines()

@@ -2,8 +2,9 @@
 
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -11,12 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+from sadm_fast import gallery
 from sadm_fast.config import Config, check_config
 from sadm_fast.console import Console
 from sadm_fast.data import open_images
 from sadm_fast.data.source import Source
+from sadm_fast.errors import UserError
 from sadm_fast.gallery import Gallery, RelationView, grid_classes, most_changed, real_grid
 from sadm_fast.models import Denoiser
+from sadm_fast.run.folder import RunFolder
 
 
 def shards(path: Path, labels: Sequence[int]) -> Source:
@@ -98,12 +102,77 @@ def test_what_is_not_finite_has_not_changed_most() -> None:
     assert most_changed(real[:2, :2], fake[:2, :2], 3).tolist() == [[0, 1]]
 
 
-def test_an_evaluation_that_cannot_be_made_ends_no_training(capfd: pytest.CaptureFixture[str]) -> None:
-    class Diverged:
-        def score(self, model: object, step: int) -> dict[str, Any]:
-            raise ValueError("the moments hold NaN or infinite values")
+class Evaluation:
+    """Stands for a RunEvaluation; every score is NaN, or the scale of the guidance."""
 
-    looking = Gallery.__new__(Gallery)
-    looking._evaluation, looking._viewer, looking._console = cast(Any, Diverged()), cast(Any, object()), Console()
-    looking._evaluate(7, cast(Any, None))  # writes no line
+    def __init__(self, *, diverged: bool = False) -> None:
+        self.diverged = diverged
+        self.scored: list[tuple[object, float]] = []
+
+    def rehearse(self, model: object, scale: float) -> float:
+        if self.diverged:
+            raise ValueError("an image is not finite")
+        return 2.0
+
+    def rows(
+        self, averages: Iterable[tuple[Any, dict[str, Any]]], step: int, guidance: Sequence[float], **_: Any
+    ) -> Iterator[dict[str, Any]]:
+        for model, weights in averages:
+            for scale in guidance:
+                if self.diverged:
+                    raise ValueError("the moments hold NaN or infinite values")
+                self.scored.append((model["taken"], scale))
+                sampling = {"guidance": {"scale": scale}, "sampler": {"steps": 12}}
+                floor = {"fid_pixels": 0.5}
+                yield {
+                    "step": step, "fid_pixels": scale, "floor": floor, "samples": 8, "weights": weights,
+                    "sampling": sampling,
+                }  # fmt: skip
+
+
+def looking(config: Config, evaluation: Evaluation, folder: Path) -> Gallery:
+    """A gallery on one rank whose viewer is a dictionary that tells which average it took up."""
+    found: Any = Gallery.__new__(Gallery)
+    found._config, found._folder, found._evaluation = config, RunFolder(folder), evaluation
+    found._viewer, found._console, found._rank = {"taken": None}, Console(), 0
+    found._take_up_average = lambda label: found._viewer.update(taken=label)
+    return cast(Gallery, found)
+
+
+def test_an_evaluation_that_cannot_be_made_ends_no_training(
+    config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    diverged = looking(config, Evaluation(diverged=True), tmp_path)
+    diverged.evaluate(7, cast(Any, None))  # writes no line
     assert "step 7: no evaluation (the moments hold NaN or infinite values)" in capfd.readouterr().out
+    diverged.rehearse(7)
+    assert "samples of step 7 cannot be scored (an image is not finite); training" in capfd.readouterr().out
+    with pytest.raises(UserError, match="samples of step 0 cannot be scored"):
+        diverged.rehearse(0)
+
+
+def test_every_average_is_scored_at_every_guidance_scale(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[Path] = []
+    monkeypatch.setattr(gallery, "write_report", reports.append)
+    several = check_config(
+        {
+            "name": "tiny",
+            "train": {"more_ema": [{"profile": "power", "std": 0.05}, {"profile": "constant"}]},
+            "evaluate": {"every": 5, "samples": 8, "guidance": [1, 1.5], "ema": [0.05, "constant-0.9999"]},
+        }
+    )
+    evaluation = Evaluation()
+    look = looking(several, evaluation, tmp_path)
+    assert look.evaluates_after(5) and not look.evaluates_after(0) and not look.evaluates_after(6)
+    look.rehearse(0)
+    assert "An evaluation every 5 steps: 4 x 8 samples, about 8 s" in capfd.readouterr().out
+    written: list[tuple[str, int]] = []
+    log = SimpleNamespace(write_evaluation=lambda row, name: written.append((name, row["step"])))
+    look.evaluate(5, cast(Any, log))
+    assert evaluation.scored == [(label, scale) for label in ("power-0.05", "constant-0.9999") for scale in (1.0, 1.5)]
+    names = ["", "/power-0.05-guidance-1.5", "/constant-0.9999-guidance-1", "/constant-0.9999-guidance-1.5"]
+    assert written == [(f"evaluation{name}", 5) for name in names] and reports == [tmp_path]
+    said = capfd.readouterr().out
+    assert "step 5: an evaluation (" in said and "images/s)" in said and said.count("1*") == 2

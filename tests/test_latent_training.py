@@ -2,14 +2,18 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sadm_fast.train as train
-from sadm_fast import encode, sample
+from sadm_fast import encode, evaluate, sample
+from sadm_fast.ranks import launch
 from tests.support.autoencoders import save_autoencoder
 from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, train_here
 from tests.support.ranks import ROOT
@@ -85,13 +89,32 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(config: Path, run: Path, tmp
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_where_one_has_stopped(config: Path, run: Path, tmp_path: Path) -> None:
+def test_two_ranks_go_on_where_one_has_stopped_and_score_their_decoded_samples(
+    config: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stopped = shutil.copytree(run, tmp_path / "stopped")
-    changes = ["--set", f"train.steps={STEPS}", "--set", "train.micro_batch=2"]
+    changes = ["--set", f"train.steps={STEPS}", "--set", "train.micro_batch=2", "--set", "evaluate.every=5"]
+    changes += ["--set", "evaluate.samples=9", "--set", "evaluate.batch=2", "--set", "evaluate.guidance=[1,2]"]
     argv = start_line(SCRIPT, "--config", str(config), "--run-dir", str(stopped), *changes, ranks=2)
     out, _ = Program(argv, tmp_path).finish()
     assert "at step 4" in out and last_checkpoint(stopped) == STEPS
     assert [line["samples_seen"] for line in lines(stopped / "metrics.jsonl")] == [4 * (i + 1) for i in range(STEPS)]
+    scored = lines(stopped / "evaluations.jsonl")
+    assert [row["step"] for row in scored] == [5, 5, 10, 10]
+
+    @contextmanager
+    def alone(*, deepspeed: bool) -> Iterator[launch.Place]:
+        yield launch.Place(0, 1, torch.device("cpu"))
+
+    monkeypatch.setattr(launch, "distributed", alone)
+    written = tmp_path / "scores.json"
+    assert evaluate.main([str(stopped), "--sweep", "guidance=1,2", "--json", str(written)]) == 0
+    for during, after in zip(scored[2:], json.loads(written.read_text())["scores"], strict=True):
+        assert during["floor"].keys() == {"fid_random", "fid_pixels"} and during["samples"] == 9
+        same = {"sampling", "samples", "reference"}
+        assert {key: during[key] for key in same} == {key: after[key] for key in same}
+        for key in ("fid_random", "fid_pixels", "loss_denoise", "loss_denoise_q1", "loss_denoise_q4"):
+            assert during[key] == pytest.approx(after[key], rel=1e-4)  # matrix products of other sizes round otherwise
 
 
 def test_pictures_are_decoded(run: Path) -> None:

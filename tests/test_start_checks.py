@@ -84,7 +84,10 @@ def test_psi_and_the_judge_need_images_of_two_classes(tmp_path: Path, labels: li
     assert message.endswith("give the weights of an encoder trained elsewhere (docs/data.md), or use game.mode=plain")
     message = refusal(config(game={"mode": "plain"}, evaluate={"every": 5}), tmp_path, Labels(labels))
     assert message.startswith("evaluate.every=5: its judge is trained ")
-    assert message.endswith("use evaluate.every=null and score the samples afterwards")
+    assert message.endswith('use evaluate.judges=["random", "pixels"], or evaluate.every=null')
+    if len(set(labels)) == 1:  # judges that need no classes do without
+        judged = config(game={"mode": "plain"}, evaluate={"every": 5, "judges": ["random", "pixels"]})
+        check_start(judged, Labels(labels), 10, RunFolder(tmp_path / "run"), 1)
     check_start(config(game={"mode": "plain"}), Labels(labels), 10, RunFolder(tmp_path), 1)
     untrained = config(structure_encoder=SMALL["structure_encoder"] | {"pretrain": {"steps": 0}})
     check_start(untrained, Labels(labels), 10, RunFolder(tmp_path), 1)
@@ -174,3 +177,18 @@ def test_the_memory_of_this_machine_is_found() -> None:
 def test_classes_without_images_are_none_to_tell_apart(tmp_path: Path, blocks: dict[str, Any]) -> None:
     message = refusal(config(**blocks), tmp_path / "run", Labels([5] * 40))  # as shards number it: 0 to 5
     assert "is trained to tell classes apart, and data.path=numbers has images of only one" in message
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "words"),
+    [
+        ({"judges": ["alexnet"]}, "evaluate.judges=alexnet: must be one of classifier, random, pixels, inception"),
+        ({"judges": ["pixels=a.pt"]}, "evaluate.judges=pixels=a.pt: must be one of "),
+        ({"judges": ["inception"]}, "evaluate.judges=inception: needs pt_inception-2015-12-05-6726825d.pth"),
+        ({"judges": ["vit=nowhere.pt"]}, "evaluate.judges=vit=nowhere.pt: there is no such file"),
+    ],
+)
+def test_judges_that_cannot_be_had_are_named_before_the_training(
+    tmp_path: Path, evaluate: dict[str, Any], words: str
+) -> None:
+    assert words in refusal(config(game={"mode": "plain"}, evaluate={"every": 5, **evaluate}), tmp_path)

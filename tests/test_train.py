@@ -44,6 +44,7 @@ METRICS = {
 }  # fmt: skip
 TIMES = {"samples_per_s", "flops_per_s", "data_wait_fraction", "memory_bytes", "wall_s"}
 SCORES = {"fid_classifier", "fid_random", "fid_pixels"}
+LOSSES = {"loss_denoise", *(f"loss_denoise_q{quartile}" for quartile in range(1, 5))}
 
 
 def write_images(root: Path, count: int = 20, size: int = 16) -> Path:
@@ -128,7 +129,8 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(
     scores = lines(run / "evaluations.jsonl")
     assert [line["step"] for line in scores] == [3, 6]
     for line in scores:
-        assert set(line) == {"step", "samples", "floor", "sampling", "weights", "reference"} | SCORES
+        facts = {"step", "samples", "floor", "sampling", "weights", "reference", "seconds", "images_per_s"}
+        assert set(line) == facts | SCORES | LOSSES and all(line[key] > 0 for key in LOSSES)
         assert line["samples"] == 12 and set(line["floor"]) == SCORES
     judge = ["--judges", f"vit={small_vit(tmp_path)}", "--json"]
     evaluation = start_line(ROOT / "sadm_fast" / "evaluate.py", str(run), *judge, str(tmp_path / "two.json"), ranks=2)
@@ -136,7 +138,11 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(
     assert said.count("12 samples; floor") == 1, "both ranks have printed"
     assert evaluate.main([str(run), *judge, str(tmp_path / "one.json")]) == 0
     one, two = (json.loads((tmp_path / f"{ranks}.json").read_text())["scores"][0] for ranks in ("one", "two"))
-    assert {name: two[name] for name in SCORES} == pytest.approx({name: scores[-1][name] for name in SCORES})
+    assert {name: two[name] for name in SCORES | LOSSES} == pytest.approx(
+        {name: scores[-1][name] for name in SCORES | LOSSES}
+    )
+    for row in (one, two):
+        assert row.pop("seconds") > 0 and row.pop("images_per_s") > 0
     assert flatten(two) == pytest.approx(flatten(one)) and two["fd_vit"] > 0
     facts = json.loads((run / "run.json").read_text())
     assert facts["classes"] == list(CLASSES) and facts["parameters"].keys() == {"denoiser", "discriminator"}
@@ -214,7 +220,8 @@ def test_a_stopped_run_continues_bit_for_bit(config: Path, tmp_path: Path):
     Program(command(config, tmp_path / "whole", *overrides), tmp_path).finish()
 
     stopped = tmp_path / "stopped"
-    argv, metrics = command(config, stopped, *overrides), stopped / "metrics.jsonl"
+    scored = ["evaluate.every=40", "evaluate.guidance=[1,2]"]  # evaluating changes nothing of the training
+    argv, metrics = command(config, stopped, *overrides, *scored), stopped / "metrics.jsonl"
     at = 0
     for number in (signal.SIGINT, signal.SIGTERM):
         program = Program(argv, tmp_path)
@@ -226,6 +233,7 @@ def test_a_stopped_run_continues_bit_for_bit(config: Path, tmp_path: Path):
         assert f"stopped at step {at} of {steps}; the same command continues" in out
     out, _ = Program(argv, tmp_path).finish()
     assert f"Continuing {stopped} at step {at}" in out
+    assert [line["step"] for line in lines(stopped / "evaluations.jsonl")] == [40, 40, 80, 80, 120, 120]
 
     end = f"step-{steps:06d}"
     assert_same_state(stopped / "checkpoints" / end, tmp_path / "whole" / "checkpoints" / end)

@@ -40,6 +40,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     players.process = config.process
     writer, gallery = MagicMock(), MagicMock()
     writer.status.return_value = False, False
+    gallery.evaluates_after.return_value = False
     return Trainer(
         config, folder, open_images(tmp_path / "images"), players, MagicMock(), writer, gallery,
         num_classes=1, null_class=1, device=torch.device("cpu"), console=Console(),
@@ -145,3 +146,29 @@ def test_what_is_made_after_a_step_is_made_of_a_settled_one(trainer: Trainer, mo
     writer.save.side_effect = lambda state: saved.append((state.step, trainer.step))
     assert trainer.run(StopRequest())
     assert saved == [(2, 2), (4, 4), (6, 6)]
+
+
+def test_an_evaluation_that_is_stopped_comes_after_the_save_and_is_made_up_for(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sadm_fast.trainer.Interval", MagicMock())
+    request, order = StopRequest(), list[str]()
+    writer: Any = trainer.writer
+    gallery: Any = trainer.gallery
+    writer.save.side_effect = lambda state: order.append(f"save {state.step}")
+    writer.finish.side_effect = lambda: order.append("finish")
+    gallery.evaluates_after.side_effect = lambda step: step == 3
+
+    def evaluate(step: int, log: object, turn: Callable[[int], None]) -> None:
+        turn(8)
+        order.append(f"a batch of {step}")
+        request._asked = True
+        turn(16)
+        order.append("more of it")
+
+    gallery.evaluate.side_effect = evaluate
+    iterations(trainer, *[True] * 3)
+    assert not trainer.run(request), "the last step is taken, but the same command has something left to do"
+    assert order == ["save 3", "finish", "a batch of 3", "finish"]
+    gallery.evaluate.side_effect = lambda step, log, turn: order.append(f"all of {step}")
+    assert trainer.run(StopRequest()) and order[4:] == ["all of 3", "finish"]

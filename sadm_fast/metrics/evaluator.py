@@ -123,6 +123,14 @@ class Evaluator:
         judges = [judge for judge in judges if judge.spaces.keys() & real.keys()]
         return cls(judges, real, floor, device, _of_all_ranks(kept, _widths(judges), device) if keep else None)
 
+    def can_judge(self, images: Tensor) -> bool:
+        """Whether all judges' features of images [N, C, H, W] are finite."""
+        return all(
+            bool(torch.isfinite(rows).all())
+            for batch in _batches(images)
+            for rows in _features(self.judges, batch, self.device).values()
+        )
+
     def score(self, images: Tensor | Iterable[Tensor]) -> dict[str, Any]:
         """Score images against the real ones: a tensor [N, C, H, W] in [-1, 1], or an iterable of such.
 

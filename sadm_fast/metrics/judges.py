@@ -3,7 +3,7 @@
 A judge maps images, float [B, C, H, W] in [-1, 1] of any size, to features, float32 [B, feature_dim]. It first reduces
 large images, so that it costs the same at any resolution. A gain in one space that is a loss in another is not a gain.
 
-To add a judge: write the class with its three texts, and name it in JUDGES and `judges_of`. Evaluations, the terminal,
+To add a judge: write the class with its three texts, and name it in OWN and `judges_of`. Evaluations, the terminal,
 TensorBoard and the report take names and texts from there.
 """
 
@@ -176,7 +176,9 @@ class PixelJudge(Judge):
         return F.adaptive_avg_pool2d(images.float(), self.size).flatten(1)
 
 
-JUDGES: tuple[type[Judge], ...] = (ClassifierJudge, RandomJudge, PixelJudge)  # in the order of the report
+# By their names in evaluate.judges, in the order of the report.
+OWN: dict[str, type[Judge]] = {"classifier": ClassifierJudge, "random": RandomJudge, "pixels": PixelJudge}
+JUDGES = tuple(OWN.values())
 
 
 def judges_of(channels: int, resolution: int, classifier: ClassifierJudge | None) -> list[Judge]:

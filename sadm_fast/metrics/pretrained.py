@@ -179,19 +179,21 @@ PRETRAINED: dict[str, type[PretrainedJudge]] = {
 }
 
 
-def pretrained_judge(name: str, file: str | Path | None) -> PretrainedJudge:
+def pretrained_judge(name: str, file: str | Path | None, option: str = "--judges ") -> PretrainedJudge:
     """The judge `name` of PRETRAINED with the weights in `file`; None: where an installed package has them.
 
     Raises:
-        UserError: no such judge, no file, or one that does not fit.
+        UserError: in the name of `option` (or of a field, with its =); no such judge, no file, or one that does not
+            fit.
     """
+    option = f"{option}{name}"
     if name not in PRETRAINED:
-        raise UserError(f"--judges {name}: must be one of {', '.join(PRETRAINED)}")
-    kind, option = PRETRAINED[name], f"--judges {name}"
+        raise UserError(f"{option}: must be one of {', '.join(PRETRAINED)}")
+    kind = PRETRAINED[name]
     if file is None and issubclass(kind, EfficientNetJudge):
         file = installed_efficientnet(kind.lite)
     if file is None:
-        raise UserError(f"--judges {name}: needs {kind.file}; give it as {name}=FILE")
+        raise UserError(f"{option}: needs {kind.file}; give it as {name}=FILE")
     state, path = read_weights(option, file), find_weights(option, file)
     with path.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -210,11 +212,12 @@ def pretrained_judge(name: str, file: str | Path | None) -> PretrainedJudge:
 
 
 def without_rank(judges: Sequence[Judge], samples: int, what: str = "samples") -> str | None:
-    """A line about judges whose covariance of so many samples has not full rank; None if there is none.
+    """A line about judges with weights whose covariance of so many samples has not full rank; None if there is none.
 
     The published tools allow it, and so do we: such distances are too large, by an amount that depends on the count.
     """
-    wide = [f"{name} ({dim})" for judge in judges for name, dim in judge.spaces.items() if samples <= dim]
+    published = [judge for judge in judges if isinstance(judge, PretrainedJudge)]
+    wide = [f"{name} ({dim})" for judge in published for name, dim in judge.spaces.items() if samples <= dim]
     if not wide:
         return None
     return (

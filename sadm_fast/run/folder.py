@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,16 @@ class RunFolder:
                 folder.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"run folder {self.path}: {error.strerror}; choose another with --run-dir") from None
+
+    def evaluations_of(self, step: int) -> list[dict[str, Any]]:
+        """The lines of evaluations.jsonl of `step`; those that cannot be read are left out."""
+        found = []
+        for line in self.evaluations.read_bytes().splitlines() if self.evaluations.exists() else ():
+            with suppress(ValueError, KeyError, TypeError):
+                row = parse_json(line)
+                if row["step"] == step:
+                    found.append(row)
+        return found
 
     def rewind(self, step: int, say: Callable[[str], None]) -> None:
         """Forget lines, grids and matrices of steps after `step`: the run continues from there and makes them again.

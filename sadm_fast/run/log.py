@@ -13,8 +13,7 @@ from sadm_fast.files import append_json
 from sadm_fast.ranks.collectives import sum_over_ranks
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.loggers import Logger
-
-_QUARTILES = 4
+from sadm_fast.run.loss_by_noise import LossByNoise, mean_losses, ratio
 
 
 def peak_memory(device: torch.device) -> int:
@@ -32,8 +31,7 @@ class Interval:
         self._started = time.perf_counter()
         self._waited = 0.0
         self._steps = 0
-        self._loss = torch.zeros(_QUARTILES, dtype=torch.float64, device=device)
-        self._count = torch.zeros(_QUARTILES, dtype=torch.float64, device=device)
+        self._losses = LossByNoise(device)
         # S summed where a pair counted, how often that was so and not so; -S of the discriminator, how often
         self._game = torch.zeros(5, dtype=torch.float64, device=device)
 
@@ -43,9 +41,7 @@ class Interval:
 
     def add(self, outcome: Outcome) -> None:
         """Add an iteration that took place."""
-        quartile = (outcome.level * _QUARTILES).long().clamp(max=_QUARTILES - 1)
-        self._loss.index_add_(0, quartile, outcome.loss_denoise.double())
-        self._count.index_add_(0, quartile, torch.ones_like(outcome.level, dtype=torch.float64))
+        self._losses.add(outcome.level, outcome.loss_denoise)
         if outcome.structure_distances is not None:
             compared = outcome.structure_distances != 0
             self._game[0] += outcome.structure_distances.double().sum()
@@ -65,25 +61,19 @@ class Interval:
         structure_distance: mean over the micro-batches in which a pair counted; structure_undefined: how many others.
         """
         seconds = time.perf_counter() - self._started
-        sums = torch.cat(
-            [self._loss, self._count, self._game, self._loss.new_tensor([self._waited, 1.0, broken_images])]
-        )
-        values = sum_over_ranks(sums).tolist()
+        mine = self._losses.sums
+        rest = mine.new_tensor([self._waited, 1.0, broken_images])
+        values = sum_over_ranks(torch.cat([mine.flatten(), self._game, rest])).tolist()
         loss, count, game, (waited, ranks, broken) = values[:4], values[4:8], values[8:13], values[13:]
         return {
-            "loss_denoise": _ratio(sum(loss), sum(count)),
-            **{f"loss_denoise_q{i + 1}": _ratio(loss[i], count[i]) for i in range(_QUARTILES)},
-            "structure_distance": _ratio(game[0], game[1]),
+            **mean_losses([loss, count]),
+            "structure_distance": ratio(game[0], game[1]),
             "structure_undefined": int(game[2]),
-            "loss_discriminator": _ratio(game[3], game[4]),
+            "loss_discriminator": ratio(game[3], game[4]),
             "samples_per_s": self._steps * samples_per_step / seconds,
             "data_wait_fraction": waited / ranks / seconds,
             "broken_images": int(broken),
         }
-
-
-def _ratio(total: float, count: float) -> float | None:
-    return total / count if count else None
 
 
 class TrainingLog:
@@ -98,11 +88,11 @@ class TrainingLog:
             append_json(self._folder.metrics, line)
             self._scalars("train", line)
 
-    def write_evaluation(self, line: dict[str, Any]) -> None:
-        """Write one evaluation."""
+    def write_evaluation(self, line: dict[str, Any], name: str = "evaluation") -> None:
+        """Write a line of scores. name: what its numbers stand below in the loggers."""
         if self._writing:
             append_json(self._folder.evaluations, line)
-            self._scalars("evaluation", line)
+            self._scalars(name, line)
 
     def image(self, name: str, picture: Tensor, step: int) -> None:
         """Show a picture, uint8 [C, H, W]."""

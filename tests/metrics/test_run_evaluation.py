@@ -23,13 +23,14 @@ def test_labels_go_round_the_given_classes_and_no_others(monkeypatch: pytest.Mon
     monkeypatch.setattr(run_evaluation.Evaluator, "build", lambda *_, **__: SimpleNamespace(score=score))
     monkeypatch.setattr(run_evaluation, "generate", lambda config, model, labels, ids, **_: labels)
     source: Any = MagicMock(__len__=lambda _: 1, where="images", fingerprint=lambda: "f")
-    evaluation = RunEvaluation(config, source, None, [1, 4, 9], torch.device("cpu"))
+    evaluation = RunEvaluation(config, source, [], [1, 4, 9], torch.device("cpu"))
     row = evaluation.score(None, step=1, guidance_scale=1.5)  # type: ignore[arg-type]
     assert drawn == [1, 4, 9, 1, 4, 9, 1, 4, 9, 1]
     # The record holds what was drawn with, not the settings of sample.py.
     assert (row["sampling"]["sampler"]["steps"], row["sampling"]["guidance"]["scale"]) == (12, 1.5)
     assert row["sampling"]["labels"] == {"drawn": "in turn", "classes": 3}
     assert row["weights"] == {"ema": config.train.ema.model_dump()}
+    assert row["images_per_s"] == 0.0 and "loss_denoise" not in row  # nothing is known of these images' labels
     assert row["reference"] == {"of": "images", "images": 1, "fingerprint": "f"}
 
 
