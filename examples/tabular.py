@@ -1,6 +1,6 @@
 """Tabular data of your own: breast tumours, 569 patients with 30 measurements each, benign or malignant (scikit-learn).
 
-python examples/tabular.py            # plain against the game over five seeds, a few minutes on two cores
+python examples/tabular.py            # plain against the game over five seeds, five minutes of one core
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Time series of your own: 1,046 trading days of one share, five numbers a day (matplotlib ships them).
 
-    python examples/time_series.py        # plain against the game over five seeds, a few minutes on two cores
+    python examples/time_series.py        # plain against the game over five seeds, eight minutes of one core
 
 A sample is 16 days in a row: return over night and over the day, how far the day went up and down, change of volume.
 Its class is how much the days' returns vary: a third of the training samples each is calm, usual, wild.
