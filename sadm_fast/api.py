@@ -14,6 +14,7 @@ from sadm_fast.console import Console
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.samples import SampleSource
 from sadm_fast.data.source import Source
+from sadm_fast.encoding import check_autoencoder
 from sadm_fast.feed import count_classes, open_data
 from sadm_fast.generation import Trained, load_trained
 from sadm_fast.models import Denoiser, StructureEncoder
@@ -73,18 +74,21 @@ def train(
         autoencoder = None
         looks = config.structure_encoder.input == "pixels" and config.game.mode != "plain"
         everywhere = looks or config.evaluate.every is not None
-        if isinstance(source, LatentSource) and config.latents is not None and (place.rank == 0 or everywhere):
+        latents = config.latents
+        if latents is not None and latents.autoencoder is not None and (place.rank == 0 or everywhere):
             # Rank 0 makes the pictures; Psi may look through it on all, and all draw for evaluations.
+            assert isinstance(source, LatentSource)
             autoencoder = Autoencoder.load(
-                config.latents.autoencoder,
+                latents.autoencoder,
                 device=place.device,
                 precision="bf16" if looks and config.train.precision == "bf16" else "fp32",
-                scale=config.latents.scale,
+                scale=latents.scale,
             )
-            autoencoder.require_space(source.encoding.space, f"data.path={source.where}")
+            autoencoder.require_space(source.space, f"data.path={source.where}")
+            check_autoencoder(config, autoencoder)
         check_start(config, source, num_classes, folder, place.world_size, own)
         check_memory(config, num_classes, place.world_size, place.device, environment.ranks_here(), own)
-        pictures = config.data.shape is None
+        pictures = config.paints
         barrier()  # nobody takes the folder while another rank still checks it
         with folder.held(config, console.say):
             of = f"{'images' if pictures else 'samples'} of {count_classes(source, num_classes)}"

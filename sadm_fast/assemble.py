@@ -164,7 +164,7 @@ def assemble(
         shown = grid_classes(source.filled, config.sampling.columns)
         facts = run_facts(config, source, shapes, psi_facts, judge_facts, place.world_size, shown)
         write_json(folder.facts, facts)
-        if config.data.shape is None:
+        if config.paints:
             save_picture(real_grid(config, source, device, autoencoder), folder.real_grid)
     return trainer
 
@@ -193,7 +193,7 @@ def _identity(config: Config, source: Source, world_size: int, num_classes: int,
             {} if player is None else trainable_shapes(player) for player in meta_models(config, num_classes, own)
         ]
         given["networks"] = sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
-    latents = {"latent_space": source.encoding.space} if isinstance(source, LatentSource) else {}
+    latents = {"latent_space": source.space} if isinstance(source, LatentSource) else {}
     return {
         "configuration": config.fingerprint(),
         "data": source.fingerprint(),

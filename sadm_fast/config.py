@@ -82,13 +82,18 @@ class DataConfig(Block):
 class LatentsConfig(Block):
     """The latent space of data.source=latents, and how encode.py fills data.path."""
 
-    autoencoder: FilePath = Field(
-        "stabilityai/sd-vae-ft-ema", description="diffusers AutoencoderKL: a local folder or a hub id"
+    autoencoder: FilePath | None = Field(
+        "stabilityai/sd-vae-ft-ema",
+        description="diffusers AutoencoderKL: a local folder or a hub id; null: samples stay latents, without pictures",
     )
     channels: int = Field(4, ge=1, le=1024, description="channels of a latent")
     downsample: int = Field(8, ge=1, le=1024, description="side of an image over the side of its latent")
     scale: float | None = Field(
-        None, gt=0, le=1e6, description="scaled latent = scale * raw latent; null: the autoencoder's scaling_factor"
+        None,
+        gt=0,
+        le=1e6,
+        description="scaled latent = scale * raw latent; null: the autoencoder's scaling_factor, or by the channels of"
+        " latents_stats.pt",
     )
     images: FilePath | None = Field(None, description="encode.py: folder of the images to encode")
     images_source: Literal["folder", "webdataset", "mds", "huggingface"] = Field(
@@ -476,6 +481,12 @@ class Config(Block):
             )
         if self.structure_encoder.input == "pixels" and self.latents is None:
             raise ValueError("structure_encoder.input=pixels: decodes latents, and samples are pixels; use samples")
+        if self.structure_encoder.input == "pixels" and not self.paints:
+            raise ValueError("structure_encoder.input=pixels: decodes latents; latents.autoencoder is null")
+        if self.evaluate.every is not None and self.data.shape is None and not self.paints:
+            raise ValueError(
+                f"evaluate.every={self.evaluate.every}: the judges compare images; latents.autoencoder is null"
+            )
         if self.data.shape is not None and self.evaluate.every is not None:
             raise ValueError(
                 f"evaluate.every={self.evaluate.every}: the judges compare images; with data.shape it must be null"
@@ -516,6 +527,11 @@ class Config(Block):
         if (problem := _size_problem(self)) is not None:
             raise ValueError(problem)
         return self
+
+    @property
+    def paints(self) -> bool:
+        """Whether samples are pictures, or latents that can be decoded to some."""
+        return self.data.shape is None and (self.latents is None or self.latents.autoencoder is not None)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

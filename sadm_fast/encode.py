@@ -75,7 +75,7 @@ def _encode(arguments: argparse.Namespace) -> int:
         console = Console(place.rank)
         images = first_on_rank_zero(lambda: open_images_to_encode(config, console, check=place.rank == 0))
         latents = config.latents
-        assert latents is not None  # or the line before would have said so
+        assert latents is not None and latents.autoencoder is not None  # or the line before would have said so
         autoencoder = Autoencoder.load(
             latents.autoencoder, device=place.device, precision=latents.precision, scale=latents.scale
         )
@@ -97,8 +97,7 @@ def _check(arguments: argparse.Namespace) -> int:
     with console.progress("checking") as progress:
         if isinstance(source, LatentSource):
             problems = check_shards(source, threads=arguments.threads, progress=progress)
-            made = source.encoding
-            what = f"{len(source)} latents of {made.resolution}-pixel images, autoencoder {made.autoencoder[:12]}"
+            what = f"{len(source)} {source.described()}"
         else:
             forget(source)
             report = checked(source, threads=arguments.threads, progress=progress)

@@ -56,6 +56,8 @@ def check_autoencoder(config: Config, autoencoder: Autoencoder) -> None:
 def describe_encoding(config: Config, source: ImageSource, autoencoder: Autoencoder) -> Encoding:
     """Describe the cache that encode() will make of `source`."""
     assert config.latents is not None
+    scale, shift = autoencoder.scale
+    assert isinstance(scale, float) and isinstance(shift, float)  # an AutoencoderKL's own
     return Encoding(
         source=source.fingerprint(),
         classes=source.classes,
@@ -65,8 +67,8 @@ def describe_encoding(config: Config, source: ImageSource, autoencoder: Autoenco
         enlarge=config.data.enlarge,
         autoencoder=autoencoder.identity,
         precision=config.latents.precision,
-        scale=autoencoder.scale.scale,
-        shift=autoencoder.scale.shift,
+        scale=scale,
+        shift=shift,
         latent_channels=autoencoder.latent_channels,
         downsample=autoencoder.downsample,
         dtype=config.latents.dtype,

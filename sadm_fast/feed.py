@@ -13,10 +13,12 @@ from sadm_fast import augmentation, data
 from sadm_fast.config import Config
 from sadm_fast.console import Console
 from sadm_fast.data.batch import LoaderSpec
-from sadm_fast.data.latents import LatentSource
+from sadm_fast.data.latents import LatentCache, LatentSource
+from sadm_fast.data.lightning_latents import LightningLatents
 from sadm_fast.data.source import ImageSource, Source, printable, split
 from sadm_fast.errors import UserError
 from sadm_fast.game import Batch, draw
+from sadm_fast.scales import LatentScale
 
 
 def draw_batch(
@@ -85,6 +87,10 @@ def _open(config: Config, console: Console, check: bool, path: str | None, own: 
         else:
             with console.progress("listing shards") as progress:
                 source = data.open_source(config.data.path if path is None else path, config.data.source, progress)
+        if isinstance(source, LightningLatents):
+            assert config.latents is not None
+            scale = config.latents.scale
+            source = source.with_scale(None if scale is None else LatentScale(scale))
         if isinstance(source, LatentSource):
             _require_fit(config, source)
         if check:
@@ -96,6 +102,8 @@ def open_images_to_encode(config: Config, console: Console, *, check: bool = Tru
     """List the images that encode.py turns into data.path; `check` as in open_data."""
     if config.latents is None:
         raise UserError(f"data.source={config.data.source}: encode.py needs a configuration with data.source=latents")
+    if config.latents.autoencoder is None:
+        raise UserError("latents.autoencoder: is null; say which one encodes, --set latents.autoencoder=PATH")
     if config.latents.images is None:
         raise UserError("latents.images: is null; say which images to encode, --set latents.images=PATH")
     with asked_as("latents.images"):
@@ -126,6 +134,16 @@ def _check(config: Config, source: Source, console: Console) -> None:
 def _require_fit(config: Config, latents: LatentSource) -> None:
     """UserError unless cached latents are of the configuration's shapes and scale."""
     assert config.latents is not None
+    c, h, _ = latents.latent_shape
+    if not isinstance(latents, LatentCache):
+        side = config.data.resolution // config.latents.downsample
+        if (config.latents.channels, side) != (c, h):
+            raise UserError(
+                f"latents.channels={config.latents.channels}, data.resolution={config.data.resolution},"
+                f" latents.downsample={config.latents.downsample}: the latents in data.path={latents.where} are"
+                f" [{c}, {h}, {h}]"
+            )
+        return
     made = latents.encoding
     for key, asked, there in (
         ("data.resolution", config.data.resolution, made.resolution),

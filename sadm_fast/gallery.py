@@ -185,7 +185,7 @@ class Gallery:
             path = self._folder.relations / f"{name}.npz"
             with self._optional(path):
                 images = partial(to_images, autoencoder=self._autoencoder)
-                self._relations.save(path, self._viewer, self._looks, None if config.data.shape is not None else images)
+                self._relations.save(path, self._viewer, self._looks, images if config.paints else None)
         return True
 
     def evaluates_after(self, step: int) -> bool:
@@ -278,7 +278,7 @@ class Gallery:
         if self._rank != 0 or self._viewer is None:
             return
         samples, labels = grid_samples(self._config, self._viewer, self._classes, self._device)
-        if self._config.data.shape is not None:
+        if not self._config.paints:
             path = self._folder.samples / f"{name}.npz"
             with self._optional(path), replacing(path) as temporary, temporary.open("wb") as file:
                 np.savez_compressed(file, samples=samples.cpu().numpy(), labels=labels.cpu().numpy())

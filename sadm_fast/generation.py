@@ -67,7 +67,10 @@ class Trained(NamedTuple):
             if path is not None:
                 raise UserError(f"--autoencoder {path}: {self.checkpoint} paints pixels; leave it out")
             return None
-        loaded = Autoencoder.load(path or latents.autoencoder, device=device, scale=latents.scale)
+        path = path or latents.autoencoder
+        if path is None:
+            raise UserError(f"{self.checkpoint}: paints latents, and the run had no autoencoder; give --autoencoder")
+        loaded = Autoencoder.load(path, device=device, scale=latents.scale)
         if self.latent_space is not None:
             loaded.require_space(self.latent_space, f"checkpoint {self.checkpoint}")
         return loaded

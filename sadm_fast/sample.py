@@ -112,7 +112,7 @@ def _sample(arguments: argparse.Namespace, request: "StopRequest") -> int:
             raise UserError(f"--count {count}: {arguments.labels} has {lines} lines")
 
     data = trained.config.data
-    if data.shape is not None:
+    if not trained.config.paints and arguments.autoencoder is None:
         raise UserError(f"{arguments.run}: its samples are no pictures; sadm_fast.load(...).sample draws from Python")
     shape = (data.channels, data.resolution, data.resolution)
     out = arguments.out or arguments.run and arguments.run / "samples.png"

@@ -5,10 +5,11 @@
     raw latents      float, as the autoencoder's encoder gives     in the cache, as mean and standard deviation
     scaled latents   float32, (raw - shift) * scale            what latent denoisers and Psi see; about unit variance
 
-Stable Diffusion's autoencoder has scale 0.18215 and no shift.
+Stable Diffusion's autoencoder has scale 0.18215 and no shift. LightningDiT's latents have one of each for a channel.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -34,15 +35,28 @@ def write_images(pixels: np.ndarray, out: np.ndarray) -> None:
 
 
 class LatentScale(NamedTuple):
-    """Between raw and scaled latents; tensors of any shape."""
+    """Between raw and scaled latents: of any shape, or [..., c, h, w] with a scale and a shift for each channel."""
 
-    scale: float
-    shift: float = 0.0
+    scale: float | tuple[float, ...]
+    shift: float | tuple[float, ...] = 0.0
+
+    @classmethod
+    def of(cls, space: Mapping[str, Any]) -> Self:
+        """From the JSON values "scale" and "shift", as `to_json` gives them."""
+        return cls(*(tuple(value) if isinstance(value := space[key], list) else value for key in cls._fields))
+
+    def to_json(self) -> dict[str, float | list[float]]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in self._asdict().items()}
 
     def to_scaled(self, raw: Tensor) -> Tensor:
         """(raw - shift) * scale."""
-        return (raw - self.shift) * self.scale
+        return (raw - _along(self.shift, raw)) * _along(self.scale, raw)
 
     def to_raw(self, scaled: Tensor) -> Tensor:
         """scaled / scale + shift."""
-        return scaled / self.scale + self.shift
+        return scaled / _along(self.scale, scaled) + _along(self.shift, scaled)
+
+
+def _along(values: float | tuple[float, ...], latents: Tensor) -> float | Tensor:
+    """One number for all, or one for each channel of [..., c, h, w]."""
+    return latents.new_tensor(values).view(-1, 1, 1) if isinstance(values, tuple) else values

@@ -89,8 +89,9 @@ def _describe(config: "Config", folder: "RunFolder") -> None:
         classes, samples = config.denoiser.num_classes, ""
         check_weights(config, classes)
         console.say(f"data.path={path} is not there; planned for denoiser.num_classes={classes}\n")
-    if config.latents is not None and Path(config.latents.autoencoder).is_dir():
-        Autoencoder.load(config.latents.autoencoder, scale=config.latents.scale)
+    autoencoder = None if config.latents is None else config.latents.autoencoder
+    if config.latents is not None and autoencoder is not None and Path(autoencoder).is_dir():
+        Autoencoder.load(autoencoder, scale=config.latents.scale)
     console.say(describe(config, classes, environment.world_size()) + samples)
     if about_bf16 is not None:
         console.say(about_bf16)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sadm_fast import encode
 from sadm_fast.data.adm_crop import read_crop
 from sadm_fast.data.batch import stack_crops
-from sadm_fast.data.latents import LatentSource
+from sadm_fast.data.latents import LatentCache
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.scales import pixels_to_float
 from tests.support.autoencoders import save_autoencoder
@@ -88,7 +88,7 @@ def refusal(config: Path, capfd: pytest.CaptureFixture[str], *overrides: str) ->
 
 def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror_image(config: Path, autoencoder: Path) -> None:
     encoded(config, "latents.dtype=float32")
-    source = LatentSource.open(config.parent / "latents")
+    source = LatentCache.open(config.parent / "latents")
     assert len(source) == 21 and source.classes == CLASSES
     assert source.labels.tolist() == [0] * 7 + [1] * 7 + [2] * 7
     crops = [read_crop(str(path), 16, 3) for path in sorted((config.parent / "images").rglob("*.png"))]
@@ -135,7 +135,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(
     (tmp_path / "vae").symlink_to(autoencoder)
     homes = ("data.path=~/home/latents", "latents.images=~/images", "latents.autoencoder=~/vae")
     assert encode.main(arguments(Path("~/latents.json"), *homes)) == 0
-    assert len(LatentSource.open("~/home/latents")) == len(LatentSource.open(tmp_path / "home/latents")) == 21
+    assert len(LatentCache.open("~/home/latents")) == len(LatentCache.open(tmp_path / "home/latents")) == 21
     for path in ("~/home/latents", "~/images"):
         assert encode.main(["--check", path]) == 0
     assert not (tmp_path / "~").exists()
@@ -193,7 +193,7 @@ def test_broken_images_are_left_out_and_counted(config: Path, capfd: pytest.Capt
     damage(config.parent / "images")
     manifest = json.loads(encoded(config, "data.broken=skip")["manifest.json"])
     assert "12 images (9 broken ones left out)" in capfd.readouterr().out
-    source = LatentSource.open(config.parent / "latents")
+    source = LatentCache.open(config.parent / "latents")
     assert manifest["count"] == len(source) == 12 and source.labels.tolist() == [0] * 6 + [1] * 6
     skipped = [problem for shard in manifest["shards"] for problem in shard["skipped"]]
     assert len(skipped) == 9 and "circle/2.png: is an empty file" in skipped[0]

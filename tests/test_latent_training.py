@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import sadm_fast.train as train
 from sadm_fast import encode, evaluate, sample
 from sadm_fast.ranks import launch
+from tests.data.lightning import write_lightning_latents
 from tests.support.autoencoders import save_autoencoder
 from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, train_here
 from tests.support.ranks import ROOT
@@ -138,6 +140,23 @@ def test_the_checkpoint_carries_the_autoencoders_identity(config: Path, run: Pat
     there = json.loads((run / "checkpoints/step-000004/COMPLETE").read_text())["latent_space"]
     made = json.loads((config.parent / "latents/manifest.json").read_text())["encoding"]
     assert there == {"autoencoder": made["autoencoder"], "scale": 0.5, "shift": 0.0}
+
+
+def test_latents_of_another_program_are_trained_on_and_drawn_with_their_own_scale(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_lightning_latents(tmp_path / "set", 36)
+    run = tmp_path / "run"
+    settings = [f"data.path={tmp_path / 'set'}", "latents.autoencoder=null", "train.steps=2", "train.sample_every=1"]
+    train_here("--config", str(config), "--run-dir", str(run), *(x for text in settings for x in ("--set", text)))
+    space = json.loads((run / "checkpoints/step-000002/COMPLETE").read_text())["latent_space"]
+    assert space["autoencoder"] is None and len(space["scale"]) == len(space["shift"]) == 4
+    with np.load(run / "samples/step-000002-ema.npz") as samples:
+        assert samples["samples"].shape == (6, 4, 8, 8)
+    capfd.readouterr()
+    assert sample.main([str(run), "--count", "3"]) == 2 and "its samples are no pictures" in refusal(capfd)
+    drawn = ["--count", "3", "--out", str(tmp_path / "x.png"), "--autoencoder", str(config.parent / "autoencoder")]
+    assert sample.main([str(run), *drawn]) == 0 and (tmp_path / "x.png").exists()
 
 
 def refusal(capfd: pytest.CaptureFixture[str]) -> str:

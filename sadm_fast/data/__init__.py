@@ -23,7 +23,8 @@ from sadm_fast.data.demo import PREFIX, demo_folder
 from sadm_fast.data.huggingface import TableRows
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.latent_loader import LatentLoader
-from sadm_fast.data.latents import ENCODING, MANIFEST, LatentSource
+from sadm_fast.data.latents import ENCODING, MANIFEST, LatentCache, LatentSource
+from sadm_fast.data.lightning_latents import LightningLatents, holds_lightning_latents
 from sadm_fast.data.mds import INDEX, MdsShards
 from sadm_fast.data.order import MicroBatchPlan
 from sadm_fast.data.sample_loader import SampleLoader
@@ -53,7 +54,7 @@ def open_source(path: str | Path, kind: str, progress: Progress | None = None) -
     if kind != "latents":
         return open_images(path, kind, progress)
     with _other_kind_named(path, kind):
-        return LatentSource.open(path)
+        return _open_latents(path)
 
 
 def open_images(path: str | Path, kind: str = "folder", progress: Progress | None = None) -> ImageSource:
@@ -79,13 +80,19 @@ def open_images(path: str | Path, kind: str = "folder", progress: Progress | Non
 def open_any(path: str, progress: Progress | None = None) -> ImageSource | LatentSource:
     """List what lies at `path`, whatever kind it is (kind_of); UserError as theirs."""
     kind = kind_of(path)
-    return LatentSource.open(path) if kind == "latents" else open_images(path, kind, progress)
+    return _open_latents(path) if kind == "latents" else open_images(path, kind, progress)
+
+
+def _open_latents(path: str | Path) -> LatentSource:
+    root = Path(expand_home(path))
+    return LightningLatents.open(root) if holds_lightning_latents(root) else LatentCache.open(root)
 
 
 def kind_of(path: str | Path) -> str:
     """What data.source says of what lies at `path`, by a look at names; "folder" if nothing tells."""
     root = Path(expand_home(path))
-    if os.path.exists(root / MANIFEST) or os.path.exists(root / ENCODING):  # False where Path.exists would raise
+    cached = os.path.exists(root / MANIFEST) or os.path.exists(root / ENCODING)  # False where Path.exists would raise
+    if cached or holds_lightning_latents(root):
         return "latents"
     if root.suffix == ".tar" or (os.path.isdir(root) and any(root.glob("*.tar"))):
         return "webdataset"

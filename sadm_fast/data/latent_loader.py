@@ -1,7 +1,8 @@
 """Micro-batches of cached latents. Threads copy rows ahead of time; the posterior is drawn when a batch is asked for.
 
 The orientation that is read and the noise of the draw are functions of the global sample counter. So every epoch sees
-new samples of the posterior, and a resumed run the same ones as an uninterrupted run.
+new samples of the posterior, and a resumed run the same ones as an uninterrupted run. Latents that are draws themselves
+(sadm_fast.data.lightning_latents) are taken as they are.
 """
 
 from collections import deque
@@ -64,9 +65,11 @@ class LatentLoader:
             at_once = len(moments)
         for first in range(0, len(moments), at_once):
             part = slice(first, first + at_once)
-            mean, std = torch.from_numpy(moments[part]).to(self._device, torch.float32).unbind(1)
-            noise = normal(self._plan.seed, Purpose.LATENT, sample_ids[part], mean.shape[1:])
-            latents[part] = self._source.scale.to_scaled(noise.mul_(std).add_(mean))
+            raw, *std = torch.from_numpy(moments[part]).to(self._device, torch.float32).unbind(1)
+            if std:
+                noise = normal(self._plan.seed, Purpose.LATENT, sample_ids[part], raw.shape[1:])
+                raw = noise.mul_(std[0]).add_(raw)
+            latents[part] = self._source.scale.to_scaled(raw)
         self._used.append(moments)
         return ImageBatch(
             latents, torch.from_numpy(self._source.labels[wanted.indices]).to(self._device), sample_ids

@@ -13,9 +13,11 @@ tensors: nothing is unpickled, and the file is mapped into memory, so one sample
 
 import hashlib
 import json
+import math
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +43,10 @@ SHARDS = "shards"
 
 Progress = Callable[[int, int], None]  # shards done, of how many
 
-_DTYPES = {"float16": np.float16, "float32": np.float32}
+_DTYPES = ("float16", "float32")
+_TENSOR_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 _CHECKS = 2  # the checks a remembered result stands for; 1 did not ask whether values are finite
 _AT_ONCE = 256  # latents that a check holds in memory
-_SAFETENSORS_DTYPES = {"float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -134,25 +136,121 @@ def shard_record(root: Path, shard: int) -> dict[str, Any] | None:
 
 
 class LatentSource(Source):
-    """A finished cache. Sample i is row i of all shards one after another: the order of the encoded images."""
+    """Latents in mapped files, each sample and its mirror image; what every layout of data.source=latents shares.
 
-    def __init__(self, root: Path, encoding: Encoding, shards: list[dict[str, Any]], manifest: str) -> None:
-        self.root = root
-        self.encoding = encoding
-        self.classes = encoding.classes
-        self.scale = LatentScale(encoding.scale, encoding.shift)
-        self.shards, self._manifest = shards, manifest
-        mapped = [_map_shard(root / shard["file"], shard["count"], encoding) for shard in shards]
-        self.moments = [moments for moments, _ in mapped]  # of each shard [n, 2, 2, c, h, w], read-only
-        self._maps = [moments.reshape(-1, *moments.shape[2:]) for moments, _ in mapped]  # row 2i: image, 2i+1: mirror
-        self.labels = np.concatenate([labels for _, labels in mapped])
+    Attributes:
+        files: in the order of their samples.
+        pairs: of each file, the images' rows and their mirror images', each [n, k, c, h, w], read-only. k is 2 for mean
+            and standard deviation of the posterior, 1 for a latent that is a draw from it.
+        latent_shape: [c, h, w].
+        scale: between these raw latents and what a denoiser is trained on.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[Path],
+        pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+        labels: Sequence[np.ndarray],
+        classes: tuple[str, ...],
+        scale: LatentScale,
+    ) -> None:
+        self.root, self.files, self.pairs, self.classes, self.scale = root, files, pairs, classes, scale
+        self.labels = np.concatenate(labels)
+        self.latent_shape: tuple[int, int, int] = pairs[0][0].shape[2:]
         self._rows = np.arange(len(self.labels))
-        counts = np.array([len(labels) for _, labels in mapped])
+        counts = np.array([len(of_file) for of_file in labels])
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
-        bases = np.array([moments.ctypes.data for moments in self._maps])
-        place = self._rows - np.repeat(self._starts, counts)
-        self._addresses = np.repeat(bases, counts) + 2 * place * self.buffer(1).nbytes  # of the image's row, in memory
+        self._addresses = np.concatenate(  # of each sample's row, in memory: int64 [2, N], image and mirror image
+            [[rows.ctypes.data + rows.strides[0] * np.arange(len(rows)) for rows in pair] for pair in pairs],
+            axis=1,
+        ).astype(np.int64)
+
+    @property
+    @abstractmethod
+    def space(self) -> dict[str, Any]:
+        """What latents of one space have in common, in JSON values: the autoencoder's identity, None if it is not
+        known, and the scale. Compared with Autoencoder.space."""
+
+    @abstractmethod
+    def described(self) -> str:
+        """What these latents are, for a message."""
+
+    @abstractmethod
+    def damage(self, number: int) -> str | None:
+        """What is wrong with the contents of file `number`, as one line; None if nothing is."""
+
+    @property
+    def where(self) -> str:
+        return str(self.root)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.pairs[0][0].dtype
+
+    def name(self, index: int) -> str:
+        row = int(self._rows[index])
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        return f"{self.files[number]}: row {row - int(self._starts[number])}"
+
+    def subset(self, indices: np.ndarray) -> Self:
+        chosen = object.__new__(type(self))
+        chosen.__dict__.update(
+            self.__dict__,
+            _rows=self._rows[indices],
+            labels=self.labels[indices],
+            _addresses=self._addresses[:, indices],
+        )
+        return chosen
+
+    def read(self, indices: np.ndarray, mirror: np.ndarray, out: np.ndarray) -> None:
+        """Copy the rows of samples `indices` int64 [m] into out [m, k, c, h, w].
+
+        mirror: [m]; where it is 1, those of the mirror image.
+        """
+        mirror = mirror.astype(np.int64)
+        if has_streams() and out.flags.c_contiguous:
+            addresses = np.ascontiguousarray(self._addresses[mirror, indices])
+            copy_rows(torch.from_numpy(addresses), out[:1].nbytes, out.ctypes.data)
+            return
+        rows = self._rows[indices]
+        files = np.searchsorted(self._ends, rows, side="right")
+        wanted = zip(files.tolist(), mirror.tolist(), (rows - self._starts[files]).tolist(), strict=True)
+        for place, (number, mirrored, row) in enumerate(wanted):
+            out[place] = self.pairs[number][mirrored][row]
+
+    def longest_map(self) -> np.ndarray:
+        """Rows [n, k, c, h, w] of the largest file, a read-only view of it."""
+        return max((images for images, _ in self.pairs), key=len)
+
+    def means(self, indices: np.ndarray) -> Tensor:
+        """Scaled latents of samples `indices` [m], not mirrored, posteriors' means: float32 [m, c, h, w]."""
+        indices = np.asarray(indices, dtype=np.int64)
+        out = self.buffer(len(indices))
+        self.read(indices, np.zeros(len(indices), dtype=np.int64), out)
+        return self.scale.to_scaled(torch.from_numpy(out[:, 0].astype(np.float32)))
+
+    def buffer(self, count: int) -> np.ndarray:
+        """An uninitialised array [count, k, c, h, w] for `read` to fill."""
+        return np.empty((count, *self.pairs[0][0].shape[1:]), dtype=self.dtype)
+
+
+class LatentCache(LatentSource):
+    """A finished cache of encode.py. Sample i is row i of all shards one after another: the order of the images."""
+
+    def __init__(self, root: Path, encoding: Encoding, shards: list[dict[str, Any]], manifest: str) -> None:
+        self.encoding, self.shards, self._manifest = encoding, shards, manifest
+        files = [root / shard["file"] for shard in shards]
+        mapped = [_map_shard(file, shard["count"], encoding) for file, shard in zip(files, shards, strict=True)]
+        super().__init__(
+            root,
+            files,
+            [(moments[:, 0], moments[:, 1]) for moments, _ in mapped],
+            [labels for _, labels in mapped],
+            encoding.classes,
+            LatentScale(encoding.scale, encoding.shift),
+        )
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -189,55 +287,34 @@ class LatentSource(Source):
         return cls(root, encoding, shards, hashlib.sha256(text.encode()).hexdigest())
 
     @property
-    def where(self) -> str:
-        return str(self.root)
+    def space(self) -> dict[str, Any]:
+        return self.encoding.space
 
-    def name(self, index: int) -> str:
-        row = int(self._rows[index])
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        return f"{self.root / self.shards[shard]['file']}: row {row - int(self._starts[shard])}"
+    def described(self) -> str:
+        made = self.encoding
+        return f"latents of {made.resolution}-pixel images, autoencoder {made.autoencoder[:12]}"
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the manifest, which holds every shard's hash, and the chosen rows."""
         return hashlib.sha256(self._manifest.encode() + self._rows.astype("<i8").tobytes()).hexdigest()
 
-    def subset(self, indices: np.ndarray) -> "LatentSource":
-        chosen = object.__new__(type(self))
-        chosen.__dict__.update(
-            self.__dict__, _rows=self._rows[indices], labels=self.labels[indices], _addresses=self._addresses[indices]
+    def damage(self, number: int) -> str | None:
+        path, pair = self.files[number], self.pairs[number]
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror or error}); delete it and encode again"
+        if digest != self.shards[number]["sha256"]:
+            return f"{path}: does not match its hash in {MANIFEST}; delete it and encode again, it alone is made anew"
+        bad = not_finite(pair)
+        if not bad:
+            return None
+        made = self.encoding
+        other = "dtype=float32" if made.dtype == "float16" else "precision=fp32" if made.precision != "fp32" else None
+        return f"{path}: {bad} of {len(pair[0])} latents hold values that are not finite; encode again" + (
+            f" into another folder, with latents.{other}" if other else " without these images"
         )
-        return chosen
-
-    def read(self, indices: np.ndarray, mirror: np.ndarray, out: np.ndarray) -> None:
-        """Copy moments (mean, std) of samples `indices` int64 [m] into out [m, 2, c, h, w].
-
-        mirror: [m]; where it is 1, those of the mirror image.
-        """
-        if has_streams() and out.flags.c_contiguous:
-            row_bytes = out[:1].nbytes
-            addresses = self._addresses[indices] + row_bytes * mirror.astype(np.int64)
-            copy_rows(torch.from_numpy(addresses), row_bytes, out.ctypes.data)
-            return
-        rows = self._rows[indices]
-        shards = np.searchsorted(self._ends, rows, side="right")
-        wanted = 2 * (rows - self._starts[shards]) + mirror
-        for place, (shard, row) in enumerate(zip(shards.tolist(), wanted.tolist(), strict=True)):
-            out[place] = self._maps[shard][row]
-
-    def longest_map(self) -> np.ndarray:
-        """Rows [2n, 2, c, h, w] of the largest shard, a read-only view of the mapped file."""
-        return max(self._maps, key=len)
-
-    def means(self, indices: np.ndarray) -> Tensor:
-        """Scaled posterior means of samples `indices` [m], not mirrored: float32 [m, c, h, w]."""
-        indices = np.asarray(indices, dtype=np.int64)
-        out = self.buffer(len(indices))
-        self.read(indices, np.zeros(len(indices), dtype=np.int64), out)
-        return self.scale.to_scaled(torch.from_numpy(out[:, 0].astype(np.float32)))
-
-    def buffer(self, count: int) -> np.ndarray:
-        """An uninitialised array [count, 2, c, h, w] for `read` to fill."""
-        return np.empty((count, 2, *self.encoding.latent_shape), dtype=_DTYPES[self.encoding.dtype])
 
 
 def _inside(file: str) -> bool:
@@ -246,35 +323,60 @@ def _inside(file: str) -> bool:
     return len(parts) == 2 and parts[0] == SHARDS and parts[1] != ".."
 
 
+def map_tensors(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Map tensors of a safetensors file: read-only views.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, IndexError: it cannot be read, is cut short or no such file, lacks one
+        of the tensors, or has one of another kind than float16, float32 and int64.
+    """
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
+        header = json.loads(file.read(min(header_size, size)))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    found = {}
+    for name in names:
+        if name not in header:
+            raise KeyError(f"there is no {name}")
+        kind, shape = header[name]["dtype"], [int(length) for length in header[name]["shape"]]
+        if kind not in _TENSOR_DTYPES:
+            raise ValueError(f"{name} is {kind} {shape}, which is not one of {', '.join(_TENSOR_DTYPES)}")
+        first, end = (8 + header_size + int(offset) for offset in header[name]["data_offsets"])
+        if end > size:
+            raise ValueError("it is cut short")
+        array = np.frombuffer(mapped, _TENSOR_DTYPES[kind], math.prod(shape), first)
+        if array.nbytes != end - first:
+            raise ValueError(f"{name} has {end - first} bytes, not those of {described(array.reshape(shape))}")
+        found[name] = array.reshape(shape)
+    return found
+
+
+def described(array: np.ndarray) -> str:
+    """Kind and shape, for a message."""
+    return f"{array.dtype} {list(array.shape)}"
+
+
 def _map_shard(path: Path, count: int, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
     """Map a shard: moments [n, 2, 2, c, h, w], a read-only view, and labels int64 [n], a copy.
 
     Raises UserError if it does not match the manifest.
     """
-    shape = [count, 2, 2, *encoding.latent_shape]
-    wanted = {"moments": (_SAFETENSORS_DTYPES[encoding.dtype], shape), "labels": ("I64", [count])}
+    wanted = {
+        "moments": (np.dtype(encoding.dtype), (count, 2, 2, *encoding.latent_shape)),
+        "labels": (np.dtype(np.int64), (count,)),
+    }
     try:
-        with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            header = json.loads(file.read(min(header_size, size)))
-            for name, (dtype, dimensions) in wanted.items():
-                if header[name]["dtype"] != dtype or header[name]["shape"] != dimensions:
-                    raise ValueError(
-                        f"{name} is {header[name]['dtype']} {header[name]['shape']}, not {dtype} {dimensions}"
-                    )
-                if 8 + header_size + header[name]["data_offsets"][1] > size:
-                    raise ValueError("it is cut short")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        first = {name: 8 + header_size + int(header[name]["data_offsets"][0]) for name in wanted}
-        labels = np.frombuffer(mapped, "<i8", count, first["labels"]).astype(np.int64)
-        moments = np.frombuffer(mapped, _DTYPES[encoding.dtype], int(np.prod(shape)), first["moments"]).reshape(shape)
+        found = map_tensors(path, wanted)
+        for name, (dtype, shape) in wanted.items():
+            if found[name].dtype != dtype or found[name].shape != shape:
+                raise ValueError(f"{name} is {described(found[name])}, not {dtype} {list(shape)}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); encode the images again") from None
     except (ValueError, KeyError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not the shard of its manifest ({reason}); encode the images again") from None
-
+    moments, labels = found["moments"], found["labels"].copy()
     if count and not 0 <= int(labels.min()) <= int(labels.max()) < len(encoding.classes):
         raise UserError(f"{path}: holds labels outside of the manifest's {len(encoding.classes)} classes; encode again")
     return moments, labels
@@ -285,35 +387,25 @@ def finite_rows(moments: np.ndarray) -> np.ndarray:
     return np.isfinite(moments).reshape(len(moments), -1).all(axis=1)
 
 
+def not_finite(pair: tuple[np.ndarray, np.ndarray]) -> int:
+    """How many samples of a file hold values that are not finite, in one orientation or the other."""
+    count = 0
+    for first in range(0, len(pair[0]), _AT_ONCE):
+        images, mirrored = (finite_rows(rows[first : first + _AT_ONCE]) for rows in pair)
+        count += int((~(images & mirrored)).sum())
+    return count
+
+
 def check_shards(source: LatentSource, *, threads: int, progress: Progress | None = None) -> list[str]:
-    """Read all shards: one line for each whose hash differs or whose values are not finite. [] is remembered."""
-
-    def damage(shard: dict[str, Any], moments: np.ndarray) -> str | None:
-        path = source.root / shard["file"]
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            return f"{path}: cannot be read ({error.strerror or error}); delete it and encode again"
-        if digest != shard["sha256"]:
-            return f"{path}: does not match its hash in {MANIFEST}; delete it and encode again, it alone is made anew"
-        bad = sum(int((~finite_rows(moments[i : i + _AT_ONCE])).sum()) for i in range(0, len(moments), _AT_ONCE))
-        if not bad:
-            return None
-        made = source.encoding
-        other = "dtype=float32" if made.dtype == "float16" else "precision=fp32" if made.precision != "fp32" else None
-        return f"{path}: {bad} of {len(moments)} latents hold values that are not finite; encode again" + (
-            f" into another folder, with latents.{other}" if other else " without these images"
-        )
-
+    """Read all files: one line for each that is damaged or whose values are not finite. [] is remembered."""
     state = _states(source)
     problems = []
     with ThreadPoolExecutor(threads) as pool:
-        for done, problem in enumerate(pool.map(damage, source.shards, source.moments), start=1):
+        for done, problem in enumerate(pool.map(source.damage, range(len(source.files))), start=1):
             if problem:
                 problems.append(problem)
             if progress is not None:
-                progress(done, len(source.shards))
+                progress(done, len(source.files))
     if not problems:
         remember(_note(source), json.dumps([_CHECKS, state]).encode())
     return problems
@@ -336,6 +428,6 @@ def _note(source: LatentSource) -> Path:
 
 
 def _states(source: LatentSource) -> list[list[int]]:
-    """Size and time of change of each shard."""
-    stats = [(source.root / shard["file"]).stat() for shard in source.shards]
+    """Size and time of change of each file."""
+    stats = [file.stat() for file in source.files]
     return [[stat.st_size, stat.st_mtime_ns] for stat in stats]

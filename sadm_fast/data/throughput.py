@@ -88,7 +88,7 @@ def bench_table(
             "latents, without the draw": partial(_Rows, source, plan),
             "memory copy of as many bytes": partial(_Copies, source, micro_batch),
         }
-        what = f"{source.encoding.latent_shape} {source.encoding.dtype}"
+        what = f"{source.latent_shape} {source.dtype}"
         batches = _LATENT_BATCHES
     else:
         factories = {

@@ -76,9 +76,11 @@ def export(
         if form == "diffusers":
             assert isinstance(denoiser, DiT) and autoencoder is not None
             if autoencoder.scale.shift:
+                shift = autoencoder.scale.shift
+                has = "one for each channel" if isinstance(shift, tuple) else f"{shift:g}"
                 raise UserError(
-                    f"--to diffusers: its DiTPipeline knows no shift_factor, and {autoencoder.name} has"
-                    f" {autoencoder.scale.shift:g}; use --to safetensors"
+                    f"--to diffusers: its DiTPipeline knows no shift_factor, and {autoencoder.name} has {has}; use --to"
+                    " safetensors"
                 )
             save_pipeline(folder, denoiser, autoencoder, classes, steps)
         else:

@@ -26,6 +26,7 @@ from sadm_fast.data.broken import read_crop_or_reason
 from sadm_fast.data.checking import Progress, checked, examine, read_problem
 from sadm_fast.data.image_folder import EXTENSIONS, ImageFolder
 from sadm_fast.data.latents import LatentSource
+from sadm_fast.data.lightning_latents import LightningLatents
 from sadm_fast.data.paths import folder_problem
 from sadm_fast.data.source import ImageSource, PackedNames, Source
 from sadm_fast.errors import UserError
@@ -214,9 +215,9 @@ class LatentImages(ImageSet):
     """Cached latents, decoded at their posterior's mean."""
 
     def __init__(self, source: LatentSource, autoencoder: Autoencoder, device: torch.device) -> None:
-        made = source.encoding
         self.where, self.moments = source.where, {}
-        self.shape = (made.image_channels, made.resolution, made.resolution)
+        side = source.latent_shape[1] * autoencoder.downsample
+        self.shape = (autoencoder.image_channels, side, side)
         self._source, self._autoencoder, self._device = source, autoencoder, device
 
     def __len__(self) -> int:
@@ -231,7 +232,7 @@ class LatentImages(ImageSet):
             "of": self.where,
             "images": len(self),
             "fingerprint": self._source.fingerprint(),
-        } | self._source.encoding.space
+        } | self._source.space
 
 
 def _split(numbers: range, size: int) -> Iterator[range]:
@@ -374,7 +375,10 @@ def open_reference(
         if isinstance(source, LatentSource):
             if autoencoder is None:
                 raise UserError(f"{option} {path}: holds latents; give their --autoencoder")
-            autoencoder.require_space(source.encoding.space, f"{option} {path}")
+            if isinstance(source, LightningLatents):
+                source = source.with_scale(autoencoder.scale)
+            else:
+                autoencoder.require_space(source.space, f"{option} {path}")
             found = LatentImages(source.subset(_evenly(source, at_most)), autoencoder, device)
         else:
             found = FolderImages(source.subset(_evenly(source, at_most)), shape)

@@ -92,10 +92,22 @@ class Autoencoder:
     @property
     def space(self) -> dict[str, Any]:
         """What latents, manifests and checkpoints of this autoencoder carry."""
-        return {"autoencoder": self.identity, "scale": self.scale.scale, "shift": self.scale.shift}
+        return {"autoencoder": self.identity, **self.scale.to_json()}
 
     def require_space(self, space: Mapping[str, Any], whose: str) -> None:
-        """UserError if latents of `space` would not be decoded to pictures by this autoencoder but to noise."""
+        """UserError if latents of `space` would not be decoded to pictures by this autoencoder but to noise.
+
+        Where it is not known which one they were made with, this one takes over their scale.
+        """
+        if space.get("autoencoder") is None:
+            self.scale = LatentScale.of(space)
+            channels = len(self.scale.shift) if isinstance(self.scale.shift, tuple) else self.latent_channels
+            if channels != self.latent_channels:
+                raise UserError(
+                    f"latents.autoencoder={self.name}: has {self.latent_channels} channels, and {whose} {channels};"
+                    " give the autoencoder that it was made with"
+                )
+            return
         for key, here in self.space.items():
             there = space.get(key)
             if there != here:

@@ -45,6 +45,8 @@ def samples(run: Run) -> str:
     if isinstance(shape := run.setting("data.shape"), list):
         of = " x ".join(map(str, shape))
         return missing(f"Samples are arrays of {of} numbers, no pictures: samples/step-*-ema.npz hold them.")
+    if isinstance(latents := run.config.get("latents"), dict) and latents.get("autoencoder", "") is None:
+        return missing("Samples are latents without an autoencoder: samples/step-*-ema.npz hold them.")
     if not run.ema_grids and not run.raw_grids:
         real = _grid(run, run.real_grid, "Real images", "The training data.", 1400, 500_000)
         return missing("No samples have been drawn yet.") + real

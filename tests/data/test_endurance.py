@@ -65,10 +65,10 @@ def test_memory_does_not_grow_over_twenty_epochs(make_folder: Any, make_shard: A
 LATENT_EPOCHS = """
 import sys
 from pathlib import Path
-from sadm_fast.data.latents import LatentSource
+from sadm_fast.data.latents import LatentCache
 from tests.data.loaders import open_loader
 
-source = LatentSource.open(sys.argv[1])
+source = LatentCache.open(sys.argv[1])
 with open_loader(source, micro_batch=25, threads=2) as batches:
     for epoch in range(20):
         lowest = []

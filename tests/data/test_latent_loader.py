@@ -9,7 +9,7 @@ import torch
 
 from sadm_fast.counters import Purpose, normal
 from sadm_fast.data.batch import ImageBatch
-from sadm_fast.data.latents import LatentSource
+from sadm_fast.data.latents import LatentCache, LatentSource
 from sadm_fast.data.order import MicroBatchPlan
 from tests.data.latent_caches import make_encoding, make_moments, write_cache
 from tests.data.loaders import open_loader
@@ -17,7 +17,7 @@ from tests.data.loaders import open_loader
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> LatentSource:
-    return LatentSource.open(write_cache(tmp_path_factory.mktemp("latents") / "cache"))
+    return LatentCache.open(write_cache(tmp_path_factory.mktemp("latents") / "cache"))
 
 
 def plan(**changes: Any) -> MicroBatchPlan:

@@ -16,7 +16,7 @@ from sadm_fast.data.latents import (
     ENCODING,
     MANIFEST,
     Encoding,
-    LatentSource,
+    LatentCache,
     check_shards,
     checked_shards,
     shard_record,
@@ -40,7 +40,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read(tmp_path: Path, encoding: Encoding) -> None:
-    source = LatentSource.open(write_cache(tmp_path / "written", encoding))
+    source = LatentCache.open(write_cache(tmp_path / "written", encoding))
     moments, labels = make_moments(encoding)
     assert len(source) == 11 and source.classes == ("ant", "bee", "cat")
     np.testing.assert_array_equal(source.labels, labels)
@@ -51,7 +51,7 @@ def test_what_is_written_is_read(tmp_path: Path, encoding: Encoding) -> None:
 
 
 def test_a_batch_from_one_shard_and_one_from_several_are_the_same_rows(cache: Path) -> None:
-    source, (moments, _) = LatentSource.open(cache), make_moments(make_encoding())
+    source, (moments, _) = LatentCache.open(cache), make_moments(make_encoding())
     for indices in (np.array([4, 6, 5]), np.array([4, 6, 8])):
         out = source.buffer(3)
         source.read(indices, np.zeros(3, dtype=bool), out)
@@ -64,7 +64,7 @@ def test_any_choice_of_samples_is_read_in_its_order(
     tmp_path_factory: pytest.TempPathFactory, indices: list[int], flips: int
 ) -> None:
     root = tmp_path_factory.getbasetemp() / "any-choice"
-    source = LatentSource.open(root if root.exists() else write_cache(root))
+    source = LatentCache.open(root if root.exists() else write_cache(root))
     mirror = np.array([bool(flips >> i & 1) for i in range(len(indices))])
     out = source.buffer(len(indices))
     source.read(np.array(indices), mirror, out)
@@ -72,7 +72,7 @@ def test_any_choice_of_samples_is_read_in_its_order(
 
 
 def test_a_subset_keeps_rows_labels_and_names_together(cache: Path) -> None:
-    source = LatentSource.open(cache)
+    source = LatentCache.open(cache)
     chosen = source.subset(np.array([9, 2])).subset(np.array([1, 0]))
     assert len(chosen) == 2 and chosen.labels.tolist() == source.labels[[2, 9]].tolist()
     assert chosen.name(1) == source.name(9) and chosen.name(1).endswith("00002.safetensors: row 1")
@@ -83,7 +83,7 @@ def test_a_subset_keeps_rows_labels_and_names_together(cache: Path) -> None:
 def test_means_are_scaled_latents_of_the_image_itself(cache: Path) -> None:
     moments, _ = make_moments(make_encoding())
     expected = (torch.from_numpy(moments[[3, 8], 0, 0]) - 0.25) * 0.5
-    assert torch.equal(LatentSource.open(cache).means(np.array([3, 8])), expected)
+    assert torch.equal(LatentCache.open(cache).means(np.array([3, 8])), expected)
 
 
 def test_the_shards_are_plain_safetensors(cache: Path) -> None:
@@ -97,11 +97,11 @@ def test_writing_the_same_shard_twice_gives_the_same_bytes(tmp_path: Path) -> No
     both = [write_cache(tmp_path / name) for name in ("a", "b")]
     for name in ("shards/00000.safetensors", "shards/00000.json", MANIFEST):
         assert (both[0] / name).read_bytes() == (both[1] / name).read_bytes()
-    assert LatentSource.open(both[0]).fingerprint() == LatentSource.open(both[1]).fingerprint()
+    assert LatentCache.open(both[0]).fingerprint() == LatentCache.open(both[1]).fingerprint()
 
 
 def test_other_contents_have_another_fingerprint(tmp_path: Path) -> None:
-    a, b = (LatentSource.open(write_cache(tmp_path / str(seed), seed=seed)) for seed in (0, 1))
+    a, b = (LatentCache.open(write_cache(tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     assert a.fingerprint() != b.fingerprint()
 
 
@@ -171,7 +171,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty shard": (lambda root: (root / "shards/00001.safetensors").write_bytes(b""), "not the shard of its manifest"),
     "other shape": (
         lambda root: edit_manifest(root, lambda m: m["encoding"].update(latent_channels=3)),
-        r"moments is F32 \[4, 2, 2, 4, 4, 4\], not F32 \[4, 2, 2, 3, 4, 4\]",
+        r"moments is float32 \[4, 2, 2, 4, 4, 4\], not float32 \[4, 2, 2, 3, 4, 4\]",
     ),
     "labels outside": (
         lambda root: edit_manifest(root, lambda m: m["encoding"].update(classes=["ant"])),
@@ -185,13 +185,13 @@ def test_a_damaged_cache_is_one_line(cache: Path, damage: str) -> None:
     break_it, message = DAMAGES[damage]
     break_it(cache)
     with pytest.raises(UserError, match=message) as caught:
-        LatentSource.open(cache)
+        LatentCache.open(cache)
     assert "\n" not in str(caught.value) and str(cache) in str(caught.value)
 
 
 def test_a_missing_folder_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such folder; encode the images first \(encode.py\)"):
-        LatentSource.open(tmp_path / "nothing")
+        LatentCache.open(tmp_path / "nothing")
 
 
 ANEW = "delete it and encode again, it alone is made anew"
@@ -205,10 +205,10 @@ def flip_a_bit(path: Path) -> None:
 
 def test_a_flipped_bit_is_found_by_its_hash(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SADM_CACHE", str(tmp_path / "remembered"))
-    assert check_shards(LatentSource.open(cache), threads=2) == []
+    assert check_shards(LatentCache.open(cache), threads=2) == []
     flip_a_bit(cache / "shards/00001.safetensors")
     calls: list[tuple[int, int]] = []
-    problems = check_shards(LatentSource.open(cache), threads=2, progress=lambda *done: calls.append(done))
+    problems = check_shards(LatentCache.open(cache), threads=2, progress=lambda *done: calls.append(done))
     assert problems == [f"{cache / 'shards/00001.safetensors'}: does not match its hash in manifest.json; {ANEW}"]
     assert calls == [(1, 3), (2, 3), (3, 3)]
 
@@ -222,7 +222,7 @@ def test_values_that_are_not_finite_are_found_though_their_hash_is_right(
     moments[6, 1, 0, 3, 2, 1] = np.inf
     moments[7, 0, 1, 0, 0, 0] = np.nan
     root = write_cache(tmp_path / "cache", encoding, moments=moments)
-    source = LatentSource.open(root)
+    source = LatentCache.open(root)
     for _ in range(2):  # a second time as well: only what is whole is remembered
         (problem,) = checked_shards(source, threads=1)
         assert problem.startswith(
@@ -239,7 +239,7 @@ def test_a_clean_check_is_remembered_until_a_file_changes(
 
     def problems() -> list[str]:
         read.clear()
-        return checked_shards(LatentSource.open(cache), threads=1, progress=lambda *done: read.append(done))
+        return checked_shards(LatentCache.open(cache), threads=1, progress=lambda *done: read.append(done))
 
     assert problems() == [] and len(read) == 3
     assert problems() == [] and read == []
