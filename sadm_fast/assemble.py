@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from hashlib import sha256
@@ -17,7 +17,8 @@ from sadm_fast.data.source import Source
 from sadm_fast.ema import EMA
 from sadm_fast.engine.masters import Fragment, named, owned, trainable_shapes
 from sadm_fast.engine.players import Players, samples_compared, samples_per_step
-from sadm_fast.exchange.starting import start_from_weights
+from sadm_fast.exchange.reading import STARTING
+from sadm_fast.exchange.starting import start_from_weights, starting_facts
 from sadm_fast.files import write_json
 from sadm_fast.gallery import Gallery, grid_classes, real_grid
 from sadm_fast.metrics.judges import ClassifierJudge
@@ -59,11 +60,15 @@ def assemble(
     """
     rank, device = place.rank, place.device
     num_classes = resolve_classes(config, source)
-    identity = _identity(config, source, place.world_size, num_classes, own)
+    difffit = config.denoiser.train == "difffit"
+    starting = starting_facts(config) if difffit else {}
+    identity = _identity(config, source, place.world_size, num_classes, own, starting)
     # A checkpoint that does not belong here is found before any training.
     remedies = {
         "data": f"is not what it was: {data_changes(folder.facts, source)}; bring the old one back, or start another"
         f" run (--run-dir) with it, from these weights if you like (--set denoiser.weights=.../{EMA_FILE})",
+        "starting_weights": f"are not those of denoiser.weights={config.denoiser.weights} any more; bring the file"
+        " back, or start another run (--run-dir)",
         "networks": "has other weights than the denoiser and Psi that are given now; give the same, or start another"
         " run (run_dir)",
     }
@@ -92,13 +97,15 @@ def assemble(
         evaluation = RunEvaluation(config, source, judges, source.filled, device, autoencoder=autoencoder)
     with nullcontext() if found is None else Undrawn():
         denoiser = build_denoiser(config, num_classes, own)
-    if found is None:
-        start_from_weights(config, denoiser)
+    if found is None or difffit:  # a checkpoint of DiffFit's lacks what is frozen
+        start_from_weights(config, denoiser, source.classes if found is None else None)
+    fixed = {name: p.detach().clone() for name, p in denoiser.named_parameters() if not p.requires_grad}
     # fp32 networks to look through, only where somebody looks: rank 0 draws, all ranks evaluate.
     viewer: Denoiser | None = None
     if rank == 0 or evaluation is not None:
         with Undrawn():
             viewer = build_denoiser(config, num_classes, own).to(device).eval().requires_grad_(False)
+            viewer.load_state_dict(fixed, strict=False)  # the rest is loaded whenever somebody looks
     psi_viewer: StructureEncoder | None = None
     shapes = {"denoiser": trainable_shapes(denoiser)}
     if psi is not None:
@@ -107,7 +114,6 @@ def assemble(
         psi.train()
         shapes["discriminator"] = trainable_shapes(psi)
 
-    fixed = {name: p.detach().clone() for name, p in denoiser.named_parameters() if not p.requires_grad}
     with Watchdog(config.train.patience, rank, "starting the engines"):
         see = None
         if psi is not None and config.structure_encoder.input == "pixels":
@@ -127,7 +133,8 @@ def assemble(
             {name: partial(_average, ema) for name, ema in emas.items()},
             shapes["denoiser"],
             identity=identity,
-            fixed=fixed,
+            fixed=None if difffit else fixed,
+            metadata=starting,
             queue=players.queue,
             keep_last=config.train.keep_last,
             keep_every=config.train.keep_every,
@@ -185,9 +192,11 @@ def _snapshots(config: Config, folder: RunFolder, files: Sequence[str]) -> Snaps
     return Snapshots(folder.snapshots, every, kept)
 
 
-def _identity(config: Config, source: Source, world_size: int, num_classes: int, own: Own) -> dict[str, Any]:
+def _identity(
+    config: Config, source: Source, world_size: int, num_classes: int, own: Own, starting: Mapping[str, str]
+) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued here; JSON values."""
-    given = {}
+    given = {"starting_weights": starting[STARTING[-1]]} if starting else {}
     if own != NONE:
         shapes = [
             {} if player is None else trainable_shapes(player) for player in meta_models(config, num_classes, own)

@@ -74,7 +74,7 @@ def build_denoiser(config: Config, num_classes: int, own: Own = NONE) -> Denoise
             seed=config.seed,
             **common,
         )
-    common["position_grid"] = denoiser.position_grid
+    common |= {"position_grid": denoiser.position_grid, "difffit": denoiser.train == "difffit"}
     if denoiser.name is not None:
         return DiT.from_name(denoiser.name, **common)
     return DiT(

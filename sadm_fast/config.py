@@ -144,7 +144,7 @@ class FlowConfig(Block):
 DENOISER_SIZES = ("patch_size", "hidden_size", "depth", "num_heads")  # given in numbers or by a name
 # What has a say in one architecture only.
 _OWN_FIELDS = {
-    "dit": ("name", "patch_size", "hidden_size", "num_heads", "position_grid"),
+    "dit": ("name", "patch_size", "hidden_size", "num_heads", "train", "label_map", "position_grid"),
     "unet": ("channels", "channel_multipliers", "attention_resolutions", "dropout", "augment", "conditional"),
 }
 
@@ -182,6 +182,11 @@ class DenoiserConfig(Block):
     conditional: bool = Field(True, description="unet: false: the network is told no labels, and has no null class")
     num_classes: int | None = Field(None, ge=1, le=2**24, description="null: the number of classes in the data")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by the null class")
+    train: Literal["all", "difffit"] = Field(
+        "all",
+        description="what of the network is trained; difffit: biases, the label table and inserted scale factors, all"
+        " else stays as in `weights`, and checkpoints hold only what is trained",
+    )
     weights: FilePath | None = Field(
         None,
         description="what to start from, for fine-tuning: safetensors or .pt with DiT's names, as DiT and SiT publish"
@@ -190,6 +195,11 @@ class DenoiserConfig(Block):
     )
     weights_entry: Literal["ema", "model"] = Field(
         "ema", description="what to take of a train.py's .pt: the averaged weights, or those of its last step"
+    )
+    label_map: FilePath | None = Field(
+        None,
+        description="which row of the weights' label table a class starts from; names: that of its name, among the"
+        " classes of a run or a pipeline; or a JSON file {class here: its number there}; the others start anew",
     )
     position_grid: int | None = Field(
         None,
@@ -207,6 +217,9 @@ class DenoiserConfig(Block):
             given = [field for field in fields if field in self.model_fields_set]
             if given and self.architecture not in (architecture, "own"):
                 raise ValueError(f"{given[0]}: is for architecture={architecture}, here it is {self.architecture}")
+        for field in ("train", "label_map"):
+            if getattr(self, field) not in ("all", None) and self.weights is None:
+                raise ValueError(f"{field}={getattr(self, field)}: is for fine-tuning; needs weights")
         if self.architecture == "unet":
             norm_groups(self.channels)
             if not self.conditional and self.label_dropout:
@@ -598,7 +611,9 @@ class Config(Block):
 
     def fingerprint(self) -> str:
         """sha256 over the fields that must stay the same when a run is resumed."""
-        return _digest(without_later(without(self.resolved(), CHANGEABLE)))
+        # DiffFit needs its starting weights again, wherever they are by then; they are known by their hash.
+        moved = ("denoiser.weights",) if self.denoiser.train == "difffit" else ()
+        return _digest(without_later(without(self.resolved(), (*CHANGEABLE, *moved))))
 
     def first_fingerprint(self) -> str:
         """The fingerprint as the first versions wrote it into checkpoints: with the learning rates."""

@@ -30,9 +30,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="diffusers: the steps of DDIM at which it draws the same latents without a change to its code; 0: the"
         f" weights as they are, for any steps, and the line of code is in the model card (default: {_STEPS})",
     )  # fmt: skip
+    parser.add_argument(
+        "--apart", action="store_true",
+        help="safetensors, of a run with denoiser.train=difffit: only what it has trained, to go with the weights that"
+        " it started from; without, both are merged into the network of any other run",
+    )  # fmt: skip
     parser.add_argument("--autoencoder", help="diffusers: folder or hub id (default: where the run had it)")
     arguments = parser.parse_args(argv)
     parser.check_model(arguments)
+    if arguments.apart and (arguments.to != "safetensors" or arguments.run is None):
+        parser.error("--apart: is for a run, and --to safetensors")
     return arguments
 
 
@@ -47,16 +54,24 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from sadm_fast.config import load_config
     from sadm_fast.console import Console
+    from sadm_fast.errors import UserError
     from sadm_fast.exchange.card import scores_at
+    from sadm_fast.exchange.starting import starting_facts
     from sadm_fast.exchange.writing import check_export, export
-    from sadm_fast.generation import load_alone, load_trained, sampling_facts
+    from sadm_fast.generation import load_alone, load_trained, merged, sampling_facts
     from sadm_fast.run.facts import commit, versions
     from sadm_fast.run.folder import RunFolder
 
     console, device = Console(), torch.device("cpu")
-    scores = None
+    scores = apart = None
     if arguments.weights is None:
         trained = load_trained(arguments.run, device, console.complain, arguments.overrides, arguments.ema)
+        if arguments.apart and trained.config.denoiser.train != "difffit":
+            raise UserError(f"--apart: {arguments.run} has trained the whole network; leave it out")
+        if arguments.apart:
+            apart = starting_facts(trained.config)
+        else:
+            trained = merged(trained)
         if arguments.ema is None:  # the average that the run evaluates
             scores = scores_at(RunFolder(trained.checkpoint.parent.parent).evaluations, trained.step)
     else:
@@ -82,6 +97,7 @@ def _export(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         scores=scores,
         record=record,
+        apart=apart,
     )
     console.say(str(arguments.out))
     return 0

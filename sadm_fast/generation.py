@@ -19,11 +19,12 @@ from sadm_fast.diffusion import guided, sample
 from sadm_fast.diffusion.process import Steps
 from sadm_fast.diffusion.samplers import sampler_name
 from sadm_fast.errors import UserError
-from sadm_fast.exchange.reading import find_weights
-from sadm_fast.exchange.starting import classes_of_weights, start_from_weights
+from sadm_fast.exchange.reading import STARTING, find_weights
+from sadm_fast.exchange.starting import classes_of_weights, start_from_weights, starting_facts
 from sadm_fast.files import parse_json
 from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.models.dit import without_gammas
 from sadm_fast.precision import allow_tf32
 from sadm_fast.run import checkpoint
 from sadm_fast.run.folder import RunFolder
@@ -112,7 +113,7 @@ def load_trained(
 
     Args:
         run: the run's folder, or that of one of its checkpoints.
-        overrides: as --set, of `seed` and `sampling` only.
+        overrides: as --set, of `seed` and `sampling` only, and for DiffFit of `denoiser.weights`, which may have moved.
         ema: which average: the label of one that the run keeps, or a number, the relative width of a power-function
             average, which is made of the run's snapshots if the checkpoint does not hold it. None: train.ema.
         own: the denoiser of a run whose caller gave it.
@@ -124,8 +125,9 @@ def load_trained(
     folder = RunFolder(run.parent.parent if asked else run)
     try:
         raw = parse_json(folder.config.read_bytes())
+        moved = ("denoiser.weights=",) if check_config(raw).denoiser.train == "difffit" else ()
         for text in overrides:
-            if not text.startswith(("sampling.", "seed=")):
+            if not text.startswith(("sampling.", "seed=", *moved)):
                 raise UserError(f"--set {text}: of a trained run only sampling.* can be changed")
             override(raw, text)
         config = check_config(raw)
@@ -140,6 +142,8 @@ def load_trained(
     with Undrawn():
         model = build_denoiser(config, config.denoiser.num_classes or len(classes), own)
     model = model.to(device).eval().requires_grad_(False)
+    if config.denoiser.train == "difffit":
+        _start_again(config, found, model)
     space = found.manifest.latent_space
     state, digest, profile = _average(config, folder, found, ema)
     try:
@@ -150,6 +154,33 @@ def load_trained(
         raise UserError(f"{found.folder}: does not fit the run's config.json ({error})") from None
     filled = [label for label in range(len(classes)) if label not in empty]
     return Trained(config, classes, filled, model, found.manifest.step, space, found.folder, digest, profile)
+
+
+def _start_again(config: Config, found: checkpoint.Found, model: Denoiser) -> None:
+    """Load what DiffFit has left as it was; UserError if the starting weights are gone, or others."""
+    if starting_facts(config)[STARTING[-1]] != found.manifest.starting_weights:
+        raise UserError(
+            f"denoiser.weights={config.denoiser.weights}: is not what {found.folder} was trained on; its sha256 is"
+            f" {found.manifest.starting_weights}: give that file (--set denoiser.weights=...)"
+        )
+    start_from_weights(config, model)
+
+
+def merged(trained: Trained) -> Trained:
+    """The same network without DiffFit's scale factors, to rounding: a plain one, and its configuration."""
+    if trained.config.denoiser.train != "difffit":
+        return trained
+    config = _plain(trained.config)
+    with Undrawn():
+        model = build_denoiser(config, trained.model.num_classes)
+    model.load_state_dict(without_gammas(trained.model.state_dict()))
+    return trained._replace(config=config, model=model.eval().requires_grad_(False))
+
+
+def _plain(config: Config) -> Config:
+    """The configuration of a whole denoiser, however it was trained."""
+    denoiser = config.denoiser.model_copy(update={"train": "all", "label_map": None})
+    return config.model_copy(update={"denoiser": denoiser})
 
 
 def _average(
@@ -198,13 +229,15 @@ def load_alone(config: Config, device: torch.device) -> Trained:
     Raises:
         UserError: as exchange.starting, or their label table is for another number of classes than asked for.
     """
-    assert config.denoiser.weights is not None
+    path = config.denoiser.weights
+    assert path is not None
+    config = _plain(config)
     classes = classes_of_weights(config)
     with Undrawn():
         model = build_denoiser(config, classes)
     start_from_weights(config, model)
     model = model.to(device).eval().requires_grad_(False)
-    names, file = [str(label) for label in range(classes)], find_weights("denoiser.weights", config.denoiser.weights)
+    names, file = [str(label) for label in range(classes)], find_weights("denoiser.weights", path)
     return Trained(config, names, list(range(classes)), model, None, None, file, checkpoint.sha256(file), None)
 
 

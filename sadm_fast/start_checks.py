@@ -5,7 +5,7 @@ Each check raises a UserError that names the field or folder and says what to do
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ def check_start(
 ) -> None:
     """Check everything that does not depend on the device; the run's folder itself has been checked before."""
     check_own(config, num_classes, own)
-    check_weights(config, num_classes, own)
+    check_weights(config, num_classes, own, source.classes)
     check_optimizers(config)
     check_compilation(config)
     check_loggers(config.logging)
@@ -84,10 +84,13 @@ def check_own(config: Config, num_classes: int, own: Own) -> None:
                 raise UserError(f"{name}.forward: makes {list(found)} of {asked}; must be {list(wanted)}")
 
 
-def check_weights(config: Config, num_classes: int, own: Own = NONE) -> None:
-    """Check names and shapes in every file of weights that the run starts from, by the files' headers."""
+def check_weights(config: Config, num_classes: int, own: Own = NONE, classes: Sequence[str] | None = None) -> None:
+    """Check names and shapes in every file of weights that the run starts from, by the files' headers.
+
+    classes: names of the data's classes; None: not known yet.
+    """
     denoiser, psi = meta_models(config, num_classes, own)
-    check_denoiser_weights(config, denoiser)
+    check_denoiser_weights(config, denoiser, classes)
     if psi is not None:
         check_psi_weights(config, psi)
 

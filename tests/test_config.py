@@ -141,6 +141,12 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
         ({"name": "../up"}, 'name="../up": string should match pattern'),
         ({"name": ""}, 'name="": string should match pattern'),
         ({"denoiser": {"label_dropout": 1.0}}, "denoiser.label_dropout=1.0: input should be less than 1"),
+        ({"denoiser": {"train": "difffit"}}, "denoiser.train=difffit: is for fine-tuning; needs weights"),
+        ({"denoiser": {"label_map": "names"}}, "denoiser.label_map=names: is for fine-tuning; needs weights"),
+        (
+            {"denoiser": {"architecture": "unet", "train": "difffit", "weights": "x", "label_dropout": 0.0}},
+            "denoiser.train: is for architecture=dit, here it is unet",
+        ),
         ({"denoiser": {"name": "DiT-M/2"}}, "denoiser.name='DiT-M/2': must be one of DiT-S/2, DiT-S/4"),
         (
             {"denoiser": {"name": "DiT-S/4", "depth": 3, "patch_size": 4}},
@@ -558,7 +564,7 @@ def test_the_fingerprint_ignores_what_may_change_on_resume_and_nothing_else(bloc
     alone = {"diffusion.process", "train.ema.profile", "denoiser.name", "latents", "data.source", "evaluate.every"}
     alone |= {"train.ema_snapshot_every", "game.stage", "game.block", "game.look_at"}  # depend on another field
     alone |= {"structure_encoder.input", "data.shape"}  # pixels need latents and weights; a shape is of data.source=own
-    alone |= {"denoiser.architecture"}
+    alone |= {"denoiser.architecture", "denoiser.train", "denoiser.label_map"}  # fine-tuning needs weights
     alone |= {"evaluate.ema", "evaluate.judges"}  # lists of names
     alone |= {f"sampling.{setting}" for setting in SamplingConfig.model_fields}  # most fit one sampler only
     assert set(flatten(resolved)) - seen <= alone
@@ -574,6 +580,17 @@ def test_the_fingerprint_of_the_first_versions_holds_the_learning_rates_too() ->
 def test_processes_profiles_and_names_have_their_own_fingerprints() -> None:
     different = [*BASES, {"denoiser": {"name": "DiT-S/2"}}, {"train": {"ema": {"profile": "exponential"}}}]
     assert len({config(**blocks).fingerprint() for blocks in different}) == len(different)
+
+
+def test_the_weights_under_difffit_may_have_moved() -> None:
+    runs = [
+        config(denoiser={"weights": path, "train": train, "label_map": rows}).fingerprint()
+        for path, train, rows in (
+            ("a", "difffit", None), ("b", "difffit", None), ("a", "all", None), ("b", "all", None),
+            ("a", "difffit", "names"),
+        )
+    ]  # fmt: skip
+    assert runs[0] == runs[1] and len(set(runs)) == 4
 
 
 def test_how_long_how_often_and_how_parallel_may_change_on_resume() -> None:

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sadm_fast import encode
 from sadm_fast.build import build_denoiser, build_psi, resolve_classes
 from sadm_fast.config import Config, load_config
 from sadm_fast.config_training import ExponentialEMA
@@ -19,11 +20,19 @@ from sadm_fast.console import Console
 from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.source import ImageSource
 from sadm_fast.feed import load_samples, open_data, open_images_to_encode
+from sadm_fast.generation import load_trained
 from tests.data.loaders import open_feed
+from tests.support.autoencoders import save_autoencoder
 from tests.support.programs import train_here
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json") if path.stem != "schema")
+FILES = {
+    path.stem: path
+    for folder in (ROOT / "configs", ROOT / "configs/finetune")
+    for path in sorted(folder.glob("*.json"))
+    if path.stem != "schema"
+}
+CONFIGS = sorted(FILES)
 
 
 class Layout(NamedTuple):
@@ -86,6 +95,12 @@ LAYOUTS = {
     "stanford_cars": _folder("stanford_cars", "001/00198.jpg", "196/08144.jpg", size=(600, 400), classes=196),
     "mnist": Layout("demo:mnist5k", ("0/0000.png", "9/4999.png"), (28, 28), 10),
 }
+FINETUNED = (
+    "flowers102", "cub200", "food101", "sun397", "dfungi20m", "caltech101", "artbench10", "stanford_cars",
+)  # fmt: skip
+WAYS = ("finetune", "finetune_difffit")
+for _name in FINETUNED:
+    LAYOUTS |= dict.fromkeys([f"{_name}_{way}" for way in WAYS], LAYOUTS.pop(_name))
 
 
 def _write_stand_in(layout: Layout, folder: Path) -> Path:
@@ -103,7 +118,7 @@ def _write_stand_in(layout: Layout, folder: Path) -> Path:
 
 def _load(name: str, images: Path) -> Config:
     """The configuration, its images at `images`, on a machine with two cores."""
-    file = ROOT / f"configs/{name}.json"
+    file = FILES[name]
     path = "latents.images" if "latents" in json.loads(file.read_text()) else "data.path"
     return load_config(file, [f"{path}={images}", "data.threads=1", "data.loader=torch"])
 
@@ -127,7 +142,7 @@ def test_every_configuration_has_a_layout() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_configuration_points_to_the_documented_place(name: str) -> None:
-    config = load_config(ROOT / f"configs/{name}.json")
+    config = load_config(FILES[name])
     assert config.name == name
     images = config.data.path if config.latents is None else config.latents.images
     assert images == LAYOUTS[name].root
@@ -149,7 +164,7 @@ def test_the_stand_in_is_listed_checked_and_cropped(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["imagenet256", "imagenet512", "cifar10", "celeba64"])
 def test_the_denoiser_fits_the_samples(name: str) -> None:
-    config = load_config(ROOT / f"configs/{name}.json")
+    config = load_config(FILES[name])
     classes = LAYOUTS[name].classes
     with torch.device("meta"):
         denoiser = build_denoiser(config, classes)
@@ -177,7 +192,7 @@ def _documentation() -> str:
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mnist"])
 def test_the_dataset_is_documented_as_its_layout_says(name: str) -> None:
     layout, text = LAYOUTS[name], _documentation()
-    assert f"configs/{name}.json" in text
+    assert f"`{FILES[name].relative_to(ROOT)}`" in text
     example = f"{layout.root}/{layout.files[0]}"
     assert example in text
     line = next(line for line in text.splitlines() if example in line)
@@ -224,6 +239,17 @@ def test_the_cifar_block_turns_the_binary_version_into_both_folders(
                 np.testing.assert_array_equal(np.asarray(image).transpose(2, 0, 1), pixels[part, number])
 
 
+def _set(changes: dict[str, Any]) -> list[str]:
+    return [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+
+
+def _planned_and_trained(name: str, run: Path, changes: dict[str, Any]) -> None:
+    command = ["--config", str(FILES[name]), "--run-dir", str(run), *_set(changes)]
+    train_here(*command, "--dry-run")
+    with mock.patch("sadm_fast.trainer.write_report"):  # its pictures would take most of the time
+        train_here(*command)
+
+
 # What makes it seconds instead of days: narrower, shorter, fewer.
 NARROWER = {
     "denoiser.channels": 8, "denoiser.depth": 1, "structure_encoder.architecture": "cnn", "train.micro_batch": 2,
@@ -234,7 +260,7 @@ U_NETS = ("cifar10", "cifar10_unconditional", "celeba64", "ffhq64")
 
 @pytest.mark.parametrize("name", U_NETS)
 def test_pixels_have_edms_network_and_settings(name: str) -> None:
-    config = load_config(ROOT / f"configs/{name}.json")
+    config = load_config(FILES[name])
     denoiser, optimizer, ranks = config.denoiser, config.denoiser_optimizer, 8
     assert denoiser.architecture == "unet" and not config.data.flip  # its augmentation mirrors
     assert denoiser.conditional == (name == "cifar10") and denoiser.label_dropout == 0.0
@@ -264,12 +290,79 @@ def test_u_nets_train_two_steps_on_the_stand_ins(names: tuple[str, ...], tmp_pat
         narrow = config.structure_encoder.model_copy(update={"architecture": "cnn"})
         save_file(build_psi(config.model_copy(update={"structure_encoder": narrow})).state_dict(), psi)
         changes = {**NARROWER, "structure_encoder.weights": psi, "data.path": images, "data.threads": 1}
-        overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
         run = tmp_path / f"run-{name}"
-        with mock.patch("sadm_fast.trainer.write_report"):  # its pictures would take most of the time
-            train_here("--config", str(ROOT / f"configs/{name}.json"), "--run-dir", str(run), *overrides)
+        _planned_and_trained(name, run, changes)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert lines[-1]["step"] == 2 and lines[-1]["skipped_steps"] == 0 and lines[-1]["structure_distance"] > 0
         average = load_file(run / "checkpoints/step-000002/ema.safetensors")
         assert ("label_embedding.weight" in average) == (name == "cifar10")
         assert "augment_embedding.weight" in average
+
+
+# Fine-tuning
+
+
+def test_every_set_is_fine_tuned_in_both_ways_with_the_same_settings() -> None:
+    for name in FINETUNED:
+        full, difffit = (load_config(FILES[f"{name}_{way}"]) for way in WAYS)
+        assert full.denoiser.name == "DiT-XL/2" and full.denoiser.weights == "weights/DiT-XL-2-256x256.pt"
+        assert full.denoiser_optimizer.lr == 1e-4 and difffit.denoiser_optimizer.lr == 1e-3
+        denoiser = full.denoiser.model_copy(update={"train": "difffit"})
+        optimizer = full.denoiser_optimizer.model_copy(update={"lr": 1e-3})
+        update = {"name": difffit.name, "denoiser": denoiser, "denoiser_optimizer": optimizer}
+        assert full.model_copy(update=update) == difffit
+
+
+SHORTER = {
+    "data.resolution": 64, "data.threads": 1, "denoiser.name": "null", "denoiser.patch_size": 2,
+    "denoiser.hidden_size": 32, "denoiser.depth": 1, "denoiser.num_heads": 2, "structure_encoder.architecture": "cnn",
+    "train.micro_batch": 2, "train.steps": 2, "game.start_step": 1, "sampling.steps": 1, "sampling.columns": 1,
+    "sampling.rows": 1, "latents.batch": 4,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names", [FINETUNED[:1], pytest.param(FINETUNED[1:], marks=pytest.mark.soak)], ids=["flowers102", "the others"]
+)
+def test_fine_tuning_takes_two_steps_on_the_stand_ins_and_goes_on(names: tuple[str, ...], tmp_path: Path) -> None:
+    autoencoder = save_autoencoder(
+        tmp_path / "vae",
+        block_out_channels=(4, 4, 4, 4),
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    changes: dict[str, Any] = SHORTER | {"latents.autoencoder": autoencoder}
+    for part in ("denoiser", "structure_encoder"):
+        changes[f"{part}.weights"] = tmp_path / f"{part}.safetensors"
+    narrow = load_config(FILES[f"{names[0]}_finetune"], _set(changes)[1::2])
+    started = build_denoiser(narrow, 5)
+    with torch.no_grad():
+        for parameter in started.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05 * parameter.requires_grad)
+    save_file(started.state_dict(), changes["denoiser.weights"])
+    save_file(build_psi(narrow).state_dict(), changes["structure_encoder.weights"])
+    for name in names:
+        own = changes | {
+            "latents.images": _write_stand_in(LAYOUTS[f"{name}_finetune"], tmp_path / name),
+            "data.path": tmp_path / name / "latents",
+        }
+        assert encode.main(["--config", str(FILES[f"{name}_finetune"]), *_set(own)]) == 0
+        for way, steps in zip(WAYS, (2, 3), strict=True):
+            run = tmp_path / f"{name}_{way}"
+            _planned_and_trained(run.name, run, own)
+            if steps == 3:
+                _planned_and_trained(run.name, run, own | {"train.steps": 3})
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            assert lines[-1]["step"] == steps and lines[-1]["skipped_steps"] == 0
+            assert lines[-1]["structure_distance"] > 0
+            average = load_file(run / f"checkpoints/step-00000{steps}/ema.safetensors")
+            assert len(average["y_embedder.embedding_table.weight"]) == LAYOUTS[run.name].classes + 1
+            frozen = {key for key in started.state_dict() if key.endswith("weight") and "table" not in key}
+            assert frozen <= average.keys() if way == "finetune" else not frozen & average.keys()
+        trained = load_trained(run, torch.device("cpu"), print)
+        kept = trained.model.state_dict()
+        assert all(torch.equal(kept[key], started.state_dict()[key]) for key in frozen)
+        assert all(torch.equal(kept[key], average[key]) for key in average)
+        assert not torch.equal(kept["blocks.0.mlp.gamma"], torch.ones(128))

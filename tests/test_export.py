@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sadm_fast import export, sample
 from sadm_fast.build import build_denoiser
 from sadm_fast.config import check_config, load_config
-from sadm_fast.generation import generate, load_alone
+from sadm_fast.engine.masters import Fragment, trainable_shapes
+from sadm_fast.errors import UserError
+from sadm_fast.exchange.reading import read_weights
+from sadm_fast.exchange.starting import starting_facts
+from sadm_fast.generation import generate, load_alone, load_trained
+from sadm_fast.run.checkpoint_writer import CheckpointWriter
+from sadm_fast.run.folder import RunFolder
+from sadm_fast.run.manifest import EMA_FILE
+from sadm_fast.run.state import TrainState
 from tests.support.autoencoders import save_autoencoder
 from tests.support.finished_run import finished_run
 
@@ -152,3 +161,78 @@ def test_a_run_is_exported_with_its_scores(tmp_path: Path, capsys: pytest.Captur
 def test_one_model_must_be_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert export.main([*arguments, "--to", "dit", "--out", "x"]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.fixture
+def difffit_run(tmp_path: Path) -> Path:
+    """The folder of a run that DiffFit has put on tmp_path/base.safetensors, of another number of classes."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "data": {"resolution": 8, "channels": 1},
+        "denoiser": {"hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 3},
+        "sampling": {"steps": 2},
+    }
+    base = build_denoiser(check_config(tree), 7)
+    tree["denoiser"] |= {"train": "difffit", "weights": str(tmp_path / "base.safetensors")}
+    config = check_config(tree)
+    tuned = build_denoiser(config, 3)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in [*base.parameters(), *tuned.parameters()]:
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(config)
+    folder.facts.write_text(json.dumps({"classes": ["a", "b", "c"]}))
+    average = [Fragment(n, 0, p.detach().flatten()) for n, p in tuned.named_parameters() if p.requires_grad]
+    starting = starting_facts(config)
+    writer = CheckpointWriter(
+        folder.checkpoints, {}, {EMA_FILE: lambda: average}, trainable_shapes(tuned), metadata=starting,
+        identity={"starting_weights": starting["starting_weights_sha256"]}, keep_last=1, say=print,
+    )  # fmt: skip
+    writer.save(TrainState(step=10, ema_updates=10))
+    writer.finish()
+    writer.close()
+    return folder.path
+
+
+def of_weights(folder: Path, name: str) -> Tensor:
+    """Samples of exported weights."""
+    config = load_config(folder / "sadm_fast.json", [f"denoiser.weights={folder / name}"])
+    return load_alone(config, CPU).sample([0, 1, 2])
+
+
+def test_what_difffit_has_trained_is_exported_merged_or_apart(difffit_run: Path, tmp_path: Path) -> None:
+    wanted = load_trained(difffit_run, CPU, print).sample([0, 1, 2])
+    for options, form in (([], "safetensors"), ([], "dit"), (["--apart"], "safetensors")):
+        out = tmp_path / "-".join(["out", form, *options])
+        assert export.main([str(difffit_run), "--to", form, *options, "--out", str(out)]) == 0
+        name = "model.pt" if form == "dit" else "model.safetensors"
+        # Samples of order 1 through two blocks, whose weights were rounded once more, in fp32.
+        torch.testing.assert_close(of_weights(out, name), wanted, rtol=1e-4, atol=1e-4)
+        state = {} if form == "dit" else load_file(out / name)
+        frozen = [name for name in state if name.endswith("weight") and "table" not in name]
+        assert bool(frozen) == (form == "safetensors" and not options)
+    # A run's folder is weights to start from, too: merged.
+    there, merged = read_weights("x", difffit_run), load_file(tmp_path / "out-safetensors/model.safetensors")
+    assert all(torch.equal(there[name], value) for name, value in merged.items())
+    assert export.main([str(finished_run(tmp_path / "x")), "--to", "safetensors", "--apart", "--out", "y"]) == 2
+
+
+def test_starting_weights_that_are_gone_or_others_are_named(difffit_run: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base.safetensors"
+    moved = base.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(UserError, match=f"^denoiser.weights={base}: there is no such file"):
+        load_trained(difffit_run, CPU, print)
+    with pytest.raises(UserError, match="DiffFit trained it on .*base.safetensors, which is not there; put it there"):
+        read_weights("x", difffit_run)
+    load_trained(difffit_run, CPU, print, [f"denoiser.weights={moved}"])
+    save_file({name: value + 1 for name, value in load_file(moved).items()}, base)
+    with pytest.raises(UserError, match="base.safetensors: is not what .*step-000010 was trained on; its sha256 is"):
+        load_trained(difffit_run, CPU, print)
+    with pytest.raises(UserError, match="DiffFit trained it on other weights than .*base.safetensors holds now"):
+        read_weights("x", difffit_run)
+    beside = load_trained(difffit_run, CPU, print, [f"denoiser.weights={moved}"]).checkpoint / base.name
+    base.unlink()
+    moved.rename(beside)
+    assert "blocks.0.mlp.fc1.weight" in read_weights("x", difffit_run)

@@ -135,6 +135,14 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_named(tmp_path: Path, m
         check_start(asked, ENOUGH, 10, RunFolder(tmp_path), 1)
 
 
+def test_a_checkpoint_of_difffits_holds_what_is_trained() -> None:
+    asked = config(denoiser={"train": "difffit", "weights": "x"}, game={"mode": "plain"})
+    denoiser, _ = meta_models(asked, 10)
+    trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    # Masters, both moments, the average: fp32.
+    assert checkpoint_bytes(asked, players(asked, denoiser, None), 8) == 4 * 4 * trained
+
+
 @pytest.mark.parametrize(
     ("train", "count"),
     [

@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sadm_fast.errors import UserError
 from sadm_fast.exchange.diffusers import TRANSFORMER, WEIGHTS, from_diffusers, is_diffusers, transformer_folder
-from sadm_fast.files import expand_home
+from sadm_fast.files import expand_home, parse_json
+from sadm_fast.models.dit import without_gammas
+from sadm_fast.run.checkpoint import sha256
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.manifest import EMA_FILE, completed
+
+# What a safetensors file of DiffFit's trained parameters says in its header of the weights that it belongs to.
+STARTING = ("starting_weights", "starting_weights_entry", "starting_weights_sha256")
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _SAFETENSORS_HEADER = 8  # bytes before the brace that opens its JSON
@@ -57,7 +62,8 @@ def find_weights(key: str, path: str | Path) -> Path:
 def read_weights(key: str, path: str | Path, entry: str = "ema") -> dict[str, Tensor]:
     """Read a file of weights (`find_weights`): tensors on the CPU by name, floating point, of any shapes.
 
-    A DiT of diffusers gets DiT's names.
+    A DiT of diffusers gets DiT's names. What DiffFit has trained is put on the weights that it started from, which must
+    be where its file says or beside it; scale factors are multiplied into their layers.
 
     entry: of a training program's .pt, {"model": ..., "ema": ..., "opt": ...} as DiT's and SiT's train.py write it.
 
@@ -76,10 +82,44 @@ def read_weights(key: str, path: str | Path, entry: str = "ema") -> dict[str, Te
         state = _state(content, entry)
         if is_diffusers(state):
             state = from_diffusers(state, file.parent)
+        if safetensors and (base := _starting_weights(file)) is not None:
+            state = without_gammas(read_weights(key, *base) | state)
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise UserError(f"{key}={path}: cannot be read as weights ({reason})") from None
     return state
+
+
+def _starting_weights(file: Path) -> tuple[Path, str] | None:
+    """The weights and entry that a file of DiffFit's trained parameters belongs to; None if it is no such file.
+
+    Raises:
+        ValueError: they are not there, or are others.
+    """
+    with safe_open(file, framework="pt") as opened:
+        said = opened.metadata() or {}
+    if not said.keys() >= set(STARTING):
+        return None
+    path, entry, digest = (said[name] for name in STARTING)
+    for place in (Path(expand_home(path)), file.parent / Path(path).name):
+        if place.exists():
+            if sha256(find_weights(STARTING[0], place)) != digest:
+                raise ValueError(f"DiffFit trained it on other weights than {place} holds now; sha256 {digest}")
+            return place, entry
+    raise ValueError(f"DiffFit trained it on {path}, which is not there; put it there or beside the file")
+
+
+def class_names(path: str | Path) -> list[str] | None:
+    """The names of the classes of weights, by number, where a run's folder or a diffusers pipeline's says them."""
+    folder = Path(expand_home(path))
+    try:
+        run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+        if RunFolder(run).facts.is_file():
+            return [str(name) for name in parse_json(RunFolder(run).facts.read_bytes())["classes"]]
+        names = parse_json((folder / "model_index.json").read_bytes())["id2label"]
+        return [str(names[str(label)]) for label in range(len(names))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def require_finite(key: str, path: str | Path, state: Mapping[str, Tensor]) -> None:

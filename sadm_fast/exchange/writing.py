@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sadm_fast.exchange.diffusers import PIPELINE_NULL_CLASS, fitted_steps, save
 from sadm_fast.files import write_json, write_text
 from sadm_fast.models import Denoiser, DiT
 from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.models.dit import difffit_trains
 
 FORMS = {"diffusers": "", "safetensors": "model.safetensors", "dit": "model.pt"}  # and the file of weights
 CONFIG_FILE = "sadm_fast.json"
@@ -64,8 +65,12 @@ def export(
     steps: int,
     scores: Any,
     record: dict[str, Any],
+    apart: Mapping[str, str] | None = None,
 ) -> None:
     """Write the folder `out`, which must be new or empty, as a whole; `check_export` has been asked before.
+
+    apart: only what DiffFit has trained, with these facts of the weights it belongs to (exchange.starting); form is
+        safetensors. None: everything.
 
     Raises:
         UserError: it holds something, cannot be written, or the autoencoder shifts its latents (diffusers).
@@ -85,8 +90,13 @@ def export(
             save_pipeline(folder, denoiser, autoencoder, classes, steps)
         else:
             state = {name: value.cpu().contiguous() for name, value in denoiser.state_dict().items()}
-            save: Callable[..., Any] = save_file if form == "safetensors" else torch.save
-            save(state, folder / file)
+            if form == "dit":
+                torch.save(state, folder / file)
+            elif apart is None:
+                save_file(state, folder / file)
+            else:
+                trained = {name: value for name, value in state.items() if difffit_trains(name)}
+                save_file(trained, folder / file, dict(apart))
         write_json(folder / CONFIG_FILE, tree)
         card = folder / "README.md"
         write_text(card, model_card(form, file, tree, steps, scores, record))

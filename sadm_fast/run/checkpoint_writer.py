@@ -54,6 +54,7 @@ class CheckpointWriter:
         shapes: full shapes of the averaged parameters.
         identity: what a loader must find equal (checkpoint.find).
         fixed: parameters that are not trained, written beside the averaged ones: the file is a whole state.
+        metadata: of the averages' files; says what they lack to be one.
         queue: of features, if there is one; rank 0 writes it.
         keep_last, keep_every: checkpoints that stay: the newest ones, and those at multiples of keep_every steps.
         snapshots: which averages stay without the rest of their checkpoint.
@@ -69,6 +70,7 @@ class CheckpointWriter:
         *,
         identity: Mapping[str, Any],
         fixed: Mapping[str, Tensor] | None = None,
+        metadata: Mapping[str, str] | None = None,
         queue: FeatureQueue | None = None,
         keep_last: int,
         keep_every: int | None = None,
@@ -77,7 +79,7 @@ class CheckpointWriter:
     ) -> None:
         self._checkpoints, self._engines, self._averages = checkpoints, engines, averages
         self._shapes, self._identity, self._queue = shapes, dict(identity), queue
-        self._fixed = dict(fixed or {})
+        self._fixed, self._metadata = dict(fixed or {}), dict(metadata or {})
         self._keep_last, self._keep_every, self._say = keep_last, keep_every, say
         self._snapshots = snapshots
         self._rank, self._world_size = rank_and_world_size()
@@ -242,7 +244,7 @@ class CheckpointWriter:
                 name: saved.read(_EMA, name, 0, torch.Size(shape).numel()).view(shape)
                 for name, shape in self._shapes.items()
             }
-        save_file(whole | self._fixed, folder / file)
+        save_file(whole | self._fixed, folder / file, self._metadata)
         for path in parts:
             del hashes[path.name]
             path.unlink()

@@ -44,6 +44,7 @@ class Manifest(BaseModel):
     configuration: str | None = Field(None, description="Config.fingerprint")
     data: str | None = Field(None, description="Source.fingerprint")
     latent_space: dict[str, Any] | None = None
+    starting_weights: Digest | None = Field(None, description="of the file, where only a part of them is trained")
     networks: Digest | None = Field(None, description="of the weights' names and shapes, if the caller gave a network")
     samples_per_step: int | None = Field(None, ge=1, description="over all ranks")
     samples_compared: int | None = Field(None, ge=1, description="that S looks at together")

@@ -63,7 +63,7 @@ _TRACES: dict[str, Trace] = {}
 def reference(case: Case, world_size: int, first: int = 0) -> Trace:
     """Plain autograd's answer to iterations `first` .. ITERATIONS-1; it knows neither stages nor implementations."""
     settings = [case.mode, case.clipping, case.game, case.precision, case.accumulation, case.depth, case.shown]
-    settings += [case.unet]
+    settings += [case.unet, case.difffit]
     settings += [world_size, first]
     key = json.dumps(settings)
     if key not in _TRACES:

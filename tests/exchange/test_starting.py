@@ -1,5 +1,6 @@
 """The weights that a configuration's networks start from."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def test_labels_of_another_number_of_classes_start_anew(tmp_path: Path) -> None:
     drawn = build_denoiser(check_config(CONFIG), CLASSES).state_dict()
     assert torch.equal(found[TABLE], drawn[TABLE])
     assert all((value == 0.5).all() for name, value in found.items() if name != TABLE)
+
+
+def test_values_that_are_not_drawn_yet_are_not_the_files(tmp_path: Path) -> None:
+    save_file(state(classes=3), tmp_path / "weights.safetensors")
+    config = changed(denoiser={"weights": str(tmp_path / "weights.safetensors")})
+    denoiser = build_denoiser(config, CLASSES)
+    torch.nn.init.constant_(denoiser.get_parameter(TABLE), torch.nan)
+    start_from_weights(config, denoiser)
+    assert (denoiser.get_parameter(BIAS) == 0.5).all()
 
 
 def test_what_is_fixed_may_be_absent(tmp_path: Path) -> None:
@@ -194,3 +204,71 @@ def test_a_vit_in_dinov2_s_layout_is_psi_with_the_sizes_of_its_weights(tmp_path:
     other = changed(structure_encoder=psi | {"depth": 3, "weights": str(tmp_path / "dinov2.pth")})
     with pytest.raises(UserError, match=r"does not fit ViT \(it lacks blocks.2.*a vit needs its own width, depth"):
         check_psi_weights(other, build_psi(other))
+
+
+def mapped(tmp_path: Path, label_map: Any, classes: list[str], there: str = "weights.safetensors") -> dict[str, Tensor]:
+    """The state of a denoiser of `classes` on weights of three, whose rows are their numbers."""
+    weights = state(classes=3)
+    weights[TABLE] = torch.arange(4.0)[:, None].expand(4, 32).contiguous()
+    (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, tmp_path / there)
+    given = {"weights": str(tmp_path / there.partition("/checkpoints")[0]), "label_map": label_map}
+    config = changed(denoiser=given)
+    with torch.device("meta"):
+        check_denoiser_weights(config, build_denoiser(config, len(classes)), classes)
+    denoiser = build_denoiser(config, len(classes))
+    start_from_weights(config, denoiser, classes)
+    return dict(denoiser.state_dict())
+
+
+def test_a_file_maps_classes_to_rows_of_the_label_table(tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text('{"owl": 2, "cat": 0}')
+    table = mapped(tmp_path, str(tmp_path / "map.json"), ["ant", "cat", "owl", "pig", "yak"])[TABLE]
+    drawn = build_denoiser(changed(), 5).state_dict()[TABLE]
+    assert (table[2] == 2).all() and (table[1] == 0).all() and (table[-1] == 3).all()  # the last: no class
+    assert torch.equal(table[[0, 3, 4]], drawn[[0, 3, 4]])
+
+
+@pytest.mark.parametrize("kind", ["run", "pipeline"])
+def test_classes_take_the_rows_of_their_names(tmp_path: Path, kind: str) -> None:
+    names = ["owl", "bee", "cat"]
+    folder = tmp_path / "from"
+    folder.mkdir()
+    there = "from/checkpoints/step-000001/ema.safetensors"
+    if kind == "run":
+        (folder / "run.json").write_text(json.dumps({"classes": names}))
+    else:
+        (folder / "model_index.json").write_text(json.dumps({"id2label": dict(enumerate(names))}))
+    (folder / "checkpoints/step-000001").mkdir(parents=True)
+    (folder / "checkpoints/step-000001/COMPLETE").write_text("")
+    table = mapped(tmp_path, "names", ["ant", "cat", "owl"], there)[TABLE]
+    assert table[:, 0].tolist()[1:] == [2.0, 0.0, 3.0]  # as many classes, but others
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[0, 1]", "must hold one JSON object, {class here: its number there}"),
+        ("{", "cannot be read ("),
+        ("{}", "names no class of the data; use null, and all start anew"),
+        ('{"dog": 1}', "dog is no class of the data, which begin with ant, cat"),
+        ('{"cat": 3}', "cat is 3; must be a number from 0 to 2"),
+        ('{"cat": "bee"}', 'cat is "bee"; must be a number from 0 to 2'),
+        (None, "names no classes (a run or a pipeline does); use a file"),
+    ],
+)
+def test_a_label_map_that_cannot_be_is_one_line(tmp_path: Path, content: str | None, said: str) -> None:
+    (tmp_path / "map.json").write_text(content or "")
+    with pytest.raises(UserError, match=r"^denoiser.label_map=") as caught:
+        mapped(tmp_path, "names" if content is None else str(tmp_path / "map.json"), ["ant", "cat"])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_difffit_keeps_a_learned_variance(tmp_path: Path) -> None:
+    vp = {"process": "vp"}
+    both = build_denoiser(check_config({**CONFIG, "diffusion": vp | {"learn_sigma": True}}), CLASSES)
+    save_file(both.state_dict(), tmp_path / "both.safetensors")
+    with pytest.raises(UserError, match="has a learned variance, which denoiser.train=difffit cannot leave out"):
+        config = changed(denoiser={"weights": str(tmp_path / "both.safetensors"), "train": "difffit"})
+        config = config.model_copy(update={"diffusion": check_config({**CONFIG, "diffusion": vp}).diffusion})
+        check_denoiser_weights(config, build_denoiser(config, CLASSES))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sadm_fast.models.dit
 from sadm_fast.models import DiT
-from sadm_fast.models.dit import Attention, timestep_frequencies
+from sadm_fast.models.dit import Attention, timestep_frequencies, without_gammas
 
 SOURCES = Path(sadm_fast.models.dit.__file__).parents[1]
 
@@ -37,7 +37,7 @@ HEADS = 2  # of the tiny model
 DEPTH_WIDTH = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
 
 
-def tiny(**sizes: int) -> DiT:
+def tiny(**sizes: Any) -> DiT:
     arguments: dict[str, Any] = {
         "input_size": 8,
         "patch_size": 2,
@@ -475,3 +475,36 @@ def test_attention_copies_nothing_but_its_three_gradients_into_one() -> None:
         attention(x).sum().backward()
     assert not {"aten.clone", "aten.contiguous", "aten.copy_", "aten.cat", "aten._to_copy"} & set(found)
     assert found.count("aten.stack") == 1
+
+
+# DiffFit
+
+
+def test_difffit_trains_as_many_parameters_as_the_paper_says() -> None:
+    with torch.device("meta"):
+        model = DiT.from_name("DiT-XL/2", num_classes=101, difffit=True)  # Food-101's
+    counts = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    gammas = sum(count for name, count in counts.items() if name.endswith(".gamma"))
+    table, biases = counts["y_embedder.embedding_table.weight"], sum(n for k, n in counts.items() if "bias" in k)
+    trained, whole = sum(counts.values()), sum(p.numel() for p in model.parameters()) - gammas
+    assert trained == gammas + table + biases == 832_928
+    assert gammas == 28 * 7 * 1152 and table == 102 * 1152 and biases == 28 * 15 * 1152 + 5 * 1152 + 32
+    assert round(trained / 1e6, 2) == 0.83 and round(100 * trained / whole, 2) == 0.12
+
+
+def test_difffit_begins_as_the_network_that_it_is_put_on() -> None:
+    plain, tuned = tiny(), tiny(difffit=True)
+    perturb(plain)
+    missing, unexpected = tuned.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and missing == [f"blocks.{k}.{part}.gamma" for k in range(2) for part in ("attn", "mlp")]
+    assert torch.equal(tuned(*inputs(tuned)), plain(*inputs(plain)))
+
+
+def test_scale_factors_multiplied_into_their_layers_leave_the_same_network() -> None:
+    tuned, plain = tiny(difffit=True).double(), tiny().double()
+    for parameter in tuned.parameters():
+        parameter.requires_grad_(True)
+    perturb(tuned)
+    plain.load_state_dict(without_gammas(tuned.state_dict()), strict=True)
+    # One rounding more of each weight, in float64.
+    torch.testing.assert_close(plain(*inputs(plain)), tuned(*inputs(tuned)), rtol=1e-12, atol=1e-12)

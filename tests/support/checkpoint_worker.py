@@ -35,6 +35,7 @@ CASES = [
     )
 ]
 CASES.append(Case("unet", "sadm", 2, 2, unet=True))
+CASES.append(Case("difffit", "sadm", 2, 2, difffit=True))
 # It holds no whole number of steps: 8 samples on one rank, 16 on two.
 CASES.append(Case("queue", "sadm", 2, 2, game={"queue": 20, "gate_log_snr": 0.5, "same_class": True}))
 

@@ -45,6 +45,7 @@ class Case:
     depth: int = 1
     shown: bool = False  # Psi looks at samples as `see` shows them
     unet: bool = False  # with dropout and augmentation
+    difffit: bool = False
 
     @property
     def config(self) -> Config:
@@ -60,6 +61,7 @@ class Case:
                 "diffusion": {"process": "edm", "p_mean": -0.5, "p_std": 0.5},
                 "denoiser": {
                     **(UNET if self.unet else {"patch_size": 4, "hidden_size": 16, "num_heads": 2}),
+                    **({"train": "difffit", "weights": "not read here"} if self.difffit else {}),
                     "depth": self.depth,
                     "num_classes": CLASSES,
                     "label_dropout": 0.25,
@@ -142,6 +144,10 @@ def cases(world_size: int) -> list[Case]:
         Case("unet-zero0-accumulation2", "sadm", 0, 2, unet=True, checkpointing=True),
         Case("unet-zero2", "structure", 2, unet=True, zero={"reduce_bucket_size": 5000}),
         Case("unet-zero3", "plain", 3, unet=True, zero={"stage3_param_persistence_threshold": 0}),
+        Case("difffit-zero0-accumulation2", "sadm", 0, 2, difffit=True, depth=2),
+        Case("difffit-zero1", "sadm", 1, difffit=True, clipping=CLIP, checkpointing=True),
+        Case("difffit-zero2", "sadm", 2, difffit=True, depth=2, zero={"reduce_bucket_size": 500}),
+        Case("difffit-zero3", "structure", 3, difffit=True, zero={"stage3_param_persistence_threshold": 0}),
         *compiled_cases(world_size),
     ]
     return [case for case in everything if case.stage in stages(world_size)]
@@ -172,13 +178,14 @@ def matrix(world_size: int) -> list[Case]:
     """The rest of modes x ZeRO stages x accumulation x precision x compiled, where a stage can be compiled."""
     known = [replace(case, name="") for case in cases(world_size)]
     found = [Case("checkpointing-compiled", "sadm", 1, compiled=True, checkpointing=True)]
-    for unet, mode, stage, a, precision, compiled in product(
-        (False, True), MODES, STAGES, (1, 2), ("fp32", "bf16"), (False, True)
+    for kind, mode, stage, a, precision, compiled in product(
+        ("", "unet", "difffit"), MODES, STAGES, (1, 2), ("fp32", "bf16"), (False, True)
     ):
-        case = Case("", mode, stage, a, precision, compiled=compiled, unet=unet)
-        slow = compiled and unet and mode != "sadm"  # five graphs each
+        unet, difffit = kind == "unet", kind == "difffit"
+        case = Case("", mode, stage, a, precision, compiled=compiled, unet=unet, difffit=difffit)
+        slow = compiled and kind and mode != "sadm"  # five graphs each
         if case not in known and not (compiled and stage == 3) and not slow:
-            name = f"{'unet-' * unet}{mode}-zero{stage}-{a}-{precision}{'-compiled' * compiled}"
+            name = f"{kind}{'-' * bool(kind)}{mode}-zero{stage}-{a}-{precision}{'-compiled' * compiled}"
             found.append(replace(case, name=name))
     return found
 
