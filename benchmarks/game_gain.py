@@ -98,7 +98,8 @@ def work(plan: Plan, out: Path, name: str, seed: int, request: StopRequest) -> i
     from sadm_fast.data.source import split
     from sadm_fast.feed import open_data
     from sadm_fast.metrics.pretrained import pretrained_judge
-    from sadm_fast.metrics.run_evaluation import RunEvaluation, chosen_judges, one_line
+    from sadm_fast.metrics.run_evaluation import RunEvaluation, chosen_judges
+    from sadm_fast.metrics.tables import one_line
     from sadm_fast.pretrain import PSI_FILE, prepare_judge, prepare_psi
     from sadm_fast.ranks.launch import own_device
     from sadm_fast.run.facts import commit, machine, versions

@@ -78,7 +78,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="--memorisation: images that the run was not trained on (default: what data.held_out kept back)",
     )  # fmt: skip
     parser.add_argument(
-        "--json", type=cli.path, metavar="FILE", help="write all scores there, with how they came about"
+        "--json",
+        type=cli.path,
+        metavar="FILE",
+        help="write all scores there, with how they came about; the report shows a file in the run's folder",
     )
     return parser.parse_args(argv)
 
@@ -152,7 +155,7 @@ def _evaluate_images(arguments: argparse.Namespace, more: "list[PretrainedJudge]
     from sadm_fast.metrics.image_sets import open_reference, open_samples
     from sadm_fast.metrics.judges import judges_of
     from sadm_fast.metrics.pretrained import without_rank
-    from sadm_fast.metrics.run_evaluation import summary
+    from sadm_fast.metrics.tables import summary
     from sadm_fast.models.autoencoder import Autoencoder
     from sadm_fast.precision import allow_tf32
     from sadm_fast.ranks.launch import distributed
@@ -225,18 +228,13 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     from sadm_fast.metrics.image_sets import ImageSet, open_reference
     from sadm_fast.metrics.judges import ClassifierJudge
     from sadm_fast.metrics.pretrained import without_rank
-    from sadm_fast.metrics.run_evaluation import (
-        RunEvaluation,
-        chosen_judges,
-        losses_line,
-        summary,
-        table,
-        variant,
-    )
+    from sadm_fast.metrics.run_evaluation import RunEvaluation, chosen_judges
+    from sadm_fast.metrics.tables import losses_line, summary, table, variant
     from sadm_fast.pretrain import prepare_judge
     from sadm_fast.ranks import environment
     from sadm_fast.ranks.collectives import first_on_rank_zero
     from sadm_fast.ranks.launch import distributed, own_device
+    from sadm_fast.report import write_report
     from sadm_fast.run.folder import RunFolder
 
     sweeps = dict(arguments.sweep)
@@ -303,6 +301,9 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
             raise UserError(f"{arguments.run}: cannot be scored: {error}") from None
         if arguments.json is not None and place.rank == 0:
             _write(arguments.json, rows, judges, classifier=facts)
+            folder = trained.checkpoint.parent.parent
+            if arguments.json.resolve().parent == folder.resolve():
+                write_report(folder)  # shows what lies there
         console.say(table(rows, list(sweeps)) if sweeps else summary(rows[0]))
         if not sweeps and (losses := losses_line(rows[0])):
             console.say(losses)

@@ -23,7 +23,8 @@ from sadm_fast.feed import load_samples
 from sadm_fast.files import replacing
 from sadm_fast.game import Batch, predict
 from sadm_fast.generation import generate, to_images
-from sadm_fast.metrics.run_evaluation import RunEvaluation, Turn, losses_line, one_line, table, variant
+from sadm_fast.metrics.run_evaluation import RunEvaluation, Turn
+from sadm_fast.metrics.tables import losses_line, one_line, table, variant
 from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.pictures import picture_grid, save_picture

@@ -18,7 +18,7 @@ from sadm_fast.generation import generate, sampling_facts, to_images
 from sadm_fast.metrics.evaluator import Evaluator, fewest_samples
 from sadm_fast.metrics.image_sets import ImageSet
 from sadm_fast.metrics.judges import OWN, ClassifierJudge, Judge, judges_of
-from sadm_fast.metrics.pretrained import PRETRAINED, pretrained_judge, published_name
+from sadm_fast.metrics.pretrained import PRETRAINED, pretrained_judge
 from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.ranks.collectives import max_over_ranks, rank_and_world_size, sum_over_ranks
@@ -29,7 +29,6 @@ _GUIDANCE_SCALE = 1.0
 _FIRST_ID = 1 << 32
 _FIRST_NOISE = 1 << 34  # noise and noise levels that no training sample has
 _LOSS_IMAGES = 2048  # of which the denoising loss is measured: 512 in each part of the noise levels
-_FLOOR = "floor: real images against real ones"
 
 Turn = Callable[[int], None]  # told how many samples are drawn, before each batch and on every rank
 
@@ -252,73 +251,3 @@ class RunEvaluation:
 
 def _evenly(images: Source, most: int) -> range:
     return range(0, len(images), -(-len(images) // most))
-
-
-def variant(row: dict[str, Any]) -> dict[str, Any]:
-    """What tells a line of scores from others: {"guidance": scale, "steps": of the sampler, "ema": width or decay}."""
-    profile, sampling = row["weights"]["ema"] or {}, row["sampling"]
-    return {
-        "guidance": sampling["guidance"]["scale"],
-        "steps": sampling["sampler"]["steps"],
-        "ema": profile.get("std", profile.get("decay")),
-    }
-
-
-def losses_line(row: dict[str, Any]) -> str:
-    """Print the denoising losses of a line of scores: "loss 0.12, by noise 0.04 0.06 0.1 0.28"; "" if it has none."""
-    if row.get("loss_denoise") is None:
-        return ""
-    parts = [row[f"loss_denoise_q{part}"] for part in range(1, 5)]
-    return f"loss {row['loss_denoise']:.4g}, by noise " + " ".join("-" if p is None else f"{p:.3g}" for p in parts)
-
-
-def one_line(scores: dict[str, Any]) -> str:
-    """Print the distances of `RunEvaluation.score` for the terminal: "fid_classifier 1.23, ... of 2000 samples"."""
-    found = ", ".join(f"{published_name(metric, scores['samples'])} {scores[metric]:.4g}" for metric in scores["floor"])
-    return f"{found} of {scores['samples']} samples"
-
-
-def table(rows: Sequence[dict[str, Any]], swept: Sequence[str]) -> str:
-    """Scores as a table, one line for each of `rows`; the best of a column has a star.
-
-    rows: of `Evaluator.score`, with a key for each name in `swept`.
-    """
-    columns: list[tuple[str, list[float], Any]] = []
-    for metric in rows[0]["floor"]:
-        columns.append((published_name(metric, rows[0]["samples"]), [row[metric] for row in rows], min))
-    if "inception_score" in rows[0]:
-        columns.append(("IS", [row["inception_score"] for row in rows], max))
-    if rows[0].get("loss_denoise") is not None:
-        columns.append(("loss", [row["loss_denoise"] for row in rows], min))
-    for detail, best in (("kid", min), ("precision", max), ("recall", max)):
-        for metric in rows[0].get(detail, ()):
-            columns.append((f"{detail}_{_space(metric)}", [row[detail][metric] for row in rows], best))
-    cells = [[*swept, *(name for name, _, _ in columns)]]
-    for i, row in enumerate(rows):
-        numbers = [f"{of[i]:.4g}" + ("*" if len(rows) > 1 and of[i] == best(of) else " ") for _, of, best in columns]
-        cells.append([*(str(row[name]) for name in swept), *numbers])
-    floors = ["" if floor is None else f"{floor:.4g} " for floor in rows[0]["floor"].values()]
-    cells.append([*["floor", *[""] * (len(swept) - 1)][: len(swept)], *floors, *[""] * (len(columns) - len(floors))])
-    return "\n".join([_aligned(cells), f"{rows[0]['samples']} samples each; * the best of a column; {_FLOOR}"])
-
-
-def summary(row: dict[str, Any]) -> str:
-    """Scores of one set of samples as a table, one line for each feature space. row: of `Evaluator.score`."""
-    cells = [["", "distance", "floor", "KID", "precision", "recall"]]
-    for metric, floor in row["floor"].items():
-        values = [row[metric], floor, *(row.get(of, {}).get(metric) for of in ("kid", "precision", "recall"))]
-        numbers = ["" if value is None else f"{value:.4g}" for value in values]
-        cells.append([published_name(metric, row["samples"]), *numbers])
-    if "inception_score" in row:
-        cells.append(["IS", f"{row['inception_score']:.4g}", *[""] * 4])
-    return "\n".join([_aligned(cells), f"{row['samples']} samples; {_FLOOR}"])
-
-
-def _space(metric: str) -> str:
-    return metric.removeprefix("fid_").removeprefix("fd_")
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join(lines)

@@ -13,11 +13,12 @@ import numpy as np
 from sadm_fast.config_tree import flatten
 from sadm_fast.files import parse_json
 from sadm_fast.metrics.judges import JUDGES
+from sadm_fast.metrics.pretrained import PRETRAINED
 
 Item = TypeVar("Item")
 _LAST_STEP = 2**62
 MODES = ("plain", "structure", "sadm")
-JUDGE_OF = {judge.metric: judge for judge in JUDGES}
+JUDGE_OF = {judge.metric: judge for judge in (*JUDGES, *PRETRAINED.values())}
 
 
 class Relations(NamedTuple):
@@ -39,7 +40,8 @@ class Run:
     config: dict[str, Any]
     facts: dict[str, Any]  # run.json
     metrics: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
+    scores: list[dict[str, Any]]  # evaluations.jsonl
+    sweeps: dict[str, list[dict[str, Any]]]  # of evaluate.py --json, by the files' names
     raw_grids: dict[int, Path]
     ema_grids: dict[int, Path]
     real_grid: Path | None
@@ -55,6 +57,29 @@ class Run:
         """plain, structure or sadm; None if the config does not say."""
         value = self.setting("game.mode")
         return value if value in MODES else None
+
+    @property
+    def variants(self) -> dict[str, list[dict[str, Any]]]:
+        """Lines of scores by variant (`variant_of`). The first one is the first of the last evaluation's.
+
+        Lines of older versions do not say what they are of: they are the first one's.
+        """
+        found: dict[str, list[dict[str, Any]]] = {}
+        last = self.scores[-1]["step"] if self.scores else None
+        here = [variant_of(row) for row in self.scores if row["step"] == last]
+        named = [*here, *(variant_of(row) for row in reversed(self.scores))]
+        first = next((name for name in named if name), "")
+        for name in (first, *named):
+            if name:
+                found.setdefault(name, [])
+        for row in self.scores:
+            found.setdefault(variant_of(row) or first, []).append(row)
+        return {name: rows for name, rows in found.items() if rows}
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of scores of the first variant."""
+        return next(iter(self.variants.values()), [])
 
     @property
     def step(self) -> int | None:
@@ -113,7 +138,8 @@ def read_run(run_dir: Path) -> Run:
         config=_read_object(run_dir / "config.json", unreadable),
         facts=_read_object(run_dir / "run.json", unreadable),
         metrics=_read_rows(run_dir / "metrics.jsonl", unreadable),
-        evaluations=_read_rows(run_dir / "evaluations.jsonl", unreadable),
+        scores=_read_rows(run_dir / "evaluations.jsonl", unreadable),
+        sweeps=_read_sweeps(run_dir),
         raw_grids=_files_by_step(samples, r"step-([0-9]{1,18})\.png"),
         ema_grids=_files_by_step(samples, r"step-([0-9]{1,18})-ema\.png"),
         real_grid=real_grid if real_grid.is_file() else None,
@@ -177,7 +203,7 @@ def _read_object(path: Path, unreadable: list[str]) -> dict[str, Any]:
 
 
 def _read_rows(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
-    """Read rows in step order. A resumed run repeats steps: a later row replaces an earlier one of the same step."""
+    """Read rows in step order. A resumed run repeats steps: a later row replaces one of the same step and variant."""
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:
@@ -212,9 +238,37 @@ def _parse_row(line: str) -> dict[str, Any] | None:
 
 
 def _append(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    while rows and rows[-1]["step"] >= row["step"]:
-        rows.pop()
-    rows.append(row)
+    first = len(rows)
+    while first and rows[first - 1]["step"] >= row["step"]:
+        first -= 1
+    others = [of for of in rows[first:] if of["step"] == row["step"] and variant_of(of) != variant_of(row)]
+    rows[first:] = [*others, row]
+
+
+def variant_of(row: dict[str, Any]) -> str:
+    """Which average a line of scores is of, and its guidance: "power-0.05, guidance 1.5"; "" if it does not say."""
+    weights, sampling = row.get("weights"), row.get("sampling")
+    ema = weights.get("ema") if isinstance(weights, dict) else None
+    guidance = sampling.get("guidance") if isinstance(sampling, dict) else None
+    parts = []
+    if isinstance(ema, dict) and (length := number(ema.get("std", ema.get("decay")))) is not None:
+        parts.append(f"{ema.get('profile')}-{length:g}")
+    if isinstance(guidance, dict) and (scale := number(guidance.get("scale"))) is not None:
+        parts.append(f"guidance {scale:g}")
+    return ", ".join(parts)
+
+
+def _read_sweeps(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Lines of scores in the run's folder that evaluate.py --json wrote there."""
+    found = {}
+    for path in sorted(run_dir.glob("*.json")):
+        try:
+            rows = parse_json(path.read_text(encoding="utf-8"))["scores"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+            found[path.name] = rows
+    return found
 
 
 def _files_by_step(folder: Path, pattern: str) -> dict[int, Path]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sadm_fast.config_tree import flatten
+from sadm_fast.metrics.tables import score_columns
 from sadm_fast.report import texts
 from sadm_fast.report.figures import (
     HALF_WIDTH,
@@ -19,7 +20,7 @@ from sadm_fast.report.figures import (
     relation_maps,
     relation_scales,
 )
-from sadm_fast.report.markup import escape, figure, inline, missing, show, table
+from sadm_fast.report.markup import duration, escape, figure, inline, missing, show, table
 from sadm_fast.report.pairs import changed_most
 from sadm_fast.report.reading import (
     JUDGE_OF,
@@ -29,10 +30,15 @@ from sadm_fast.report.reading import (
     number,
     read_relations,
     series,
+    variant_of,
 )
 
 FILM_STEPS = 7  # and the real images: two rows of four
 TABLE_ROWS = 40
+MOST_VARIANTS = 8  # lines of a chart
+VARIANT_ROLES, VARIANT_DASHES = ("denoiser", "discriminator", "structure", "floor"), ("-", ":")
+_PARTS = ("least noise", "second quarter", "third quarter", "most noise")
+QUARTILES = [(f"loss_denoise_q{part}", name, f"q{part}") for part, name in enumerate(_PARTS, start=1)]
 
 
 def about(run: Run) -> str:
@@ -116,52 +122,124 @@ def _asked(run: Run, labels: Sequence[int]) -> str:
 
 
 def scores(run: Run) -> str:
-    """The Frechet distances over training, each with its floor."""
-    if not run.evaluations:
+    """The judges' scores over training, each with its floor; which variant is best; what evaluate.py wrote here."""
+    swept = "".join(_sweep(name, rows) for name, rows in run.sweeps.items())
+    if not run.scores:
         if run.setting("data.shape") is not None:
             return missing("The judges compare images; samples of another kind need one of their own.")
-        return missing("No evaluation has been recorded yet.")
+        return missing("No evaluation has been recorded yet.") + swept
+    variants = dict(list(run.variants.items())[:MOST_VARIANTS])
+    several = len(variants) > 1
     charts = []
     for index, metric in enumerate(run.scored):
-        steps, values = series(run.evaluations, metric)
-        if not np.isfinite(values).any():
+        curves = []
+        for place, (name, rows) in enumerate(variants.items()):
+            steps, values = series(rows, metric)
+            if np.isfinite(values).any():
+                role, dashes = VARIANT_ROLES[place % len(VARIANT_ROLES)], VARIANT_DASHES[place // len(VARIANT_ROLES)]
+                curves.append(Curve(steps, values, printable(name) if several else "samples", role, dashes))
+        if not curves:
             charts.append(f"<figure>{missing(f'{metric} was not measured.')}</figure>")
             continue
         chart = line_chart(
             f"metric{index}",
-            [Curve(steps, values, "samples", "denoiser")],
+            curves,
             y_label=f"{printable(metric)} (lower is better)",
             log=True,
-            size=THIRD_WIDTH,
+            size=HALF_WIDTH if several else THIRD_WIDTH,
             smooth=False,
             floor=run.floor.get(metric),
         )
         judge = JUDGE_OF.get(metric)
         charts.append(figure(chart, f"<b>{escape(metric)}</b> {'' if judge is None else judge.text}"))
+    charts += _losses_of_averages(run)
     last = run.evaluations[-1]
     sampling = last.get("sampling")
     how = f"{number(last.get('samples')) or 0:,.0f} samples" if last.get("samples") else "samples"
     drawn = f" ({inline(sampling)})" if isinstance(sampling, dict) and sampling else ""
+    cost = number(last.get("seconds"))
+    took = "" if cost is None else f" It took {duration(cost)}, {show(number(last.get('images_per_s')))} images/s."
     return (
-        f"<p>{texts.FRECHET} The last evaluation used {how}{drawn}.</p>"
-        f'<div class="three">{"".join(charts)}</div>{_evaluation_table(run)}'
+        f"<p>{texts.FRECHET} The last evaluation used {how}{drawn}.{took}</p>"
+        f'<div class="{"two" if several else "three"}">{"".join(charts)}</div>'
+        f"{_best_variant(run)}{_evaluation_table(run)}{swept}"
+    )
+
+
+def _losses_of_averages(run: Run) -> list[str]:
+    """A chart of the averaged denoiser's loss by noise level over the evaluations; none if it was not measured."""
+    curves = []
+    for key, name, role in QUARTILES:
+        steps, values = series(run.evaluations, key)
+        if np.isfinite(values).any():
+            curves.append(Curve(steps, values, name, role))
+    if not curves:
+        return []
+    label = "loss of the averaged denoiser"
+    chart = line_chart("evaluated-noise", curves, y_label=label, log=True, size=HALF_WIDTH, smooth=False)
+    return [figure(chart, texts.LOSS_AVERAGED)]
+
+
+def _best_variant(run: Run) -> str:
+    """The variants of the last evaluation side by side; "" if there is one only."""
+    last = run.scores[-1]["step"]
+    found = {name: rows[-1] for name, rows in run.variants.items() if rows[-1]["step"] == last}
+    if len(found) < 2:
+        return ""
+    shown = _table_of_scores(list(found), list(found.values()))
+    return f"<h3>Averages and guidance at step {last:,}</h3><p>{texts.BEST}</p>{shown}"
+
+
+def _sweep(file: str, rows: Sequence[dict[str, Any]]) -> str:
+    """What evaluate.py wrote into the run's folder."""
+    names = [", ".join(filter(None, (variant_of(row), _sampler_steps(row)))) or "–" for row in rows]
+    steps = {row.get("step") for row in rows}
+    of = f" of step {steps.pop():,}" if len(steps) == 1 and all(isinstance(step, int) for step in steps) else ""
+    return f"<h3>{escape(file)}: scores{of}</h3><p>{texts.BEST}</p>{_table_of_scores(names, rows)}"
+
+
+def _sampler_steps(row: dict[str, Any]) -> str:
+    sampling = row.get("sampling")
+    sampler = sampling.get("sampler") if isinstance(sampling, dict) else None
+    steps = sampler.get("steps") if isinstance(sampler, dict) else None
+    return f"{steps} steps" if isinstance(steps, int) else ""
+
+
+def _table_of_scores(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each of `rows`; the best of a column is bold, with a star."""
+    columns = score_columns(rows)
+    lines = []
+    for place, name in enumerate(names):
+        cells = []
+        for column in columns:
+            text = show(column.values[place], 4)
+            best = len(rows) > 1 and place in column.best
+            cells.append(f"<td><b>{text} *</b></td>" if best else f"<td>{text}</td>")
+        lines.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
+    head = "".join(f"<th>{escape(column.name)}</th>" for column in columns)
+    return (
+        f'<div class="wide"><table class="numbers"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
 def _evaluation_table(run: Run) -> str:
+    several = len(run.variants) > 1
+    scored = [*run.scored, *(["loss_denoise"] if any("loss_denoise" in row for row in run.scores) else [])]
     rows = "".join(
         f"<tr><td>{row['step']:,}</td>"
-        + "".join(f"<td>{show(value, 5)}</td>" for value in (number(row.get(s)) for s in run.scored))
+        + (f"<td>{escape(variant_of(row))}</td>" if several else "")
+        + "".join(f"<td>{show(value, 5)}</td>" for value in (number(row.get(s)) for s in scored))
         + "</tr>"
-        for row in evenly_chosen(run.evaluations, TABLE_ROWS)
+        for row in evenly_chosen(run.scores, TABLE_ROWS)
     )
-    floor = "".join(f"<td>{show(run.floor.get(metric), 5)}</td>" for metric in run.scored)
-    head = "".join(f"<th>{escape(metric)}</th>" for metric in run.scored)
-    few = f" ({TABLE_ROWS} of {len(run.evaluations)})" if len(run.evaluations) > TABLE_ROWS else ""
+    floor = "".join(f"<td>{show(run.floor.get(metric), 5)}</td>" for metric in scored)
+    head = ("<th></th>" if several else "") + "".join(f"<th>{escape(metric)}</th>" for metric in scored)
+    few = f" ({TABLE_ROWS} of {len(run.scores)})" if len(run.scores) > TABLE_ROWS else ""
     return (
         f"<details><summary>Evaluations as a table{few}</summary>"
         f'<table class="numbers"><thead><tr><th>step</th>{head}</tr></thead>'
-        f"<tbody>{rows}<tr><td>floor</td>{floor}</tr></tbody></table></details>"
+        f"<tbody>{rows}<tr><td>floor</td>{'<td></td>' if several else ''}{floor}</tr></tbody></table></details>"
     )
 
 
@@ -170,11 +248,9 @@ def losses(run: Run) -> str:
     if not run.metrics:
         return missing("No training step has been logged yet.")
     denoiser, discriminator = ("denoiser", "denoiser"), ("discriminator", "discriminator")
-    parts = ("least noise", "second quarter", "third quarter", "most noise")
-    quartiles = [(f"loss_denoise_q{index}", name, f"q{index}") for index, name in enumerate(parts, start=1)]
     charts = [
         _chart(run, "loss", [("loss_denoise", *denoiser)], "denoising loss", texts.LOSS_DENOISE),
-        _chart(run, "noise", quartiles, "denoising loss", texts.LOSS_QUARTILES),
+        _chart(run, "noise", QUARTILES, "denoising loss", texts.LOSS_QUARTILES),
     ]
     if run.mode != "plain":
         distance = [("structure_distance", "structure distance", "structure")]

@@ -106,6 +106,7 @@ td.short { white-space: nowrap; }
 thead th { color: var(--muted); font-weight: 600; border-bottom-width: 2px; }
 tbody th { font-weight: 400; color: var(--muted); }
 table.numbers { margin: 1rem 0; }
+.wide { overflow-x: auto; }
 table.numbers td, table.numbers th { text-align: right; padding: 0.22rem 0 0.22rem 2rem; }
 table.numbers th:first-child, table.numbers td:first-child { padding-left: 0; }
 .settings { columns: 3 17rem; column-gap: 2.4rem; margin: 1rem 0; }

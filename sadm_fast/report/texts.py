@@ -48,6 +48,14 @@ FRECHET = (
     "are not the FID values of papers, which use another network and 50,000 samples, and must not be "
     "compared with them. The dashed line is the floor: real images against other real images."
 )
+LOSS_AVERAGED = (
+    "The averaged denoiser's loss on training images, by the noise of the image: the same images and the same noise at "
+    "every step. Unlike the loss of training it does not jump with the batch."
+)
+BEST = (
+    "* is the best of its column: the lowest distance or loss, the highest of other scores. What is best differs from "
+    "column to column; differences smaller than those between two seeds mean nothing."
+)
 NO_GAME = {
     "plain": (
         "Plain diffusion has no discriminator: there is no structure distance and no discriminator loss to show."

@@ -9,7 +9,8 @@ import torch
 
 from sadm_fast.config import check_config
 from sadm_fast.metrics import run_evaluation
-from sadm_fast.metrics.run_evaluation import RunEvaluation, one_line, summary, table
+from sadm_fast.metrics.run_evaluation import RunEvaluation
+from sadm_fast.metrics.tables import one_line, summary, table
 
 
 def test_labels_go_round_the_given_classes_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -314,6 +314,49 @@ def test_what_strangers_wrote_is_shown_and_never_obeyed(tmp_path: Path) -> None:
     assert "<b>run" in page.text and "猫" in page.text
 
 
+def scored(step: int, std: float, scale: float, distance: float) -> dict[str, Any]:
+    """A line of evaluations.jsonl."""
+    return {
+        "step": step,
+        "fid_pixels": distance,
+        "floor": {"fid_pixels": 0.5},
+        "samples": 400,
+        "loss_denoise": 0.1 * std,
+        **{f"loss_denoise_q{part}": part * std for part in range(1, 5)},
+        "seconds": 8.0,
+        "images_per_s": 50.0,
+        "sampling": {"guidance": {"scale": scale}, "sampler": {"name": "heun", "steps": 12}},
+        "weights": {"ema": {"profile": "power", "std": std}},
+    }
+
+
+@pytest.mark.usefixtures("outlined_charts")
+def test_readers_see_which_average_and_guidance_is_best(tmp_path: Path) -> None:
+    points = [(0.1, 1.0), (0.1, 1.5), (0.05, 1.0), (0.05, 1.5)]
+    rows = [
+        scored(step, std, scale, 100 / step + place)
+        for step in (10, 20)
+        for place, (std, scale) in zip((3, 1, 0, 2), points, strict=True)
+    ]
+    again = scored(20, 0.05, 1.0, 4.5)  # a resumed run: only this line of the step is replaced
+    write_rows(tmp_path / "evaluations.jsonl", [*rows, again])
+    write_json(tmp_path / "scores.json", {"scores": [scored(20, 0.08, 1.0, 3.0), scored(20, 0.08, 2.0, 3.5)]})
+    write_json(tmp_path / "other.json", {"scores": [1, None]})
+    run = read_run(tmp_path)
+    assert {name: [row["step"] for row in of] for name, of in run.variants.items()} == {
+        "power-0.1, guidance 1": [10, 20], "power-0.1, guidance 1.5": [10, 20],
+        "power-0.05, guidance 1.5": [10, 20], "power-0.05, guidance 1": [10, 20],
+    }  # fmt: skip
+    assert run.evaluations == [rows[0], rows[4]] and list(run.sweeps) == ["scores.json"]
+    page = report_of(tmp_path)
+    assert page.figures_about("fid_pixels") == page.figures_about("loss of the averaged denoiser") == 1
+    assert "Averages and guidance at step 20" in page.text and "scores.json: scores of step 20" in page.text
+    starred = [re.sub(r"<[^>]+>", "", row) for row in re.findall(r"<tr>(?:(?!</tr>).)*?\*.*?</tr>", page.source)]
+    assert any(row.startswith("power-0.05, guidance 14.5 *0.005 *") for row in starred), starred
+    assert any(row.startswith("power-0.08, guidance 1, 12 steps3 *") for row in starred), starred
+    assert "It took 8 s, 50 images/s" in page.text
+
+
 def test_an_empty_folder_gives_a_page_of_honest_sentences(tmp_path: Path) -> None:
     page = report_of(tmp_path)
     assert page.figures_about("") == 0
