@@ -83,7 +83,7 @@ def test_the_schema_explains_every_block_and_forbids_unknown_keys() -> None:
         ({"train": {"step": 5}}, "train.step: unknown key; did you mean steps?"),
         (
             {"data": {"zzz": 5}},
-            "data.zzz: unknown key; allowed: broken, channels, decode, enlarge, flip, loader, path, prefetch,"
+            "data.zzz: unknown key; allowed: broken, channels, decode, enlarge, flip, held_out, loader, path, prefetch,"
             " resolution, shape, source, threads",
         ),
         ({"schema_file": "x"}, "schema_file: unknown key; did you mean $schema?"),
