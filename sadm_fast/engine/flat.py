@@ -86,7 +86,7 @@ class Flat(nn.Module):
         """Put the views of a flat parameter into the layers."""
         parts = self.flat[index].split(self._sizes[index])
         for part, (layer, attribute, shape) in zip(parts, self._homes[index], strict=True):
-            setattr(layer, attribute, part.view(shape))
+            layer.__dict__[attribute] = part.view(shape)  # where setattr would put it, after checks
 
     def within(self, name: str, start: int, count: int) -> Iterator[tuple[Place, int, int]]:
         """The weights that lie in elements start .. start + count of this module's parameter `name`, cut to that range.
