@@ -1,6 +1,6 @@
 """Images a second of each way to train, beside a tuned peer; in turns, in one process.
 
-    python benchmarks/training_speed.py [--ways plain structure sadm peer --compile on graphs --json FILE --profile FILE]
+    python benchmarks/training_speed.py [--ways plain structure sadm peer --compile on graphs --json FILE ...]
 
 plain, structure and sadm are whole steps as the trainer runs them: draw, both players' turns, averages; bf16, ZeRO-1,
 one rank. peer is tuned_peer.py. A way of training is measured once for each value of --compile. MFU counts products and

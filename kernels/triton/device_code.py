@@ -16,6 +16,9 @@ import triton.language as tl
 
 # ||a||^2 + ||b||^2 - 2ab cancels: up to 8 eps of (||a||^2 + ||b||^2) is rounding noise and counts as 0 (reference.py).
 MERGE: tl.constexpr = tl.constexpr(8.0 * 2.0**-23)
+# Rows that were scaled to length 1 before (SCALED) and have one direction differ by their rounding, 8 eps together: one
+# for their elements, three for each length.
+MERGE_SCALED: tl.constexpr = tl.constexpr(2.0**-40)
 
 
 @triton.jit
@@ -40,7 +43,9 @@ def _products(
 
 
 @triton.jit
-def _relation(dots, of_rows, of_columns, scale, gamma, RELATION: tl.constexpr, UNIT: tl.constexpr):
+def _relation(
+    dots, of_rows, of_columns, scale, gamma, RELATION: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr
+):  # fmt: skip
     """R_ij and the distance D_ij that it is a function of (cosine: R again). `scale` = 1/m, `gamma` = 1/(2 tau^2)."""
     if UNIT:
         # One after the other: the product of two scales can overflow where the result does not.
@@ -54,7 +59,10 @@ def _relation(dots, of_rows, of_columns, scale, gamma, RELATION: tl.constexpr, U
             of_columns = tl.where(of_columns == 0, 0.0, 1.0)
         q = of_rows[:, None] + of_columns[None, :]
         d2 = q - 2.0 * dots
-        d2 = tl.where(d2 <= q * MERGE, 0.0, d2)  # NaN compares false and stays NaN
+        noise = q * MERGE
+        if SCALED:
+            noise += MERGE_SCALED
+        d2 = tl.where(d2 <= noise, 0.0, d2)  # NaN compares false and stays NaN
         distance = tl.sqrt(d2)
         if RELATION == "euclidean":
             relation = distance * scale
@@ -104,30 +112,30 @@ def _omega(own, columns, counted, weight, labels, WEIGHTED: tl.constexpr, LABELL
 @triton.jit
 def _side(
     X, stats, own, columns, d, scale, gamma,
-    RELATION: tl.constexpr, UNIT: tl.constexpr,
+    RELATION: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """<x_i, x_j>, R_ij, D_ij of one input, [M, N], and the columns' `stats`, [N]."""
     dots = _products(X, own, columns, d, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
     of_columns = tl.load(stats + columns)
-    relation, distance = _relation(dots, tl.load(stats + own), of_columns, scale, gamma, RELATION, UNIT)
+    relation, distance = _relation(dots, tl.load(stats + own), of_columns, scale, gamma, RELATION, UNIT, SCALED)
     return dots, relation, distance, of_columns
 
 
 @triton.jit
 def _pairs(
     F, G, stats, weight, labels, scale_f, scale_g, rows, columns, first, b, n, d, gamma,
-    RELATION: tl.constexpr, UNIT: tl.constexpr, WEIGHTED: tl.constexpr, LABELLED: tl.constexpr,
+    RELATION: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, LABELLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both sides of a tile and its pair weights; `rows` and `columns` may run beyond the end."""
     own = tl.minimum(rows, b - 1) + first
     inside = tl.minimum(columns, n - 1)
     f = _side(
-        F, stats, own, inside, d, scale_f, gamma, RELATION, UNIT, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+        F, stats, own, inside, d, scale_f, gamma, RELATION, UNIT, SCALED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )  # fmt: skip
     g = _side(
-        G, stats + n, own, inside, d, scale_g, gamma, RELATION, UNIT, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+        G, stats + n, own, inside, d, scale_g, gamma, RELATION, UNIT, SCALED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )  # fmt: skip
     # Only now: masks held in registers across the products would spill.
     counted = (rows < b)[:, None] & (columns < n)[None, :] & (inside[None, :] != own[:, None])
@@ -232,8 +240,8 @@ def weight_sums(
 @triton.jit(do_not_specialize=["first", "b", "n"])
 def pair_sums(
     F, G, stats, weight, labels, moments, partials, first, b, n, d, gamma, delta,
-    STATISTIC: tl.constexpr, RELATION: tl.constexpr, PENALTY: tl.constexpr, UNIT: tl.constexpr, MEAN: tl.constexpr,
-    WEIGHTED: tl.constexpr, LABELLED: tl.constexpr, TRIANGLE: tl.constexpr,
+    STATISTIC: tl.constexpr, RELATION: tl.constexpr, PENALTY: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr,
+    MEAN: tl.constexpr, WEIGHTED: tl.constexpr, LABELLED: tl.constexpr, TRIANGLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over pairs, a column of `partials` [1 or 2, programs] from each program (tile).
@@ -261,7 +269,7 @@ def pair_sums(
     scale_f, scale_g = _scales(moments, MEAN)
     f, g, omega = _pairs(
         F, G, stats, weight, labels, scale_f, scale_g, rows, columns, first, b, n, d, gamma,
-        RELATION, UNIT, WEIGHTED, LABELLED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        RELATION, UNIT, SCALED, WEIGHTED, LABELLED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
     _, f_relation, f_distance, _ = f
     _, g_relation, g_distance, _ = g
@@ -286,8 +294,8 @@ def pair_sums(
 @triton.jit(do_not_specialize=["first", "b", "n"])
 def row_gradient(
     F, G, stats, weight, labels, moments, gradient, partials, first, b, n, d, gamma, delta,
-    RELATION: tl.constexpr, PENALTY: tl.constexpr, UNIT: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
-    LABELLED: tl.constexpr, FAKE: tl.constexpr, LOSS: tl.constexpr,
+    RELATION: tl.constexpr, PENALTY: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr, MEAN: tl.constexpr,
+    WEIGHTED: tl.constexpr, LABELLED: tl.constexpr, FAKE: tl.constexpr, LOSS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -318,7 +326,7 @@ def row_gradient(
         columns = start + tl.arange(0, BLOCK_N)
         f, g, omega = _pairs(
             F, G, stats, weight, labels, scale_f, scale_g, rows, columns, first, b, n, d, gamma,
-            RELATION, UNIT, WEIGHTED, LABELLED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+            RELATION, UNIT, SCALED, WEIGHTED, LABELLED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
         difference = g[1] - f[1]
         if LOSS:
@@ -364,28 +372,50 @@ def row_gradient(
 
 @triton.jit
 def _strip_half(
-    side, slope, omega, scale, kappa, gamma, strip, along, offsets, inside,
-    RELATION: tl.constexpr, UNIT: tl.constexpr, MEAN: tl.constexpr,
+    side, slope, omega, scale, kappa, gamma, strip, stride, offsets, inside,
+    RELATION: tl.constexpr, UNIT: tl.constexpr, MEAN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    pull = _pull(side, slope, omega, scale, kappa, gamma, RELATION, UNIT, MEAN).to(strip.dtype.element_ty)
-    tl.store(strip + offsets, pull, mask=inside)
-    rounded = pull.to(tl.float32)
-    return tl.sum(rounded * side[0] if UNIT else rounded, axis=1)
+    pull = _pull(side, slope, omega, scale, kappa, gamma, RELATION, UNIT, MEAN)
+    rounded = pull.to(tl.bfloat16)
+    found = rounded.to(tl.float32)
+    if PARTS == 1:
+        tl.store(strip + offsets, rounded, mask=inside)
+    else:
+        rest = pull - found
+        middle = rest.to(tl.bfloat16)
+        last = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        tl.store(strip + offsets, last, mask=inside)
+        tl.store(strip + stride + offsets, middle, mask=inside)
+        tl.store(strip + 2 * stride + offsets, rounded, mask=inside)
+        found = found + (middle.to(tl.float32) + last.to(tl.float32))
+    return tl.sum(found * side[0] if UNIT else found, axis=1)
 
 
-@triton.jit(do_not_specialize=["start", "height", "first", "b", "n"])
-def weight_strip(
-    F, G, stats, weight, labels, moments, real_strip, fake_strip, partials, start, height, stride, first, b, n, d,
+@triton.jit
+def _strip_side(
+    dots, stats, own, columns, offsets, inside, scale, gamma,
+    RELATION: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    found = tl.load(dots + offsets, mask=inside, other=0.0)
+    of_columns = tl.load(stats + columns)
+    relation, distance = _relation(found, tl.load(stats + own), of_columns, scale, gamma, RELATION, UNIT, SCALED)
+    return found, relation, distance, of_columns
+
+
+@triton.jit(do_not_specialize=["start", "height", "first", "n"])
+def weigh_strip(
+    f_dots, g_dots, stats, weight, labels, moments, real_strip, fake_strip, partials, start, height, stride, first, n,
     gamma, delta,
-    RELATION: tl.constexpr, PENALTY: tl.constexpr, UNIT: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
-    LABELLED: tl.constexpr, REAL: tl.constexpr, FAKE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    RELATION: tl.constexpr, PENALTY: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr, MEAN: tl.constexpr,
+    WEIGHTED: tl.constexpr, LABELLED: tl.constexpr, REAL: tl.constexpr, FAKE: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """V (see row_gradient) of the rows start ... start + height - 1, for the inputs REAL, FAKE; a GEMM does the rest.
+    """V (see row_gradient) of the rows start ... start + height - 1, for the inputs REAL, FAKE; GEMMs do the rest.
 
-    Strips [height, n], in the features' dtype, rows `stride` apart. `partials` [3, column blocks, height] float32
-    takes the rows' sums over a tile: the loss, and what row_gradient calls `along`, real and fake. Grid: column
-    blocks, row blocks.
+    `f_dots`, `g_dots` [height, stride] float32: <x_i, x_j>, nothing from column n on. Strips [height, PARTS, stride]
+    bfloat16: V, or what three numbers keep of it, the least first. `partials` [3, column blocks, height] float32 takes
+    the rows' sums over STEPS tiles: the loss, and what row_gradient calls `along`, real and fake. Grid: column blocks,
+    row blocks.
     """
     scale_f, scale_g = _scales(moments, MEAN)
     kappa_f = 0.0
@@ -394,50 +424,41 @@ def weight_strip(
         kappa_f = tl.load(moments + 2)
         kappa_g = tl.load(moments + 3)
     lines = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Lines beyond the strip are rows of the next one, or beyond the end: read, but not stored.
-    f, g, omega = _pairs(
-        F, G, stats, weight, labels, scale_f, scale_g, start + lines, columns, first, b, n, d, gamma,
-        RELATION, UNIT, WEIGHTED, LABELLED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
-    )  # fmt: skip
-    difference = g[1] - f[1]
-    slope = omega * _penalty_slope(difference, delta, PENALTY)
-    own = lines < height
+    mine = lines < height
+    own = first + start + tl.minimum(lines, height - 1)
+    loss = tl.zeros([BLOCK_M], dtype=tl.float32)
+    f_along = tl.zeros([BLOCK_M], dtype=tl.float32)
+    g_along = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for step in range(STEPS):
+        columns = (tl.program_id(0) * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        clamped = tl.minimum(columns, n - 1)
+        inside = mine[:, None] & (columns < n)[None, :]
+        offsets = lines[:, None] * stride + columns[None, :]
+        f = _strip_side(f_dots, stats, own, clamped, offsets, inside, scale_f, gamma, RELATION, UNIT, SCALED)
+        g = _strip_side(g_dots, stats + n, own, clamped, offsets, inside, scale_g, gamma, RELATION, UNIT, SCALED)
+        counted = inside & (clamped[None, :] != own[:, None])
+        omega = _omega(own, clamped, counted, weight, labels, WEIGHTED, LABELLED)
+        difference = g[1] - f[1]
+        slope = omega * _penalty_slope(difference, delta, PENALTY)
+        loss += tl.sum(omega * _penalty(difference, delta, PENALTY), axis=1)
+        offsets = lines[:, None] * (PARTS * stride) + columns[None, :]
+        if REAL:
+            f_along += _strip_half(
+                f, -slope, omega, scale_f, kappa_f, gamma, real_strip, stride, offsets, inside,
+                RELATION, UNIT, MEAN, PARTS,
+            )  # fmt: skip
+        if FAKE:
+            g_along += _strip_half(
+                g, slope, omega, scale_g, kappa_g, gamma, fake_strip, stride, offsets, inside,
+                RELATION, UNIT, MEAN, PARTS,
+            )  # fmt: skip
     line_sums = partials + tl.program_id(0) * height + lines
     plane = tl.num_programs(0) * height
-    tl.store(line_sums, tl.sum(omega * _penalty(difference, delta, PENALTY), axis=1), mask=own)
-    offsets = lines[:, None] * stride + columns[None, :]
-    inside = own[:, None] & (columns < n)[None, :]
+    tl.store(line_sums, loss, mask=mine)
     if REAL:
-        along = _strip_half(
-            f, -slope, omega, scale_f, kappa_f, gamma, real_strip, partials, offsets, inside, RELATION, UNIT, MEAN
-        )  # fmt: skip
-        tl.store(line_sums + plane, along, mask=own)
+        tl.store(line_sums + plane, f_along, mask=mine)
     if FAKE:
-        along = _strip_half(
-            g, slope, omega, scale_g, kappa_g, gamma, fake_strip, partials, offsets, inside, RELATION, UNIT, MEAN
-        )  # fmt: skip
-        tl.store(line_sums + 2 * plane, along, mask=own)
-
-
-@triton.jit(do_not_specialize=["height", "n"])
-def strip_product(
-    strip, X, product, height, stride, n, d,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`product` [height, d] of a strip V [height, n], its rows `stride` apart, and X. Grid: lines, chunks of d."""
-    lines = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    of_strip = strip + tl.minimum(lines, height - 1)[:, None] * stride
-    of_features = X + tl.minimum(dims, d - 1)[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for start in range(0, n, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        pull = tl.load(of_strip + columns[None, :], mask=columns[None, :] < n, other=0.0)
-        x = tl.load(of_features + tl.minimum(columns, n - 1)[:, None] * d)
-        acc = tl.dot(pull, x, acc, input_precision=PRECISION)
-    inside = (lines < height)[:, None] & (dims < d)[None, :]
-    tl.store(product + lines[:, None] * d + dims[None, :], acc, mask=inside)
+        tl.store(line_sums + 2 * plane, g_along, mask=mine)
 
 
 @triton.jit(do_not_specialize=["start", "height", "blocks", "first", "n"])
@@ -541,9 +562,6 @@ def _few_side(
             centre = (tl.sum(x_rows, axis=0) + tl.sum(x_columns, axis=0)) * (0.5 / BLOCK)
             x_rows = x_rows - centre[None, :]
             x_columns = x_columns - centre[None, :]
-            if UNIT:  # rows that differ by rounding only are one point: of length 1, they differ by eps
-                x_rows = tl.where(tl.abs(x_rows) < 0.5 * MERGE, 0.0, x_rows)
-                x_columns = tl.where(tl.abs(x_columns) < 0.5 * MERGE, 0.0, x_columns)
         dots = tl.dot(x_rows, tl.trans(x_columns), dots, input_precision=PRECISION)
         row_dots = tl.dot(x_rows, tl.trans(x_rows), row_dots, input_precision=PRECISION)
         column_dots = tl.dot(x_columns, tl.trans(x_columns), column_dots, input_precision=PRECISION)
@@ -555,7 +573,9 @@ def _few_side(
             of_columns == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(tl.where(of_columns == 0, 1.0, of_columns)))
         )
         tl.store(scales + own, of_rows, mask=stored)
-    relation, distance = _relation(dots, of_rows, of_columns, 1.0, gamma, RELATION, UNIT and not CENTRE)
+    relation, distance = _relation(
+        dots, of_rows, of_columns, 1.0, gamma, RELATION, UNIT and not CENTRE, UNIT and CENTRE
+    )  # fmt: skip
     return dots, relation, distance, of_columns
 
 

@@ -2,8 +2,9 @@
 
 The work of one call: norms of all columns, then one of
     pair_sums       no gradient wanted: half of the pairs (all of them when a group's rows meet its columns)
-    row_gradient    one launch for each gradient; the first one brings the loss along
-    weight_strip    from STRIPS_FROM rows on, but for float16: W for some rows at a time, a GEMM a gradient and strip
+    row_gradient    up to 512 rows, and float16: one launch for each gradient; the first one brings the loss along
+    weigh_strip     from STRIPS_FROM rows on, but for float16: for some rows at a time, Gram matrices by GEMMs, the
+                    pair weights from them in one kernel, and a GEMM a gradient
 Sums are float32 within a program and float64 across programs, in an order that no scheduling changes.
 """
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sadm_kernels.samples import Pairs
-from sadm_kernels.triton.rows import prepared
+from sadm_kernels.triton.rows import Prepared, prepared
 
 
 class Tile(NamedTuple):
@@ -35,46 +36,38 @@ class Tile(NamedTuple):
 # instructions are the same), 90 (Hopper), 100 (data-centre Blackwell). Chosen by what compiles to tensor-core
 # instructions without spilling registers (aot.py, budget.json), large tiles first; not by measured times. No
 # autotuning: the choice must be the same on all ranks and in all runs.
-# "few" is for batches that do not give each multiprocessor a program: shorter blocks.
+# "few" is for batches that do not give each multiprocessor a program: shorter blocks. "rows" is for float16 alone;
+# other dtypes go by strips, whose matrix products are GEMMs.
 TILES: dict[int, dict[tuple[str, int], Tile]] = {
     80: {
         ("sums", 2): Tile(64, 64, 64, 0, 4, 3),
         ("sums", 4): Tile(64, 64, 16, 0, 8, 3),
         ("rows", 2): Tile(64, 64, 64, 128, 8, 3),
-        ("rows", 4): Tile(32, 64, 32, 64, 8, 3),
         ("few", 2): Tile(32, 64, 64, 128, 4, 3),
         ("few", 4): Tile(32, 64, 32, 64, 8, 3),
-        ("strip", 2): Tile(64, 64, 64, 0, 8, 3),
-        ("strip", 4): Tile(32, 64, 32, 0, 8, 3),
     },
     90: {
         ("sums", 2): Tile(64, 64, 64, 0, 4, 3),
         ("sums", 4): Tile(64, 64, 32, 0, 8, 3),
         ("rows", 2): Tile(64, 64, 64, 256, 8, 3),
-        ("rows", 4): Tile(64, 32, 32, 64, 8, 3),
         ("few", 2): Tile(32, 64, 64, 128, 4, 3),
         ("few", 4): Tile(32, 64, 32, 64, 8, 3),
-        ("strip", 2): Tile(64, 128, 64, 0, 8, 3),
-        ("strip", 4): Tile(64, 64, 32, 0, 8, 3),
     },
     100: {
         ("sums", 2): Tile(64, 64, 64, 0, 8, 3),
         ("sums", 4): Tile(64, 64, 32, 0, 8, 3),
         ("rows", 2): Tile(64, 64, 64, 256, 8, 3),
-        ("rows", 4): Tile(64, 64, 32, 128, 8, 3),
         ("few", 2): Tile(32, 64, 64, 128, 4, 3),
         ("few", 4): Tile(32, 64, 32, 64, 8, 3),
-        ("strip", 2): Tile(64, 64, 64, 0, 8, 3),
-        ("strip", 4): Tile(64, 64, 32, 0, 8, 3),
     },
 }
 FEW_ROWS = 512
-STRIPS_FROM = 2048
-# 64 MB of bfloat16 a gradient: at n = 16384 and d = 512 the GEMM has 64 tiles of 128 x 128; a quarter of the strip
-# would stay in the L2 cache, but leave seven of eight multiprocessors without a tile.
+STRIPS_FROM = 513
+# Rows of a strip times columns: two Gram matrices of 128 MB each and 64 MB of pair weights a gradient (float32: 192).
 STRIP_ELEMENTS = 2**25
-PRODUCT_TILE = Tile(64, 0, 32, 64, 4, 3)
+NORM_BLOCK = 128
 WEIGHT_TILE = Tile(32, 64, 0, 0, 4, 1)
+WEIGH_TILE, WEIGH_STEPS = Tile(2, 512, 0, 0, 4, 1), 4
 FINISH_TILE = Tile(16, 0, 0, 128, 4, 1)
 
 
@@ -111,8 +104,8 @@ def tile_of(kernel: str, element_size: int, d: int, capability: int) -> Tile:
 
 
 def strip_height(b: int, n: int) -> int:
-    """Rows a strip: of a fixed size, and never more than a quarter of all. A multiple of 128."""
-    return max(128, min(STRIP_ELEMENTS // n, b // 4) // 128 * 128)
+    """Rows a strip: all, or a multiple of 128 with about STRIP_ELEMENTS pairs."""
+    return min(b, max(128, STRIP_ELEMENTS // n // 128 * 128))
 
 
 class _Run(NamedTuple):
@@ -182,8 +175,9 @@ def on_device(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _start(p: Pairs, moments: Tensor | None, kernel: str, machine: Machine) -> _Run:
-    """Choose the tile, and launch the norms."""
+def _start(rows: Prepared, moments: Tensor | None, kernel: str, machine: Machine, *, norms: bool = True) -> _Run:
+    """Choose the tile, and launch the norms if they are wanted."""
+    p = rows.pairs
     real, fake, weight, labels = p.samples
     n, d = real.shape
     # Rows have to start on 16 bytes, or they are loaded a feature at a time, through more registers than there are.
@@ -199,18 +193,19 @@ def _start(p: Pairs, moments: Tensor | None, kernel: str, machine: Machine) -> _
         # products ("ieee") are left without tensor cores. Narrower features are exact in any case.
         "PRECISION": "tf32x3" if real.dtype == torch.float32 else "ieee",
     }
-    _launch(
-        machine.kernels.row_norms,
-        (math.ceil(n / tile.m), 2),
-        tile,
-        *features,
-        stats,
-        n,
-        d,
-        UNIT=p.options.unit,
-        BLOCK=tile.m,
-        **shape,
-    )
+    if norms:
+        _launch(
+            machine.kernels.row_norms,
+            (math.ceil(n / tile.m), 2),
+            tile,
+            *features,
+            stats,
+            n,
+            d,
+            UNIT=p.options.unit,
+            BLOCK=tile.m,
+            **shape,
+        )
     return _Run(
         machine,
         p,
@@ -225,6 +220,7 @@ def _start(p: Pairs, moments: Tensor | None, kernel: str, machine: Machine) -> _
             "RELATION": p.options.relation,
             "PENALTY": p.options.penalty,
             "UNIT": p.options.unit,
+            "SCALED": rows.units is not None,
             "MEAN": moments is not None and p.options.relation != "cosine",
             "WEIGHTED": weight is not None,
             "LABELLED": labels is not None,
@@ -298,74 +294,119 @@ def _row_gradients(run: _Run, needed: tuple[bool, bool]) -> tuple[Tensor, list[T
     return loss, gradients
 
 
-def _product(run: _Run, strip: Tensor, x: Tensor) -> Tensor:
-    """V X [height, d], float32: rounded to bfloat16 it would lose small differences of large sums.
+class _Operands(NamedTuple):
+    """One input as the factors of bfloat16 products: x_i x_j is left_i right_j."""
 
-    A float32 torch.mm would follow the caller's allow_tf32.
-    """
-    if strip.dtype == torch.bfloat16:
-        return torch.mm(strip, x, out_dtype=torch.float32) if strip.is_cuda else strip.float() @ x.float()
-    height, n = strip.shape
-    d, tile = x.shape[1], PRODUCT_TILE
-    product = run.empty(height, d)
-    _launch(
-        run.machine.kernels.strip_product,
-        (math.ceil(height / tile.m), math.ceil(d / tile.d)),
-        tile,
-        strip,
-        x,
-        product,
-        height,
-        strip.stride(0),
-        n,
-        d,
-        BLOCK_M=tile.m,
-        BLOCK_D=tile.d,
-        BLOCK_K=tile.k,
-        PRECISION=run.shape["PRECISION"],
-    )
-    return product
+    left: Tensor  # [n, k]
+    right: Tensor  # [n and up to 15 rows of zeros, k]: so that rows of Gram matrices start on 64 bytes
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Operands":
+        """bfloat16 features as they are; of float32 the six largest products of three bfloat16 parts, the least first.
+
+        24 bits are three times eight; the three products that are left out are below 2^-24 of |x_i| |x_j|. Small
+        ones first: tensor cores cut sums off, and what they cut off grows with the sum so far.
+        """
+        n = len(x)
+        if n % 16:
+            padded = cls.of(F.pad(x, (0, 0, 0, 16 - n % 16)))
+            return cls(padded.left[:n], padded.right)
+        if x.dtype == torch.bfloat16:
+            return cls(x, x)
+        high = x.bfloat16()
+        rest = x - high
+        middle = rest.bfloat16()
+        low = (rest - middle).bfloat16()
+        return cls(
+            torch.cat([low, high, middle, middle, high, high], dim=1),
+            torch.cat([high, low, middle, high, middle, high], dim=1),
+        )
+
+    def squares(self) -> Tensor:
+        """|x|^2 [n], by products whose sums are cut off as those of pairs are (see row_norms): equal rows meet."""
+        n, k = self.left.shape
+        blocks = math.ceil(n / NORM_BLOCK)
+        left, right = (F.pad(x[:n], (0, 0, 0, blocks * NORM_BLOCK - n)) for x in self)
+        left, right = (x.view(blocks, NORM_BLOCK, k) for x in (left, right))
+        return _gemm(left, right.transpose(1, 2)).diagonal(dim1=1, dim2=2).reshape(-1)[:n]
+
+    def dots(self, start: int, rows: int) -> Tensor:
+        """<x_i, x_j> of `rows` rows from `start` on with all columns, [rows, n and up to 15] float32."""
+        return _gemm(self.left[start : start + rows], self.right.T)
+
+    def times(self, strip: Tensor) -> Tensor:
+        """V X [rows, d] float32 of a strip V [rows, parts, n]: as many parts as the features have."""
+        x = self.right[: strip.shape[2]]
+        if strip.shape[1] == 1:
+            return _gemm(strip[:, 0], x)
+        low, middle, high = strip.unbind(1)
+        d = x.shape[1] // 6
+        of_high = _gemm(high, x[:, : 3 * d]).view(-1, 3, d)  # times high, low, middle
+        of_middle = _gemm(middle, x[:, 2 * d : 4 * d]).view(-1, 2, d)  # times middle, high
+        of_low = _gemm(low, x[:, :d])[:, None]  # times high
+        return torch.cat([of_low, of_high[:, 1:2], of_middle, of_high[:, 2:], of_high[:, :1]], dim=1).sum(1)
+
+
+def _gemm(a: Tensor, b: Tensor) -> Tensor:
+    """a b of bfloat16 matrices, or of as many, in float32: rounded to bfloat16, small differences would be lost."""
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dim() == 2 else torch.bmm(a, b, out_dtype=torch.float32)
 
 
 def _strip_gradients(run: _Run, needed: tuple[bool, bool]) -> tuple[Tensor, list[Tensor | None]]:
-    """What `_row_gradients` returns, strip by strip."""
+    """What `_row_gradients` returns, strip by strip: products by GEMMs, all between them in one kernel."""
     first, b, n, d = run.sizes
-    tile = run.tile
+    tile = WEIGH_TILE
+    operands = [_Operands.of(x) for x in run.features]
+    squares = torch.stack([side.squares() for side in operands])
+    if run.options["UNIT"]:
+        squares = torch.where(squares == 0, 0.0, torch.where(squares == 0, 1.0, squares).sqrt().reciprocal())
+    run = run._replace(stats=squares)
     height = strip_height(b, n)
+    parts = 1 if run.features[0].dtype == torch.bfloat16 else 3
     stride = math.ceil(n / 16) * 16  # rows of a GEMM's operand start on 16 bytes
-    blocks = math.ceil(n / tile.n)
-    strips = [run.empty(height if wanted else 0, stride, dtype=run.features[0].dtype) for wanted in needed]
+    blocks = math.ceil(n / (tile.n * WEIGH_STEPS))
+    strips = [run.empty(height if wanted else 0, parts, stride, dtype=torch.bfloat16) for wanted in needed]
     loss = run.empty(b)
     gradients = [run.empty(b, d) if wanted else None for wanted in needed]
     for start in range(0, b, height):
         rows = min(height, b - start)
         partials = run.empty(3, blocks, rows)
+        dots = [side.dots(first + start, rows) for side in operands]
         _launch(
-            run.machine.kernels.weight_strip,
+            run.machine.kernels.weigh_strip,
             (blocks, math.ceil(rows / tile.m)),
             tile,
-            *run.pointers,
+            *dots,
+            run.stats,
+            run.weight,
+            run.labels,
+            run.moments,
             *strips,
             partials,
             start,
             rows,
             stride,
-            *run.sizes,
+            first,
+            n,
             *run.floats,
             REAL=needed[0],
             FAKE=needed[1],
+            PARTS=parts,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            STEPS=WEIGH_STEPS,
             **run.options,
-            **run.shape,
         )
         for fake in (side for side in (0, 1) if needed[side]):
-            x = run.features[fake]
             _launch(
                 run.machine.kernels.finish_strip,
                 (math.ceil(rows / FINISH_TILE.m), math.ceil(d / FINISH_TILE.d)),
                 FINISH_TILE,
-                x,
+                run.features[fake],
                 run.stats,
-                _product(run, strips[fake][:rows, :n], x),
+                operands[fake].times(strips[fake][:rows, :, :n]),
                 partials,
                 gradients[fake],
                 loss,
@@ -392,7 +433,7 @@ def distance_sums(p: Pairs, *, machine: Machine | None = None) -> Tensor:
     _check(p)
     machine = machine or machine_of(p.samples.real.device)
     with on_device(p.samples.real.device):
-        return _pair_sums(_start(prepared(p).pairs, None, "sums", machine), "distances")
+        return _pair_sums(_start(prepared(p), None, "sums", machine), "distances")
 
 
 def slope_sums(p: Pairs, moments: Tensor, *, machine: Machine | None = None) -> Tensor:
@@ -400,7 +441,7 @@ def slope_sums(p: Pairs, moments: Tensor, *, machine: Machine | None = None) -> 
     _check(p)
     machine = machine or machine_of(p.samples.real.device)
     with on_device(p.samples.real.device):
-        return _pair_sums(_start(prepared(p).pairs, moments, "sums", machine), "slopes")
+        return _pair_sums(_start(prepared(p), moments, "sums", machine), "slopes")
 
 
 def loss_and_gradients(
@@ -419,14 +460,14 @@ def loss_and_gradients(
         rows = prepared(p)
         p = rows.pairs
         if not any(needed):
-            return _pair_sums(_start(p, moments, "sums", machine), "loss"), None, None
+            return _pair_sums(_start(rows, moments, "sums", machine), "loss"), None, None
         # Strips take W times X out of the kernel, so W must have the features' dtype and enough range: float16 would
         # need its powers of two (row_gradient).
         if p.samples.real.dtype != torch.float16 and min(b, n) >= STRIPS_FROM:
-            run = _start(p, moments, "strip", machine)
+            run = _start(rows, moments, "few", machine, norms=False)  # for what does not depend on its tile
             loss, gradients = _strip_gradients(run, needed)
         else:
-            run = _start(p, moments, "few" if b <= FEW_ROWS else "rows", machine)
+            run = _start(rows, moments, "few" if b <= FEW_ROWS else "rows", machine)
             loss, gradients = _row_gradients(run, needed)
         sums = torch.stack([loss.sum(dtype=torch.float64), _denominator(run)])
         d = p.samples.real.shape[1]

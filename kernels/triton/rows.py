@@ -47,18 +47,13 @@ def prepared(p: Pairs) -> Prepared:
     if not p.options.unit:
         return Prepared(p._replace(samples=p.samples._replace(real=_centred(real), fake=_centred(fake))), None)
     units = (_unit(real), _unit(fake))
-    # Rows that differ by rounding only are one point: of length 1, they differ by eps.
-    real, fake = (_without_noise(_centred(unit.rows)) for unit in units)
+    real, fake = (_centred(unit.rows) for unit in units)
     samples, options = p.samples._replace(real=real, fake=fake), p.options._replace(normalize="none")
     return Prepared(p._replace(samples=samples, options=options), units)
 
 
 def _centred(x: Tensor) -> Tensor:
     return x - x.sum(0) / max(len(x), 1)
-
-
-def _without_noise(x: Tensor) -> Tensor:
-    return torch.where(x.abs() < 4 * torch.finfo(x.dtype).eps, 0.0, x)  # NaN stays NaN
 
 
 def _unit(x: Tensor) -> _Unit:

@@ -5,8 +5,8 @@ on. Inputs are copied into the recorded ones; weights are read where they lie, a
 has memory of its own: the discriminator's whole turn lies between the denoiser's forward and its backward, and the
 common memory of torch.compile(mode="reduce-overhead") is given to others at the first backward of anybody.
 
-All gradients of a pass arrive together, so no reduction overlaps the backward. Not yet seen on a device: tests replace
-`record` by one that computes anew into the recorded memory.
+All gradients of a pass arrive together, so no reduction overlaps the backward. On a CPU tests replace `record` by one
+that computes anew into the recorded memory.
 """
 
 from collections.abc import Callable

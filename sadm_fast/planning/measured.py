@@ -17,21 +17,25 @@ class Measured(NamedTuple):
     where: str
 
 
-_H200 = "one H200, DiT-XL/2 at 256 pixels, micro-batch 64, torch.compile, torch 2.11, 2026-11-26"
+_H200 = "one H200, DiT-XL/2 at 256 pixels, micro-batch 64, compiled, torch 2.11, 2026-11-27, commit 4460c4a"
 
-# 522 images/s in 123 ms: our networks and objectives with bf16 weights, fp32 masters, fused AdamW and foreach copies.
-# Of that the update takes 7 ms at 0.78 of the bandwidth; 45.6 TFLOP in the other 116 ms are 0.40 of 989 TFLOP/s.
-FRACTION_OF_PEAK = Measured(0.40, "h200", "bf16", _H200)
-# The device copied 4.26 of 4.8 TB/s; AdamW took 5.4 ms for 30 bytes an element of 675 M, which are 3.75 TB/s.
-FRACTION_OF_BANDWIDTH = Measured(0.78, "h200", "bf16", _H200)
-# 158 ms for 7,595 launches (plain) and 205 ms for 9,421 (game), when launching was all that the time went into.
-SECONDS_A_LAUNCH = Measured(21e-6, "h200", "bf16", f"{_H200}, at commit 14be34f")
+# An iteration of plain training: 103.0 ms of kernels, of which 5.95 are the update; 45.6 TFLOP in the other 97.0.
+FRACTION_OF_PEAK = Measured(0.475, "h200", "bf16", _H200)
+# The update: 36 bytes of 675 M elements in 5.95 ms are 4.08 of 4.8 TB/s.
+FRACTION_OF_BANDWIDTH = Measured(0.85, "h200", "bf16", _H200)
+# 122.6 ms for 2,276 kernels (plain), 163.7 for 2,933 (sadm), when the host was what the time went into: 54 and 56 us.
+# Most of it is Python between the launches: with 7,595 of them, at 14be34f, it was 21 us.
+SECONDS_A_LAUNCH = Measured(54e-6, "h200", "bf16", _H200)
 
 # Counted by benchmarks/launches.py (ZeRO-1, bf16, ResNet-18), forward and backward of one micro-batch.
-_EAGER_BLOCK, _COMPILED_BLOCK = 59, 36  # of a DiT; compiled: about 1,000 of 28 blocks on the H200
+_EAGER_BLOCK = 59
+_COMPILED_BLOCK = 71  # of the 2,276: with the parts of Inductor's reductions, copies, and adaLN's sums
 _STEM = 52  # of a DiT beside its blocks
 _PSI = {"plain": 0, "structure": 203, "sadm": 347}
 _BESIDE = {"plain": 225, "structure": 245, "sadm": 350}  # draw, objectives, engines, optimizer
+# As CUDA graphs: for each way to call a player two replays, and copies of inputs, output and flat gradients.
+_REPLAYED = 24
+_WAYS = {"plain": 1, "structure": 3, "sadm": 4}
 # Stage 3 and the reference implementation step and gather parameter by parameter.
 _EACH_PARAMETER = 20
 
@@ -43,6 +47,8 @@ def launches(config: Config, depth: int, parameters: int) -> int:
     """
     block = _EAGER_BLOCK if config.train.compile == "off" else _COMPILED_BLOCK
     networks = depth * block + _STEM + _PSI[config.game.mode]
+    if config.train.compile == "graphs":
+        networks = _REPLAYED * _WAYS[config.game.mode]
     each = config.deepspeed.zero_optimization.stage == 3 or config.implementation == "reference"
     found = config.train.grad_accumulation * networks + _BESIDE[config.game.mode]
     return found + (_EACH_PARAMETER * parameters if each else 0)

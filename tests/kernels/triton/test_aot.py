@@ -54,7 +54,7 @@ def test_the_budget(version: str) -> None:
         assert usage.stack == usage.local == 0, (name, capability)
         assert usage.shared <= aot.SHARED_LIMIT[capability], (name, capability)
         variant = aot.VARIANTS[name]
-        if variant.kernel in ("weight_sums", "finish_strip", "few_sums"):
+        if variant.kernel in ("weight_sums", "weigh_strip", "finish_strip", "few_sums"):
             continue
         # Blocks of 32 rows are too short for the instructions of a whole warp group.
         few = variant.kernel != "row_norms" and variant.size <= launch.FEW_ROWS
@@ -68,7 +68,7 @@ def test_every_tile_of_the_table_is_compiled() -> None:
         compiled = set()
         for variant in aot.VARIANTS.values():
             work = aot.record(variant, capability)
-            if work.kernel in ("row_gradient", "pair_sums", "weight_strip"):
+            if work.kernel in ("row_gradient", "pair_sums"):
                 k, words = work.keywords, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
                 compiled.add((*(k[word] for word in words), k.get("BLOCK_D", 0), variant.dtype.itemsize))
         for (_, size), tile in launch.TILES[capability].items():
