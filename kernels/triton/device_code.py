@@ -132,10 +132,12 @@ def _pairs(
     own = tl.minimum(rows, b - 1) + first
     inside = tl.minimum(columns, n - 1)
     f = _side(
-        F, stats, own, inside, d, scale_f, gamma, RELATION, UNIT, SCALED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+        F, stats, own, inside, d, scale_f, gamma,
+        RELATION, UNIT, SCALED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
     g = _side(
-        G, stats + n, own, inside, d, scale_g, gamma, RELATION, UNIT, SCALED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+        G, stats + n, own, inside, d, scale_g, gamma,
+        RELATION, UNIT, SCALED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
     # Only now: masks held in registers across the products would spill.
     counted = (rows < b)[:, None] & (columns < n)[None, :] & (inside[None, :] != own[:, None])
