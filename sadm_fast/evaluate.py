@@ -316,8 +316,9 @@ def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     from sadm_fast.files import write_json
     from sadm_fast.generation import load_trained, to_images
     from sadm_fast.metrics.held_out import gaps
-    from sadm_fast.metrics.judges import judges_of
     from sadm_fast.metrics.memorisation import LEVEL, look_for_copies, summary
+    from sadm_fast.metrics.pretrained import PretrainedJudge
+    from sadm_fast.metrics.run_evaluation import chosen_judges
     from sadm_fast.pictures import picture_grid, save_picture
     from sadm_fast.pretrain import prepare_judge, prepare_psi
     from sadm_fast.ranks import environment
@@ -329,7 +330,7 @@ def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     from sadm_fast.run.folder import RunFolder
 
     say = Console(environment.rank()).say
-    trained = load_trained(arguments.run, own_device(), say, ema=arguments.ema)
+    trained = load_trained(arguments.run, own_device(), say, ema=arguments.ema).at(arguments.precision)
     config = trained.config
     if config.data.shape is not None:
         raise UserError(f"--memorisation: {arguments.run} has samples that are no images; the judges compare images")
@@ -349,10 +350,11 @@ def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
             held_out = open_held_out(config, console)
         else:
             held_out = first_on_rank_zero(lambda: opened(arguments.held_out))
-        judge = None
-        if autoencoder is None:
-            judge, _ = prepare_judge(config, training, folder.pretrained, place.device, console)
-        judges = [*judges_of(config.data.channels, config.data.resolution, judge), *more]
+        classifier = None
+        if "classifier" in config.judges:
+            classifier, _ = prepare_judge(config, training, folder.pretrained, place.device, console)
+        own = [j for j in chosen_judges(config, classifier) if j.metric not in {judge.metric for judge in more}]
+        judges = [*own, *more]
         shown: dict[str, Any] = {}
         with ExitStack() as stack:
 
@@ -395,7 +397,7 @@ def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
             "spaces": found.scores,
             "held_out_batches": differences,
             "weights": trained.facts(),
-            "judges": {judge.metric: judge.weights for judge in more},
+            "judges": {judge.metric: judge.weights for judge in judges if isinstance(judge, PretrainedJudge)},
             "commit": commit(),
             "versions": versions(),
         }
