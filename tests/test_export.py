@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sadm_fast import export, sample
+from sadm_fast import diffusion, export, sample
 from sadm_fast.build import build_denoiser
 from sadm_fast.config import check_config, load_config
+from sadm_fast.diffusion import guided
 from sadm_fast.engine.masters import Fragment, trainable_shapes
 from sadm_fast.errors import UserError
 from sadm_fast.exchange.reading import read_weights
 from sadm_fast.exchange.starting import starting_facts
-from sadm_fast.generation import generate, load_alone, load_trained
+from sadm_fast.generation import generate, load_alone, load_trained, to_images
 from sadm_fast.run.checkpoint_writer import CheckpointWriter
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.manifest import EMA_FILE
@@ -102,8 +103,15 @@ def test_the_exported_pipeline_is_whole_and_its_images_are_ours(config: Path, of
     grid = tmp_path / "x.png"
     picture = ["--weights", str(tmp_path / "x"), "--config", str(config), "--autoencoder", str(tmp_path / "x/vae")]
     assert sample.main([*picture, "--count", "4", "--out", str(grid)]) == 0 and grid.exists()
-    images = pipeline([0, 4], num_inference_steps=50, generator=torch.Generator().manual_seed(0), output_type="np")
-    assert images.images.shape == (2, 16, 16, 3)
+    options = {"guidance_scale": 1.5, "num_inference_steps": 50, "output_type": "np"}
+    found = pipeline([0, 4], generator=torch.Generator().manual_seed(0), **options).images
+    trained = load_alone(load_config(config, [f"denoiser.weights={official}"]), CPU)
+    process, labels = trained.config.process, torch.tensor([0, 4])
+    noise = torch.randn(2, *trained.config.sample_shape, generator=torch.Generator().manual_seed(0))
+    latents = diffusion.sample(process, guided(process, trained.model, labels, CLASSES, 1.5), noise, "ddim50", "ddim")
+    wanted = (to_images(latents, trained.autoencoder(CPU)) / 2 + 0.5).clamp(0, 1)
+    # As the latents in test_diffusers.py; the images' own spread is about 0.16.
+    assert found == pytest.approx(wanted.permute(0, 2, 3, 1).numpy(), abs=1e-5)
 
 
 def changed(config: Path, official: Path, tmp_path: Path, **blocks: Any) -> list[str]:
