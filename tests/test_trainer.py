@@ -17,7 +17,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.ranks.stopping import StopRequest
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.state import TrainState
-from sadm_fast.trainer import Trainer
+from sadm_fast.trainer import Trainer, _note
 
 
 @pytest.fixture
@@ -45,6 +45,15 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
         config, folder, open_images(tmp_path / "images"), players, MagicMock(), writer, gallery,
         num_classes=1, null_class=1, device=torch.device("cpu"), console=Console(),
     )  # fmt: skip
+
+
+def test_a_line_tells_the_speed_in_flops_and_on_a_known_gpu_its_share_of_the_peak() -> None:
+    line = {
+        "loss_denoise": 0.5, "structure_distance": None, "structure_undefined": 0, "samples_per_s": 100.0,
+        "flops_per_s": 2.5e13, "data_wait_fraction": 0.01,
+    }  # fmt: skip
+    assert _note(line | {"mfu": None}) == "loss 0.5 100 samples/s, 25 TFLOP/s a rank, data wait 1.0%"
+    assert _note(line | {"mfu": 0.25}) == "loss 0.5 100 samples/s, 25 TFLOP/s a rank (25% MFU), data wait 1.0%"
 
 
 def iterations(trainer: Trainer, *taken: bool) -> None:
