@@ -23,11 +23,12 @@ from sadm_fast.metrics.run_evaluation import chosen_judges, require_enough
 from sadm_fast.planning.cost import activations, meta_models
 from sadm_fast.planning.memory import Activations, rank_memory
 from sadm_fast.planning.players import players
-from sadm_fast.planning.storage import checkpoint_bytes, checkpoints_at_once
+from sadm_fast.planning.storage import checkpoint_bytes, checkpoints_at_once, snapshot_bytes
 from sadm_fast.pretrain import JUDGE_FILE, PSI_FILE, hold_out
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.loggers import check_loggers
 from sadm_fast.run.manifest import completed
+from sadm_fast.run.snapshots import snapshots_in
 from sadm_fast.train_once import require_own
 
 _LEFT_FREE = 1 << 20  # bytes of disk for logs and pictures
@@ -108,18 +109,25 @@ def _check_classes(config: Config, source: Source, who: str, remedy: str) -> Non
 
 
 def check_disk(config: Config, num_classes: int, folder: RunFolder, own: Own = NONE) -> None:
-    """UserError if the checkpoints that are still to be written do not fit on the disk of the run's folder."""
+    """UserError if what is still to be written, checkpoints and snapshots, does not fit on the run folder's disk."""
     denoiser, psi = meta_models(config, num_classes, own)
-    one = checkpoint_bytes(config, players(config, denoiser, psi), 0 if psi is None else psi.feature_dim)
+    both, train = players(config, denoiser, psi), config.train
+    one = checkpoint_bytes(config, both, 0 if psi is None else psi.feature_dim)
     missing = max(1, checkpoints_at_once(config) - len(completed(folder.checkpoints)))
     there = folder.path.absolute()
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
-    if missing * one + _LEFT_FREE > free:
+    needed, what = missing * one, f"{missing} checkpoints (train.keep_last, train.keep_every)"
+    if train.ema_snapshot_every is not None:
+        there_already = len({snapshot.step for snapshot in snapshots_in(folder.snapshots, train.steps)})
+        more = train.steps // train.ema_snapshot_every - there_already
+        needed += more * snapshot_bytes(config, both)
+        what += f" and the averages of {more} steps (train.ema_snapshot_every)"
+    if needed + _LEFT_FREE > free:
         raise UserError(
-            f"run folder {folder.path}: needs {missing * one / 1e9:.3g} GB for {missing} checkpoints (train.keep_last,"
-            f" train.keep_every), {free / 1e9:.3g} GB are free; free some, or choose another with --run-dir"
+            f"run folder {folder.path}: needs {needed / 1e9:.3g} GB for {what}, {free / 1e9:.3g} GB are free; free"
+            " some, or choose another with --run-dir"
         )
 
 

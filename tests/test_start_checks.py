@@ -16,7 +16,7 @@ from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
 from sadm_fast.planning.cost import meta_models
 from sadm_fast.planning.players import players
-from sadm_fast.planning.storage import checkpoint_bytes, checkpoints_at_once
+from sadm_fast.planning.storage import checkpoint_bytes, checkpoints_at_once, snapshot_bytes
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.start_checks import check_memory, check_start
 
@@ -141,6 +141,23 @@ def test_a_checkpoint_of_difffits_holds_what_is_trained() -> None:
     trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     # Masters, both moments, the average: fp32.
     assert checkpoint_bytes(asked, players(asked, denoiser, None), 8) == 4 * 4 * trained
+
+
+def test_averages_that_stay_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    averages = {"more_ema": [{"profile": "power", "std": 0.05}, {"profile": "constant"}], "ema_snapshot_every": 100}
+    asked = config(train={"steps": 1000, "checkpoint_every": 100, **averages})
+    both = players(asked, *meta_models(asked, 10))
+    whole = 4 * both[0].everything
+    assert snapshot_bytes(asked, both) == 2 * whole
+    alone = checkpoint_bytes(config(), both, 8)
+    assert checkpoint_bytes(asked, both, 8) == alone + 2 * whole
+    (tmp_path / "snapshots/power-0.1").mkdir(parents=True)
+    (tmp_path / "snapshots/power-0.1/step-000100.safetensors").touch()
+    needed = 3 * (alone + 2 * whole) + 9 * 2 * whole
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed))
+    assert "3 checkpoints (train.keep_last, train.keep_every) and the averages of 9 steps" in refusal(asked, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed + 2**20))
+    check_start(asked, ENOUGH, 10, RunFolder(tmp_path), 1)
 
 
 @pytest.mark.parametrize(

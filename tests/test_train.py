@@ -28,6 +28,7 @@ from sadm_fast.gallery import RelationView
 from sadm_fast.run.checkpoint import load_player, sha256
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.manifest import FORMAT
+from sadm_fast.run.snapshots import reconstructed
 from sadm_fast.run.state import TrainState
 from tests.support.judge_files import small_vit
 from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, train_here, tree
@@ -243,12 +244,18 @@ def test_a_stopped_run_continues_bit_for_bit(config: Path, tmp_path: Path):
     ]
 
 
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Euclidean, of all weights together."""
+    return sum(float((a[name].double() - b[name].double()).square().sum()) for name in b) ** 0.5
+
+
 @pytest.mark.slow
 def test_two_ranks_train_stop_and_continue_under_the_launcher(config: Path, tmp_path: Path):
     steps = 60
     overrides = [
         f"train.steps={steps}", "game.scope=global", "deepspeed.zero_optimization.stage=2",
-        "train.sample_every=1000", "train.checkpoint_every=1000",
+        "train.sample_every=1000", "train.checkpoint_every=10", "train.ema_snapshot_every=10",
+        "train.more_ema=" + json.dumps([{"profile": "power", "std": std} for std in (0.05, 0.08)]),
     ]  # fmt: skip
     Program(command(config, tmp_path / "whole", *overrides, ranks=2), tmp_path).finish()
     end = f"step-{steps:06d}"
@@ -270,6 +277,14 @@ def test_two_ranks_train_stop_and_continue_under_the_launcher(config: Path, tmp_
     out, _ = Program(argv, tmp_path).finish()
     assert f"Continuing {stopped} at step {reached}" in out
     assert_same_state(stopped / "checkpoints" / end, saved)
+
+    # The average of length 0.08, made of snapshots of two others, against the one that was kept through all steps.
+    shutil.rmtree(stopped / "snapshots" / "power-0.08")
+    files = ("ema.safetensors", "ema-power-0.05.safetensors", "ema-power-0.08.safetensors")
+    long, short, exact = (load_file(saved / file) for file in files)
+    found = reconstructed(stopped / "snapshots", steps, 0.08)
+    nearest = min(distance(other, exact) for other in (long, short))
+    assert found.keys() == exact.keys() and 0 < distance(found, exact) < 0.1 * nearest
 
 
 @pytest.mark.soak

@@ -151,7 +151,7 @@ def rank_memory(
     if config.game.queue:
         row = 2 * feature_dim * _FP32 + _FP32 + 8  # f, g, weight, label
         device[of("other", "feature queue")] = config.game.queue * row
-    optimizer_at[of("EMA", "EMA")] = _FP32 * share(players[0])
+    optimizer_at[of("EMA", "EMA")] = len(config.train.profiles) * _FP32 * share(players[0])
     for player in players:
         if not player.has_engine:
             device[of("weights", f"{player.name} weights")] = w * player.everything

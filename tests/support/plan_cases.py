@@ -49,6 +49,7 @@ _HALF = {"stage3_max_reuse_distance": 250_000, "stage3_prefetch_bucket_size": 0}
 _NONE = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 _FEW = {"stage3_max_reuse_distance": 150_000, "stage3_max_live_parameters": 90_000}
 _TWICE = {"grad_accumulation": 2}
+_AVERAGES = {"more_ema": [{"profile": "power", "std": 0.05}, {"profile": "constant"}]}
 
 # In `make test`; the others are in `make test-faults`.
 QUICK = (
@@ -59,7 +60,7 @@ QUICK = (
 CASES = {
     case.name: case
     for case in [
-        *(PlanCase(f"zero{stage}", stage) for stage in range(4)),
+        *(PlanCase(f"zero{stage}", stage, train=_AVERAGES if stage else {}) for stage in range(4)),
         *(PlanCase(f"zero{stage}-fp32", stage, train={"precision": "fp32"}) for stage in (0, 2)),
         *(PlanCase(f"zero{stage}-accumulation", stage, train=_TWICE) for stage in (1, 2)),
         PlanCase("zero3-short-reuse", 3, zero=_HALF),

@@ -82,9 +82,9 @@ def _storages(tensors: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def held(players: Players, ema: EMA) -> dict[str, int]:
+def held(players: Players, emas: list[EMA]) -> dict[str, int]:
     """Bytes by purpose, as far as the engines say which tensor is which."""
-    found = {"EMA": _storages(fragment.value for fragment in ema.average)}
+    found = {"EMA": _storages(fragment.value for ema in emas for fragment in ema.average)}
     for name, engine in players.engines.items():
         player = "denoiser" if name == "denoiser" else "Psi"
         parameters = list(engine.module.parameters())
@@ -120,7 +120,7 @@ def played(case: PlanCase, place: Place) -> dict[str, Any]:
         for parameter in denoiser.parameters():
             parameter.add_(0.05)
     players = Players(config, denoiser, None if config.game.mode == "plain" else build_psi(config), place.device)
-    ema = EMA(lambda: list(local_masters(players.denoiser)), config.train.ema)
+    emas = [EMA(lambda: list(local_masters(players.denoiser)), profile) for profile in config.train.profiles]
     found: dict[str, Any] = {}
     step = players.denoiser.step
 
@@ -142,10 +142,11 @@ def played(case: PlanCase, place: Place) -> dict[str, Any]:
         batches = [micro_batch(case, iteration * micro_batches + k, place) for k in range(micro_batches)]
         with counted if iteration == ITERATIONS - 1 else nullcontext():
             players.iteration(batches, iteration)
-        ema.update()
+        for ema in emas:
+            ema.update()
     players.denoiser.step = step
     found |= {
-        "held": held(players, ema),
+        "held": held(players, emas),
         "payload": counted.payload,
         "buckets": counted.largest_buckets,
     }
