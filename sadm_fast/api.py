@@ -21,7 +21,7 @@ from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.precision import kept_precision, settle_precision
 from sadm_fast.ranks import environment
-from sadm_fast.ranks.collectives import barrier, first_on_rank_zero
+from sadm_fast.ranks.collectives import barrier, first_on_rank_zero, only_on_rank_zero
 from sadm_fast.ranks.launch import distributed, own_device
 from sadm_fast.ranks.stopping import StopRequest
 from sadm_fast.run.folder import RunFolder
@@ -87,7 +87,10 @@ def train(
             autoencoder.require_space(source.space, f"data.path={source.where}")
             check_autoencoder(config, autoencoder)
         check_start(config, source, num_classes, folder, place.world_size, own)
-        check_memory(config, num_classes, place.world_size, place.device, environment.ranks_here(), own)
+        # Rank 0, which draws the pictures, needs most.
+        only_on_rank_zero(
+            lambda: check_memory(config, num_classes, place.world_size, place.device, environment.ranks_here(), own)
+        )
         pictures = config.paints
         barrier()  # nobody takes the folder while another rank still checks it
         with folder.held(config, console.say):

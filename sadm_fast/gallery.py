@@ -213,8 +213,8 @@ class Gallery:
             return
         lines = len(averages) * len(evaluate.guidance)
         self._console.say(
-            f"An evaluation every {evaluate.every} steps: {lines} x {evaluate.samples} samples, about"
-            f" {lines * seconds:.0f} s"
+            f"An evaluation every {evaluate.every} steps: {lines} x {evaluate.samples} samples, up to"
+            f" about {lines * seconds:.0f} s"
         )
 
     def evaluate(self, step: int, log: TrainingLog, turn: Turn | None = None) -> None:

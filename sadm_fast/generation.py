@@ -23,7 +23,7 @@ from sadm_fast.exchange.reading import STARTING, find_weights
 from sadm_fast.exchange.starting import classes_of_weights, start_from_weights, starting_facts
 from sadm_fast.files import parse_json
 from sadm_fast.models import Denoiser
-from sadm_fast.models.autoencoder import Autoencoder
+from sadm_fast.models.autoencoder import DECODED_AT_ONCE, Autoencoder
 from sadm_fast.models.dit import without_gammas
 from sadm_fast.precision import allow_tf32
 from sadm_fast.run import checkpoint
@@ -258,14 +258,11 @@ def sampling_facts(config: Config) -> dict[str, Any]:
     }
 
 
-_DECODED_AT_ONCE = 8  # latents: a decoder takes some hundred times the memory of its image
-
-
 def to_images(samples: Tensor, autoencoder: Autoencoder | None) -> Tensor:
     """Samples as images float32 [B, C, H, W] in about [-1, 1]: decoded if they are latents (of this autoencoder)."""
     if autoencoder is None:
         return samples
-    return torch.cat([autoencoder.decode(part) for part in samples.split(_DECODED_AT_ONCE)])
+    return torch.cat([autoencoder.decode(part) for part in samples.split(DECODED_AT_ONCE)])
 
 
 def generate(

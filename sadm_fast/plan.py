@@ -66,6 +66,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from sadm_fast.console import Console
     from sadm_fast.files import require_writable, write_json
+    from sadm_fast.metrics.run_evaluation import judging
     from sadm_fast.planning.plan import make_plan
     from sadm_fast.planning.roofline import Assumptions
     from sadm_fast.planning.text import plan_text
@@ -87,6 +88,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         _num_classes(config),
         arguments.gpus,
         Assumptions(gpu, arguments.gpus_per_node, arguments.network_gbit, **given),
+        judging(config),
     )
     if arguments.json is not None:
         write_json(arguments.json, plan)

@@ -19,8 +19,9 @@ from sadm_fast.engine.feature_queue import check_queue
 from sadm_fast.engine.optimizers import check_optimizers
 from sadm_fast.errors import UserError
 from sadm_fast.exchange.starting import check_denoiser_weights, check_psi_weights
-from sadm_fast.metrics.run_evaluation import chosen_judges, require_enough
+from sadm_fast.metrics.run_evaluation import chosen_judges, judging, require_enough
 from sadm_fast.planning.cost import activations, meta_models
+from sadm_fast.planning.drawing import drawing
 from sadm_fast.planning.memory import Activations, rank_memory
 from sadm_fast.planning.players import players
 from sadm_fast.planning.storage import checkpoint_bytes, checkpoints_at_once, snapshot_bytes
@@ -147,6 +148,7 @@ def check_memory(
         kept,
         world_size,
         feature_dim=0 if psi is None else psi.feature_dim,
+        drawing=drawing(config, num_classes, denoiser, judging(config)),
     )
     host = ranks_here * sum(memory.host.values())
     if device.type == "cuda":

@@ -71,6 +71,7 @@ def _describe(config: "Config", folder: "RunFolder") -> None:
     from sadm_fast.console import Console
     from sadm_fast.data import kind_of
     from sadm_fast.feed import count_classes, open_data
+    from sadm_fast.metrics.run_evaluation import judging
     from sadm_fast.models.autoencoder import Autoencoder
     from sadm_fast.planning.dry_run import describe
     from sadm_fast.precision import settle_precision
@@ -92,7 +93,7 @@ def _describe(config: "Config", folder: "RunFolder") -> None:
     autoencoder = None if config.latents is None else config.latents.autoencoder
     if config.latents is not None and autoencoder is not None and Path(autoencoder).is_dir():
         Autoencoder.load(autoencoder, scale=config.latents.scale)
-    console.say(describe(config, classes, environment.world_size()) + samples)
+    console.say(describe(config, classes, environment.world_size(), judging(config)) + samples)
     if about_bf16 is not None:
         console.say(about_bf16)
 

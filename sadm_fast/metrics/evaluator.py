@@ -14,6 +14,7 @@ from sadm_fast.counters import Purpose, permutation, uniform
 from sadm_fast.metrics.frechet import FeatureStatistics, frechet_distance
 from sadm_fast.metrics.judges import PROBABILITIES, Judge
 from sadm_fast.metrics.scores import NEIGHBOURS, SPLITS, inception_score, kernel_distance, precision_recall
+from sadm_fast.planning.drawing import most_alive
 from sadm_fast.ranks.collectives import rank_and_world_size, sum_over_ranks
 from sadm_fast.scales import float_to_pixels, pixels_to_float
 
@@ -35,6 +36,19 @@ def fewest_samples(judges: Sequence[Judge], *, detailed: bool) -> int:
     recall, one in each split of the inception score.
     """
     return max(2, NEIGHBOURS + 1 if detailed else 0, *(SPLITS if judge.classes else 0 for judge in judges))
+
+
+def cost_of_judging(judges: Sequence[Judge], shape: Sequence[int], count: int) -> tuple[int, int]:
+    """Bytes that judges and their moments hold, and most that are alive besides while they look at `count` images."""
+    weights = sum(x.numel() * x.element_size() for judge in judges for x in (*judge.parameters(), *judge.buffers()))
+    moments = sum(2 * 8 * dim**2 for judge in judges for dim in judge.spaces.values())  # real and generated, float64
+
+    def look(_: object) -> None:
+        images = torch.empty(count, *shape)
+        for batch in _batches(images):
+            _features([judge.eval() for judge in judges], batch, "cpu")
+
+    return weights + moments, most_alive(look)
 
 
 class Evaluator:

@@ -15,7 +15,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.feed import load_samples
 from sadm_fast.game import draw, predict
 from sadm_fast.generation import generate, sampling_facts, to_images
-from sadm_fast.metrics.evaluator import Evaluator, fewest_samples
+from sadm_fast.metrics.evaluator import Evaluator, cost_of_judging, fewest_samples
 from sadm_fast.metrics.image_sets import ImageSet
 from sadm_fast.metrics.judges import OWN, ClassifierJudge, Judge, judges_of
 from sadm_fast.metrics.pretrained import PRETRAINED, pretrained_judge
@@ -57,6 +57,19 @@ def require_enough(judges: Sequence[Judge], samples: int, *, detailed: bool = Fa
     """UserError unless so many samples can be scored."""
     if samples < (fewest := fewest_samples(judges, detailed=detailed)):
         raise UserError(f"evaluate.samples={samples}: too few to score; use at least {fewest}")
+
+
+def judging(config: Config) -> tuple[int, int] | None:
+    """Bytes that the judges of a run's evaluations hold, and most that they have alive besides; None: there are none.
+
+    Raises:
+        UserError: as `chosen_judges`.
+    """
+    if config.evaluate.every is None:
+        return None
+    data, evaluate = config.data, config.evaluate
+    judges = chosen_judges(config, ClassifierJudge(data.channels))
+    return cost_of_judging(judges, (data.channels, data.resolution, data.resolution), evaluate.batch)
 
 
 class RunEvaluation:

@@ -7,6 +7,7 @@ format, and everything that was made with an autoencoder (latents, checkpoints) 
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.files import expand_home
 from sadm_fast.scales import LatentScale
 
+DECODED_AT_ONCE = 8  # latents: a decoder takes some hundred times the memory of its image
 _WITH_GRADIENT = 4  # latents decoded at once, of those that get a gradient
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -145,6 +147,23 @@ class Autoencoder:
     def _decode(self, latents: Tensor) -> Tensor:
         weights = next(self.module.parameters())
         return self.module.decode(self.scale.to_raw(latents).to(weights)).sample.float()
+
+
+def skeleton(path: str) -> nn.Module | None:
+    """The AutoencoderKL of a local folder or of the hub's cache on the meta device; None: its config.json is not here.
+
+    Only that file is read, whatever its weights are.
+    """
+    from diffusers import AutoencoderKL
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the hub's, about options that diffusers gives it
+            configuration = AutoencoderKL.load_config(expand_home(path), local_files_only=True)
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(configuration).eval()
+    except Exception:  # as in Autoencoder.load, which says what is wrong
+        return None
 
 
 def _local_first(load: Callable[..., Any], path: str, **options: Any) -> Any:

@@ -6,12 +6,16 @@ from torch import nn
 
 from sadm_fast.config import Config
 from sadm_fast.planning.cost import activations, meta_models, step_flops
+from sadm_fast.planning.drawing import drawing
 from sadm_fast.planning.memory import rank_memory
 from sadm_fast.planning.players import players
 
 
-def describe(config: Config, num_classes: int, world_size: int) -> str:
-    """Print the resolved configuration, the parameters, FLOPs and MACs of a step, and the memory of one rank."""
+def describe(config: Config, num_classes: int, world_size: int, judging: tuple[int, int] | None = None) -> str:
+    """Print the resolved configuration, the parameters, FLOPs and MACs of a step, and the memory of one rank.
+
+    judging: as planning.drawing.drawing.
+    """
     denoiser, psi = meta_models(config, num_classes)
     lines = [json.dumps(config.resolved(), indent=2), ""]
 
@@ -30,12 +34,14 @@ def describe(config: Config, num_classes: int, world_size: int) -> str:
     lines.append(f"  {'all':<46} {total / 1e9:>12,.2f} GFLOP {total / 2e9:>12,.2f} GMAC")
     forward = flops["denoiser forward"] / batch
     lines.append(f"  {'denoiser forward, one sample':<46} {forward / 1e9:>12,.3f} GFLOP {forward / 2e9:>12,.3f} GMAC")
+    looking = drawing(config, num_classes, denoiser, judging)
     memory = rank_memory(
         config,
         players(config, denoiser, psi),
         activations(config, denoiser, psi),
         world_size,
         feature_dim=0 if psi is None else psi.feature_dim,
+        drawing=looking,
     )
     plan = memory.device | memory.moments[memory.fullest]
     stage = config.deepspeed.zero_optimization.stage
@@ -48,6 +54,11 @@ def describe(config: Config, num_classes: int, world_size: int) -> str:
     lines.append(f"  {'all':<46} {memory.peak / 2**20:>12,.1f} MiB")
     if memory.host:
         lines.append(f"  {'offloaded to the host':<46} {sum(memory.host.values()) / 2**20:>12,.1f} MiB")
+    for moment in looking.moments:
+        size = memory.resident + sum(memory.moments[moment].values())
+        lines.append(f"  {f'{moment}, between iterations':<46} {size / 2**20:>12,.1f} MiB")
+    if looking.left_out is not None:
+        lines.append(f"Not counted: {looking.left_out}")
     if psi is not None and config.structure_encoder.input == "pixels":
         lines.append(
             "Not counted: the decoder through which Psi sees pixels, its FLOPs and its memory (docs/training.md)"

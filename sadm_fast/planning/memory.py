@@ -1,13 +1,12 @@
 """Memory of one rank: the bytes held all the time, and the bytes that each moment of an iteration adds.
 
 Counted: the tensors of the trainer and of DeepSpeed (0.19.8). Not counted: what libraries take for themselves (CUDA
-context, NCCL, workspaces of kernels, gaps of the allocator), the batch and its noise, and the autoencoder on rank 0,
-which decodes the pictures of a run on latents.
+context, NCCL, workspaces of kernels, gaps of the allocator), the batch and its noise.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from sadm_fast.config import Config
 from sadm_fast.planning import zero3
@@ -31,13 +30,24 @@ class Activations:
     discriminator: int  # Psi in its own step
 
 
+class Drawing(NamedTuple):
+    """Bytes of drawing samples on rank 0, beside the copies of the networks to look through (planning.drawing)."""
+
+    held: dict[str, int]  # all the time
+    moments: dict[str, int]  # besides, between two iterations
+    left_out: str | None  # what is not counted
+
+
+NO_DRAWING = Drawing({}, {}, None)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank, by tensor."""
 
     device: dict[str, int]  # held all the time, on the device
     host: dict[str, int]  # held all the time, offloaded
-    moments: dict[str, dict[str, int]]  # on the device besides, at the four moments when most is there
+    moments: dict[str, dict[str, int]]  # on the device besides, at the moments when most is there
     kinds: dict[str, Kind]  # of every tensor named above
 
     @property
@@ -91,6 +101,7 @@ def rank_memory(
     offload: Offload | None = None,
     checkpointing: bool | None = None,
     feature_dim: int = 0,
+    drawing: Drawing = NO_DRAWING,
 ) -> Memory:
     """Count the memory of rank 0. The other ranks hold less: without evaluations, no copies for pictures.
 
@@ -100,6 +111,7 @@ def rank_memory(
         offload: anything but "none" needs stage 1 or higher; parameters need stage 3.
         checkpointing: activation checkpointing of the denoiser's blocks.
         feature_dim: length of Psi's features, for game.queue.
+        drawing: of samples; left out if it is not given.
     """
     zero, w = config.deepspeed.zero_optimization, width(config)
     reduced_at_once = zero.buckets("cuda")["reduce_bucket_size"]
@@ -197,4 +209,6 @@ def rank_memory(
     in_use = {of("activ.", "Psi activations"): activations.structure} if len(players) == 2 else {}
     moments["denoiser's backward"] = graph | in_use | gradients(engines[0]) | whole
     moments["denoiser's update"] = update(engines[0])
+    device |= {of("pictures", name): size for name, size in drawing.held.items()}
+    moments |= {name: {of("pictures", name): size} for name, size in drawing.moments.items()}
     return Memory(device, host, moments, kinds)

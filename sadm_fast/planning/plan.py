@@ -6,6 +6,7 @@ from typing import Any
 from sadm_fast.config import Config
 from sadm_fast.planning.communication import transfers
 from sadm_fast.planning.cost import activations, meta_models, step_flops
+from sadm_fast.planning.drawing import drawing
 from sadm_fast.planning.measured import launches
 from sadm_fast.planning.memory import Memory, Offload, offload_of, rank_memory
 from sadm_fast.planning.players import players
@@ -21,15 +22,20 @@ _OFFLOADS: dict[int, tuple[Offload, ...]] = {
 }
 
 
-def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumptions) -> dict[str, Any]:
+def make_plan(
+    config: Config, num_classes: int, gpus: int, assumptions: Assumptions, judging: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Compute the plan for `gpus` ranks, in elements, bytes, FLOPs and seconds; JSON values only.
 
     Scaling is weak: a rank's micro-batch is the configuration's for any number of ranks.
+
+    judging: as planning.drawing.drawing.
     """
     denoiser, psi = meta_models(config, num_classes)
     both = players(config, denoiser, psi)
     flops = step_flops(config, denoiser, psi)
     kept = activations(config, denoiser, psi)
+    looking = drawing(config, num_classes, denoiser, judging)
     feature_dim = 0 if psi is None else psi.feature_dim
     stage = config.deepspeed.zero_optimization.stage
     train = config.train
@@ -38,8 +44,9 @@ def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumpti
 
     def memory(n: int, stage: int, offload: Offload, checkpointing: bool | None = None) -> Memory:
         return rank_memory(
-            config, both, kept, n, stage=stage, offload=offload, checkpointing=checkpointing, feature_dim=feature_dim
-        )
+            config, both, kept, n, stage=stage, offload=offload, checkpointing=checkpointing, feature_dim=feature_dim,
+            drawing=looking,
+        )  # fmt: skip
 
     def scaled(n: int) -> dict[str, Any]:
         moved = transfers(config, both, feature_dim, n)
@@ -87,6 +94,7 @@ def make_plan(config: Config, num_classes: int, gpus: int, assumptions: Assumpti
         "launches": launched,
         "activation_checkpointing": train.activation_checkpointing,
         "flops_added_by_checkpointing": flops["denoiser forward"],
+        "memory_left_out": looking.left_out,
         "memory": [
             {
                 "zero_stage": s,

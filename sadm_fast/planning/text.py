@@ -62,8 +62,11 @@ def _memory(plan: dict[str, Any]) -> Iterator[str]:
             f"{row['peak_with_checkpointing'] / _GIB:>8.2f}{sum(row['host'].values()) / _GIB:>8.2f}"
         )
     yield f"  ! does not fit into {limit / 1e9:.0f} GB. ckpt: the peak with activation checkpointing of the denoiser's"
-    yield "  blocks (train.activation_checkpointing). pictures: fp32 copies of the models on rank 0, to draw samples."
-    yield "  Not counted: CUDA and NCCL, workspaces, fragmentation, the batch, the autoencoder on rank 0 (latents)."
+    yield "  blocks (train.activation_checkpointing). pictures: fp32 copies of models, autoencoder, judges on rank 0;"
+    yield "  where drawing, decoding or judging samples takes most, what that takes as well."
+    yield "  Not counted: CUDA and NCCL, workspaces, fragmentation, the batch."
+    if plan["memory_left_out"] is not None:
+        yield f"  Not counted either: {plan['memory_left_out']}"
 
 
 def _communication(plan: dict[str, Any]) -> Iterator[str]:
