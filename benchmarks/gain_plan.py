@@ -39,6 +39,8 @@ _VARIED = ("game.", "structure_encoder.", "denoiser.", "denoiser_optimizer.", "d
 # Fields that came after the first series, with their default: where they have it, finished runs still count.
 _YOUNGER: dict[str, Any] = {
     "data.held_out": 0.0,
+    "denoiser.label_map": None,
+    "denoiser.train": "all",
     "evaluate.ema": None,
     "evaluate.guidance": [1.0],
     "evaluate.judges": None,

@@ -99,6 +99,12 @@ def test_a_digest_changes_with_all_that_a_result_depends_on(tmp_path: Path) -> N
     assert plan(tmp_path, expectation="another").digest(job) in digests
 
 
+def test_the_results_of_2026_11_28_still_count() -> None:
+    """A field that is added since must be in gain_plan._YOUNGER with the default that changes nothing."""
+    screening = Plan.read(ROOT / "benchmarks" / "plans" / "screening_digits.json")
+    assert screening.digest(Job("digits", "plain", 0)) == "3d83c9c9af573284"
+
+
 def test_finished_runs_are_not_repeated_and_those_of_another_plan_do_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
