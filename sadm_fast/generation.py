@@ -45,6 +45,7 @@ class Trained(NamedTuple):
     sha256: str  # of the file of the weights; of their values where they are made of several
     ema: dict[str, Any] | None  # the profile of the average; None: weights alone, of which it is not known
     precision: str = "fp32"  # of the network's arithmetic
+    starting_weights: str | None = None  # the sha256 of what DiffFit started from; None: there is no such part
 
     def at(self, precision: str) -> "Trained":
         """The same in another arithmetic; the network is converted in place.
@@ -96,9 +97,10 @@ class Trained(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """Which weights these are and how they are used, for the record beside what is made with them."""
         file = str(self.checkpoint)
-        return {
+        facts = {
             "file": file, "sha256": self.sha256, "step": self.step, "ema": self.ema, "precision": self.precision
         }  # fmt: skip
+        return facts if self.starting_weights is None else {**facts, "starting_weights": self.starting_weights}
 
 
 def load_trained(
@@ -153,7 +155,10 @@ def load_trained(
     except RuntimeError as error:
         raise UserError(f"{found.folder}: does not fit the run's config.json ({error})") from None
     filled = [label for label in range(len(classes)) if label not in empty]
-    return Trained(config, classes, filled, model, found.manifest.step, space, found.folder, digest, profile)
+    return Trained(
+        config, classes, filled, model, found.manifest.step, space, found.folder, digest, profile,
+        starting_weights=found.manifest.starting_weights,
+    )  # fmt: skip
 
 
 def _start_again(config: Config, found: checkpoint.Found, model: Denoiser) -> None:

@@ -21,6 +21,7 @@ from sadm_fast.data.image_folder import ImageFolder
 from sadm_fast.data.source import ImageSource
 from sadm_fast.feed import load_samples, open_data, open_images_to_encode
 from sadm_fast.generation import load_trained
+from sadm_fast.train import main
 from tests.data.loaders import open_feed
 from tests.support.autoencoders import save_autoencoder
 from tests.support.programs import train_here
@@ -325,7 +326,9 @@ SHORTER = {
 @pytest.mark.parametrize(
     "names", [FINETUNED[:1], pytest.param(FINETUNED[1:], marks=pytest.mark.soak)], ids=["flowers102", "the others"]
 )
-def test_fine_tuning_takes_two_steps_on_the_stand_ins_and_goes_on(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_fine_tuning_takes_two_steps_on_the_stand_ins_and_goes_on(
+    names: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     autoencoder = save_autoencoder(
         tmp_path / "vae",
         block_out_channels=(4, 4, 4, 4),
@@ -366,3 +369,8 @@ def test_fine_tuning_takes_two_steps_on_the_stand_ins_and_goes_on(names: tuple[s
         assert all(torch.equal(kept[key], started.state_dict()[key]) for key in frozen)
         assert all(torch.equal(kept[key], average[key]) for key in average)
         assert not torch.equal(kept["blocks.0.mlp.gamma"], torch.ones(128))
+    save_file({key: value + 1 for key, value in started.state_dict().items()}, changes["denoiser.weights"])
+    command = ["--config", str(FILES[run.name]), "--run-dir", str(run), *_set(own | {"train.steps": 4})]
+    assert main(command) == 2
+    said = capfd.readouterr().err
+    assert f"step-000003: starting_weights are not those of denoiser.weights={tmp_path}" in said

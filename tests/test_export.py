@@ -218,6 +218,7 @@ def test_what_difffit_has_trained_is_exported_merged_or_apart(difffit_run: Path,
         name = "model.pt" if form == "dit" else "model.safetensors"
         # Samples of order 1 through two blocks, whose weights were rounded once more, in fp32.
         torch.testing.assert_close(of_weights(out, name), wanted, rtol=1e-4, atol=1e-4)
+        assert '"starting_weights": "' in (out / "README.md").read_text()
         state = {} if form == "dit" else load_file(out / name)
         frozen = [name for name in state if name.endswith("weight") and "table" not in name]
         assert bool(frozen) == (form == "safetensors" and not options)
