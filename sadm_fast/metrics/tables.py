@@ -15,7 +15,9 @@ class Column(NamedTuple):
 
     name: str
     values: list[float | None]  # None: a line has none such
-    best: set[int]  # the places of the lowest of distances and losses, and of the highest of other scores
+    best: set[
+        int
+    ]  # the places of the lowest of distances and losses, and of the highest of other scores; none if all are equal
 
 
 def score_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
@@ -27,7 +29,9 @@ def score_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
         numbers = [float(value) if isinstance(value, int | float) else None for value in values]
         known = [value for value in numbers if value is not None and math.isfinite(value)]
         if known:
-            found.append(Column(name, numbers, {i for i, value in enumerate(numbers) if value == best(known)}))
+            equal = len(known) > 1 and min(known) == max(known)
+            places = {i for i, value in enumerate(numbers) if value == best(known)}
+            found.append(Column(name, numbers, set() if equal else places))
 
     def keys(of: str) -> list[str]:
         inner = [row.get(of) for row in rows]

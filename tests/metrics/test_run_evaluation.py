@@ -54,5 +54,6 @@ def test_fid_and_sfid_are_shown_with_their_count_the_inception_score_beside_them
     head, first, second, floor, _ = (line.split() for line in table(rows, ["guidance"]).splitlines())
     assert head[:5] == ["guidance", "fid_pixels", "FID(300)", "sFID(300)", "IS"]
     assert (first[2], second[2]) == ("31.25*", "32") and (first[4], second[4]) == ("8.5", "9*")
+    assert (first[1], second[1]) == ("2.5", "2.5"), "nothing is best where all are equal"
     assert floor == ["floor", "0.5"]
     assert "FID-50K" in summary(ROW | {"samples": 50_000})
