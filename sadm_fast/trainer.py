@@ -306,6 +306,8 @@ def _note(line: dict[str, Any]) -> str:
     if line["structure_undefined"]:
         game += f" (no pair to compare in {line['structure_undefined']} micro-batches)"
     wait = f"{line['data_wait_fraction']:.1%}"
-    speed = "" if line["flops_per_s"] is None else f", {line['flops_per_s'] / 1e12:.3g} TFLOP/s a rank"
+    speed = ""
+    if (flops := line["flops_per_s"]) is not None:
+        speed = f", {flops / 1e12:.3g} TFLOP/s a rank" if flops >= 1e12 else f", {flops / 1e9:.3g} GFLOP/s a rank"
     speed += "" if line["mfu"] is None else f" ({line['mfu']:.0%} MFU)"
     return f"loss {number('loss_denoise')}{game} {number('samples_per_s')} samples/s{speed}, data wait {wait}"

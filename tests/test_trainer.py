@@ -53,6 +53,7 @@ def test_a_line_tells_the_speed_in_flops_and_on_a_known_gpu_its_share_of_the_pea
         "flops_per_s": 2.5e13, "data_wait_fraction": 0.01,
     }  # fmt: skip
     assert _note(line | {"mfu": None}) == "loss 0.5 100 samples/s, 25 TFLOP/s a rank, data wait 1.0%"
+    assert ", 4.86 GFLOP/s a rank, " in _note(line | {"mfu": None, "flops_per_s": 4.86e9})
     assert _note(line | {"mfu": 0.25}) == "loss 0.5 100 samples/s, 25 TFLOP/s a rank (25% MFU), data wait 1.0%"
 
 
