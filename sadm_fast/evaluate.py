@@ -288,6 +288,9 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
                 config, images, judges, trained.filled, place.device,
                 autoencoder=autoencoder, detailed=True, losses=data is None,
             )  # fmt: skip
+            if total > place.world_size * config.evaluate.batch:  # what is not finite is told before hours are spent
+                for model, _ in models:
+                    evaluation.rehearse(model, max(guidance))
             with console.bar("samples", total) as bar:
 
                 def turn(drawn: int) -> None:

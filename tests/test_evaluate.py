@@ -68,10 +68,17 @@ def test_samples_that_cannot_be_scored_are_one_line(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(launch, "distributed", alone)
-    monkeypatch.setattr(run_evaluation, "generate", lambda *_, **__: torch.full((12, 1, 8, 8), torch.nan))
+    batches = []
+
+    def broken(config: object, model: object, labels: Tensor, *_: object, **__: object) -> Tensor:
+        batches.append(len(labels))
+        return torch.full((len(labels), 1, 8, 8), torch.nan)
+
+    monkeypatch.setattr(run_evaluation, "generate", broken)
     assert evaluate.main([str(run)]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: {run}: cannot be scored: the moments hold NaN") and err.count("\n") == 1
+    assert err.startswith(f"error: {run}: cannot be scored: an image, or what a judge makes") and err.count("\n") == 1
+    assert batches == [8], "of 12 samples more than a batch was drawn"
 
 
 @pytest.mark.parametrize(
