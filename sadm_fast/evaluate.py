@@ -242,7 +242,10 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     say = Console(environment.rank()).say
     changes = {"samples": arguments.samples, "steps": arguments.steps, "real_images": arguments.real_images}
     changes = {key: value for key, value in changes.items() if value is not None}
-    found = [load_trained(arguments.run, own_device(), say, ema=of).at(arguments.precision) for of in averages]
+    found = [
+        load_trained(arguments.run, own_device(), say, ema=of).at(arguments.precision, None if number else say)
+        for number, of in enumerate(averages)
+    ]
     trained = found[0]
 
     config = trained.config.model_copy(update={"evaluate": trained.config.evaluate.model_copy(update=changes)})
@@ -333,7 +336,7 @@ def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     from sadm_fast.run.folder import RunFolder
 
     say = Console(environment.rank()).say
-    trained = load_trained(arguments.run, own_device(), say, ema=arguments.ema).at(arguments.precision)
+    trained = load_trained(arguments.run, own_device(), say, ema=arguments.ema).at(arguments.precision, say)
     config = trained.config
     if config.data.shape is not None:
         raise UserError(f"--memorisation: {arguments.run} has samples that are no images; the judges compare images")

@@ -25,7 +25,7 @@ from sadm_fast.files import parse_json
 from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import DECODED_AT_ONCE, Autoencoder
 from sadm_fast.models.dit import without_gammas
-from sadm_fast.precision import allow_tf32
+from sadm_fast.precision import allow_tf32, slow_bf16
 from sadm_fast.run import checkpoint
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.manifest import EMA_FILE, MORE_EMA, Damaged, OtherFormat, step_of
@@ -47,13 +47,18 @@ class Trained(NamedTuple):
     precision: str = "fp32"  # of the network's arithmetic
     starting_weights: str | None = None  # the sha256 of what DiffFit started from; None: there is no such part
 
-    def at(self, precision: str) -> "Trained":
+    def at(self, precision: str, say: Callable[[str], None] | None = None) -> "Trained":
         """The same in another arithmetic; the network is converted in place.
 
         "fp32"; "tf32": fp32 with GPUs' TF32, for all that the process computes; "bf16": the network as a training in
         bf16 calls it. The sampler's own arithmetic stays. Raises UserError for tf32 where there is no GPU.
+
+        say: told if bf16 is slower than fp32 here.
         """
-        if precision == "tf32" and next(self.model.parameters()).device.type != "cuda":
+        device = next(self.model.parameters()).device
+        if precision == "bf16" and say is not None and (slow := slow_bf16(device)):
+            say(slow)
+        if precision == "tf32" and device.type != "cuda":
             raise UserError("--precision tf32: only GPUs have it; use fp32 or bf16")
         allow_tf32(precision == "tf32")
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32

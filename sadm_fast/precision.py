@@ -40,6 +40,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def slow_bf16(device: torch.device) -> str | None:
+    """A line if fp32 is quicker on this device; None if bf16 is."""
+    gain = bf16_gain(device)
+    return None if gain > 1 else f"a matrix product in bf16 is {_compared(gain)} here; --precision fp32 is quicker"
+
+
 def allow_tf32(allowed: bool) -> None:
     """Whether fp32 products and convolutions on GPUs round their factors to TF32's 10 bits, in the whole process.
 

@@ -162,7 +162,7 @@ def _load(
     else:
         weights = [f"denoiser.weights={arguments.weights}"]
         trained = load_alone(load_config(arguments.config, [*overrides, *weights]), device)
-    trained = trained.at(arguments.precision)
+    trained = trained.at(arguments.precision, say)
     if arguments.guide is None:
         return trained, None
     if trained.config.sampling.guidance_scale == 1.0:

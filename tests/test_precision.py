@@ -8,7 +8,7 @@ import torch
 
 from sadm_fast import precision
 from sadm_fast.config import Config, check_config
-from sadm_fast.precision import allow_tf32, bf16_gain, kept_precision, settle_precision
+from sadm_fast.precision import allow_tf32, bf16_gain, kept_precision, settle_precision, slow_bf16
 
 CPU = torch.device("cpu")
 
@@ -39,6 +39,15 @@ def test_auto_takes_bf16_only_where_it_is_quicker_and_a_line_says_so(
     assert settled == config(taken) and settled.fingerprint() == config(taken).fingerprint()
     assert line is not None and line.startswith(f"train.precision={asked}: a matrix product in bf16 is ")
     assert words in line
+
+
+def test_a_bf16_that_is_slower_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "bf16_gain", lambda device: 0.25)
+    assert slow_bf16(CPU) == (
+        "a matrix product in bf16 is 4.0 times as slow as in fp32 here; --precision fp32 is quicker"
+    )
+    monkeypatch.setattr(precision, "bf16_gain", lambda device: 3.0)
+    assert slow_bf16(CPU) is None
 
 
 def test_fp32_measures_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """Where a run's numbers and pictures go beside metrics.jsonl: TensorBoard, Weights & Biases, trackio (`logging`).
 
 Each is a Logger. Weights & Biases and trackio are offline until they are told otherwise in their own ways: WANDB_MODE,
-TRACKIO_SPACE_ID and so on. They are imported where they are asked for, and are no part of an installation.
+TRACKIO_SPACE_ID and so on. Tests have stand-ins; wandb 0.31.0 and trackio 0.43.0 were tried by hand, a resumed run too.
+They are imported where they are asked for, and are no part of an installation.
 """
 
 import importlib
