@@ -51,8 +51,11 @@ def test_a_sample_is_the_same_in_any_batch_where_steps_draw_noise_too(process: s
     together = draw(settings, ids)
     assert together.isfinite().all()
     for i, n in enumerate(ids):
-        # Matrix products of other sizes round differently; other noise would differ by about 1.
-        torch.testing.assert_close(draw(settings, [n]), together[i : i + 1], rtol=1e-4, atol=1e-4)
+        # Matrix products of other sizes round differently; other noise would differ by about 1. The first step of VP
+        # divides by alpha(999) = 1/159, which makes 3e-4 of 16 eps; what samplers then do with it leaves a few of them.
+        torch.testing.assert_close(
+            draw(settings, [n]), together[i : i + 1], rtol=1e-4, atol=1e-3 if process == "vp" else 1e-4
+        )
     still = draw(settings.model_copy(update={"sampling": config(process).sampling}), ids)
     assert (together - still).abs().amax(dim=(1, 2, 3)).min() > 0.1
     assert not torch.equal(draw(settings.model_copy(update={"seed": 1}), ids), together)
