@@ -4,7 +4,8 @@
 
 plain, structure and sadm are whole steps as the trainer runs them: draw, both players' turns, averages; bf16, ZeRO-1,
 one rank. peer is tuned_peer.py. A way of training is measured once for each value of --compile. MFU counts products and
-convolutions (planning.speed) against the device's dense peak. `first` is the first step, with all that it compiles.
+convolutions (planning.speed) against the device's dense peak. The first step has all that it compiles; memory is the
+peak of a way's tensors.
 """
 
 import argparse
@@ -45,7 +46,7 @@ class Way:
             train={"precision": "bf16", "compile": "on" if way == "peer" else compilation},
             zero_optimization={"stage": 1},
         )
-        before = self._memory()
+        before = self._allocated()
         if way == "peer":
             self.step = tuned_peer.iteration(config, device)
         else:
@@ -55,7 +56,7 @@ class Way:
         self.finished(1)
         self.first = time.perf_counter() - start
         self.finished(WARMUP)
-        self.memory = self._memory() - before
+        self.memory = self._allocated(peak=True) - before
 
     def finished(self, steps: int) -> float:
         """Take steps, wait for the last; return seconds a step."""
@@ -66,9 +67,14 @@ class Way:
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / steps
 
-    def _memory(self) -> float:
-        """Reserved bytes of a GPU; in the steps of one way only, so their activations count where they are kept."""
-        return float(torch.cuda.memory_reserved()) if self.device.type == "cuda" else 0.0
+    def _allocated(self, *, peak: bool = False) -> int:
+        """Bytes of a GPU's tensors, of all ways so far; the peak is that since the call without it."""
+        if self.device.type != "cuda":
+            return 0
+        if peak:
+            return torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
 
     def row(self, samples: list[float], others: list[float]) -> Row:
         low, middle, high = measure.spread(samples)
@@ -81,7 +87,7 @@ class Way:
             "mfu": self.speed.achieved(1 / middle, playing=True)["mfu"],
             "ratio_to_first_way": measure.ratio(samples, others),
             "first_s": self.first,
-            "reserved_gib": self.memory / 2**30,
+            "peak_gib": self.memory / 2**30,
         }
 
 
@@ -101,7 +107,7 @@ def profiled(way: Way, steps: int = 3) -> str:
 
 
 def table(rows: list[Row], markdown: bool) -> str:
-    head = ["way", "ms (p20-p80)", "images/s", "MFU", f"/ {rows[0]['way']}", "first step, s", "reserved, GiB"]
+    head = ["way", "ms (p20-p80)", "images/s", "MFU", f"/ {rows[0]['way']}", "first step, s", "peak, GiB"]
     lines = [
         [
             row["way"],
@@ -110,7 +116,7 @@ def table(rows: list[Row], markdown: bool) -> str:
             "" if row["mfu"] is None else f"{row['mfu']:.1%}",
             f"{row['ratio_to_first_way']:.3f}",
             f"{row['first_s']:.1f}",
-            f"{row['reserved_gib']:.1f}",
+            f"{row['peak_gib']:.1f}",
         ]
         for row in rows
     ]

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sadm_fast.config import Config
     from sadm_fast.data.source import Source
+    from sadm_fast.generation import Trained
     from sadm_fast.metrics.image_sets import ImageSet
-    from sadm_fast.metrics.judges import Judge
+    from sadm_fast.metrics.judges import ClassifierJudge, Judge
     from sadm_fast.metrics.pretrained import PretrainedJudge
 
 _AT_ONCE = 256  # images read at a time, on each rank
@@ -221,6 +223,23 @@ def _write(path: Path, rows: list[dict[str, Any]], judges: "Sequence[Judge]", **
     write_json(path, {"scores": rows, "judges": weights, **more, "commit": commit(), "versions": versions()})
 
 
+def _configured(trained: "Trained", arguments: argparse.Namespace) -> "Config":
+    """The run's configuration with what the command line changes of its evaluations."""
+    changes = {"samples": arguments.samples, "steps": arguments.steps, "real_images": arguments.real_images}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return trained.config.model_copy(update={"evaluate": trained.config.evaluate.model_copy(update=changes)})
+
+
+def _all_judges(
+    config: "Config", classifier: "ClassifierJudge | None", more: "Sequence[PretrainedJudge]"
+) -> "list[Judge]":
+    """The run's own judges, and `more`, which replace those of their names."""
+    from sadm_fast.metrics.run_evaluation import chosen_judges
+
+    named = {judge.metric for judge in more}
+    return [*(judge for judge in chosen_judges(config, classifier) if judge.metric not in named), *more]
+
+
 def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") -> int:
     from sadm_fast.console import Console
     from sadm_fast.feed import open_data, other_classes
@@ -228,7 +247,7 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     from sadm_fast.metrics.image_sets import ImageSet, open_reference
     from sadm_fast.metrics.judges import ClassifierJudge
     from sadm_fast.metrics.pretrained import without_rank
-    from sadm_fast.metrics.run_evaluation import RunEvaluation, chosen_judges
+    from sadm_fast.metrics.run_evaluation import RunEvaluation
     from sadm_fast.metrics.tables import losses_line, summary, table, variant
     from sadm_fast.pretrain import prepare_judge
     from sadm_fast.ranks import environment
@@ -240,15 +259,13 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     sweeps = dict(arguments.sweep)
     averages = sweeps.get("ema", [arguments.ema])
     say = Console(environment.rank()).say
-    changes = {"samples": arguments.samples, "steps": arguments.steps, "real_images": arguments.real_images}
-    changes = {key: value for key, value in changes.items() if value is not None}
     found = [
         load_trained(arguments.run, own_device(), say, ema=of).at(arguments.precision, None if number else say)
         for number, of in enumerate(averages)
     ]
     trained = found[0]
 
-    config = trained.config.model_copy(update={"evaluate": trained.config.evaluate.model_copy(update=changes)})
+    config = _configured(trained, arguments)
 
     with distributed(deepspeed=False) as place:
         console = Console(place.rank)
@@ -277,8 +294,7 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
                     pretrained = pretrained / f"on-{of.fingerprint()[:12]}"
                 classifier, facts = prepare_judge(config, of, pretrained, place.device, console)
             images = of
-        own = [j for j in chosen_judges(config, classifier) if j.metric not in {judge.metric for judge in more}]
-        judges = [*own, *more]
+        judges = _all_judges(config, classifier, more)
         if few := without_rank(judges, config.evaluate.samples):
             console.say(few)
         models = [(of.model, of.facts()) for of in found]
@@ -324,7 +340,6 @@ def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     from sadm_fast.metrics.held_out import gaps
     from sadm_fast.metrics.memorisation import LEVEL, look_for_copies, summary
     from sadm_fast.metrics.pretrained import PretrainedJudge
-    from sadm_fast.metrics.run_evaluation import chosen_judges
     from sadm_fast.pictures import picture_grid, save_picture
     from sadm_fast.pretrain import prepare_judge, prepare_psi
     from sadm_fast.ranks import environment
@@ -337,12 +352,9 @@ def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
 
     say = Console(environment.rank()).say
     trained = load_trained(arguments.run, own_device(), say, ema=arguments.ema).at(arguments.precision, say)
-    config = trained.config
+    config = _configured(trained, arguments)
     if config.data.shape is not None:
         raise UserError(f"--memorisation: {arguments.run} has samples that are no images; the judges compare images")
-    changes = {"samples": arguments.samples, "steps": arguments.steps, "real_images": arguments.real_images}
-    changes = {key: value for key, value in changes.items() if value is not None}
-    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changes)})
     folder = RunFolder(trained.checkpoint.parent.parent)
     with distributed(deepspeed=False) as place:
         console = Console(place.rank)
@@ -359,8 +371,7 @@ def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
         classifier = None
         if "classifier" in config.judges:
             classifier, _ = prepare_judge(config, training, folder.pretrained, place.device, console)
-        own = [j for j in chosen_judges(config, classifier) if j.metric not in {judge.metric for judge in more}]
-        judges = [*own, *more]
+        judges = _all_judges(config, classifier, more)
         shown: dict[str, Any] = {}
         with ExitStack() as stack:
 

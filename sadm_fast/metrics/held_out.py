@@ -11,9 +11,10 @@ from sadm_fast.counters import Purpose, uniform
 from sadm_fast.data.source import Source
 from sadm_fast.feed import load_samples
 from sadm_fast.game import draw, predict, structure_distance
+from sadm_fast.metrics.image_sets import evenly
+from sadm_fast.metrics.run_evaluation import FIRST_NOISE
 
 PASSES = 4  # over the held-out images, each with other noise
-_FIRST_ID = 1 << 34  # noise that no training sample has
 _FEWEST = 2  # batches, for an error
 
 
@@ -55,7 +56,7 @@ def gaps(
     for number in range(total):
         start = starts[number % len(starts)]
         batch_pairs = pairs[start : start + size]
-        ids = torch.arange(size, device=device) + (_FIRST_ID + number * size)
+        ids = torch.arange(size, device=device) + (FIRST_NOISE + number * size)
         both: dict[str, list[float]] = {name: [] for name in found}
         for source, indices in zip((training, held_out), batch_pairs.T, strict=True):
             x0 = load_samples(config, source, indices.numpy()).to(device)
@@ -74,7 +75,7 @@ def gaps(
 
 def _partners(training: Source, held_out: Source, most: int, seed: int) -> Tensor:
     """Pairs (training image, held-out image) of one class, in an order that mixes classes: int64 [P, 2]."""
-    chosen = torch.arange(0, len(held_out), -(-len(held_out) // most))
+    chosen = torch.tensor(evenly(held_out, most))
     order = chosen[uniform(seed, Purpose.SPLIT, chosen)[:, 0].argsort()].tolist()
     members = {c: (training.labels == c).nonzero()[0] for c in training.filled}
     draw = uniform(seed, Purpose.SPLIT, torch.arange(len(held_out)) + len(held_out))[:, 0]

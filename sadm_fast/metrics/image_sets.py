@@ -368,7 +368,7 @@ def open_reference(
         found: ImageSet = NpzImages(path, option, samples=False)
     elif path.is_dir() and data.kind_of(path) == "folder":
         folder = list_images(path, option)
-        found = FolderImages(folder.subset(_evenly(folder, at_most)), shape)
+        found = FolderImages(folder.subset(np.asarray(evenly(folder, at_most))), shape)
     else:
         with asked_as(option):
             source = data.open_any(str(path))
@@ -379,9 +379,9 @@ def open_reference(
                 source = source.with_scale(autoencoder.scale)
             else:
                 autoencoder.require_space(source.space, f"{option} {path}")
-            found = LatentImages(source.subset(_evenly(source, at_most)), autoencoder, device)
+            found = LatentImages(source.subset(np.asarray(evenly(source, at_most))), autoencoder, device)
         else:
-            found = FolderImages(source.subset(_evenly(source, at_most)), shape)
+            found = FolderImages(source.subset(np.asarray(evenly(source, at_most))), shape)
     if isinstance(found, FolderImages):
         only_on_rank_zero(lambda: found.require_sound(option, progress))
     elif len(found) and found.shape != shape:
@@ -390,5 +390,6 @@ def open_reference(
     return found
 
 
-def _evenly(source: Source, at_most: int | None) -> np.ndarray:
-    return np.arange(0, len(source), 1 if at_most is None else -(-len(source) // at_most))
+def evenly(source: Source, at_most: int | None) -> range:
+    """Numbers of at most so many samples, evenly chosen; None: of all."""
+    return range(0, len(source), 1 if at_most is None else -(-len(source) // at_most))

@@ -18,14 +18,16 @@ from sadm_fast.data.source import Source
 from sadm_fast.feed import load_samples
 from sadm_fast.generation import generate, to_images
 from sadm_fast.metrics.evaluator import Evaluator
+from sadm_fast.metrics.image_sets import evenly
 from sadm_fast.metrics.judges import Judge
+from sadm_fast.metrics.run_evaluation import FIRST_ID
+from sadm_fast.metrics.tables import aligned
 from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.ranks.collectives import rank_and_world_size
 
 LEVEL = 0.05  # share of the reference images that lie at least as near as the threshold
 SHOWN = 10  # samples that are shown beside their neighbours
-_FIRST_ID = 1 << 32  # the samples that evaluations score
 _QUERIES, _ROWS = 1024, 1 << 15  # of a block of distances: limits memory, changes no number
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -139,7 +141,7 @@ def look_for_copies(
     def drawn(numbers: Tensor) -> Tensor:
         labels = torch.tensor(classes, device=device)[numbers % len(classes)]
         return to_images(
-            generate(config, model, labels, numbers + _FIRST_ID, steps=evaluate.steps, guidance_scale=1.0), autoencoder
+            generate(config, model, labels, numbers + FIRST_ID, steps=evaluate.steps, guidance_scale=1.0), autoencoder
         )
 
     def samples() -> Iterator[Tensor]:
@@ -156,7 +158,7 @@ def look_for_copies(
 
     known = features(pictures(training, range(len(training)), "training images"))
     of = training if held_out is None else held_out
-    chosen = range(0, len(of), -(-len(of) // evaluate.real_images))
+    chosen = evenly(of, evaluate.real_images)
     own = torch.tensor(chosen, device=device) if held_out is None else None
     if own is None:
         reference = features(pictures(of, chosen, "held-out images"))
@@ -189,8 +191,7 @@ def summary(facts: dict[str, Any]) -> str:
     for name, of in facts["spaces"].items():
         rows.append([name, f"{of['copies']:.1%}", f"{of['nearer']:.3f}", f"{of['deviations']:+.1f}"])
     rows.append([f"as {who}", f"{facts['level']:.1%}", "0.500", "0"])
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [aligned(rows)]
     for name, gap in facts["held_out_batches"].items():
         lines.append(
             f"{name}: {gap['training']:.4g} on training batches, {gap['held_out']:.4g} on held-out ones, difference"

@@ -16,7 +16,7 @@ from sadm_fast.feed import load_samples
 from sadm_fast.game import draw, predict
 from sadm_fast.generation import generate, sampling_facts, to_images
 from sadm_fast.metrics.evaluator import Evaluator, cost_of_judging, fewest_samples
-from sadm_fast.metrics.image_sets import ImageSet
+from sadm_fast.metrics.image_sets import ImageSet, evenly
 from sadm_fast.metrics.judges import OWN, ClassifierJudge, Judge, judges_of
 from sadm_fast.metrics.pretrained import PRETRAINED, pretrained_judge
 from sadm_fast.models import Denoiser
@@ -26,8 +26,8 @@ from sadm_fast.run.loss_by_noise import LossByNoise, mean_losses
 
 _GUIDANCE_SCALE = 1.0
 # Starting noise that no grid has: grids are looked at, these samples are counted.
-_FIRST_ID = 1 << 32
-_FIRST_NOISE = 1 << 34  # noise and noise levels that no training sample has
+FIRST_ID = 1 << 32
+FIRST_NOISE = 1 << 34  # noise and noise levels that no training sample has
 _LOSS_IMAGES = 2048  # of which the denoising loss is measured: 512 in each part of the noise levels
 
 Turn = Callable[[int], None]  # told how many samples are drawn, before each batch and on every rank
@@ -109,7 +109,7 @@ class RunEvaluation:
         if isinstance(images, ImageSet):
             real, self._reference = images.batches(rank, world, evaluate.batch), images.facts()
         else:
-            chosen = _evenly(images, evaluate.real_images)
+            chosen = evenly(images, evaluate.real_images)
             self._reference = {"of": images.where, "images": len(chosen), "fingerprint": images.fingerprint()}
             real = self._decoded(images, chosen[rank::world])
         try:
@@ -197,7 +197,7 @@ class RunEvaluation:
         return {
             **sampling_facts(config.model_copy(update={"sampling": config.sampling.model_copy(update=drawn)})),
             "labels": {"drawn": "in turn", "classes": len(self._classes)},
-            "first_sample": _FIRST_ID,
+            "first_sample": FIRST_ID,
             "autoencoder": None if self._autoencoder is None else self._autoencoder.identity,
         }
 
@@ -214,7 +214,7 @@ class RunEvaluation:
     def _images(self, model: Denoiser, ids: Tensor, guidance_scale: float, steps: int | None) -> Tensor:
         labels = self._classes[ids % len(self._classes)]
         steps = steps or self._config.evaluate.steps
-        drawn = generate(self._config, model, labels, ids + _FIRST_ID, steps=steps, guidance_scale=guidance_scale)
+        drawn = generate(self._config, model, labels, ids + FIRST_ID, steps=steps, guidance_scale=guidance_scale)
         return to_images(drawn, self._autoencoder)
 
     @torch.no_grad()
@@ -229,7 +229,7 @@ class RunEvaluation:
             return {}
         found = LossByNoise(self._device)
         rank, world = rank_and_world_size()
-        chosen = _evenly(images, min(_LOSS_IMAGES, config.evaluate.real_images))
+        chosen = evenly(images, min(_LOSS_IMAGES, config.evaluate.real_images))
         places = np.arange(len(chosen))[rank::world]
         for start in range(0, len(places), config.evaluate.batch):
             which = places[start : start + config.evaluate.batch]
@@ -238,7 +238,7 @@ class RunEvaluation:
                 config.process,
                 load_samples(config, images, numbers).to(self._device),
                 torch.from_numpy(images.labels[numbers]).long().to(self._device),
-                torch.from_numpy(which).to(self._device) + _FIRST_NOISE,
+                torch.from_numpy(which).to(self._device) + FIRST_NOISE,
                 seed=config.seed,
                 null_class=None,
                 label_dropout=0.0,
@@ -260,7 +260,3 @@ class RunEvaluation:
             raise ValueError("an image, or what a judge makes of it, is not finite")
         taken = max_over_ranks(torch.tensor(time.perf_counter() - started, dtype=torch.float64))
         return float(taken) * -(-evaluate.samples // (world * evaluate.batch))
-
-
-def _evenly(images: Source, most: int) -> range:
-    return range(0, len(images), -(-len(images) // most))

@@ -86,7 +86,7 @@ def table(rows: Sequence[dict[str, Any]], swept: Sequence[str]) -> str:
         cells.append([*(str(row[name]) for name in swept), *numbers])
     floors = ["" if floor is None else f"{floor:.4g} " for floor in rows[0]["floor"].values()]
     cells.append([*["floor", *[""] * (len(swept) - 1)][: len(swept)], *floors, *[""] * (len(columns) - len(floors))])
-    return "\n".join([_aligned(cells), f"{rows[0]['samples']} samples each; * the best of a column; {_FLOOR}"])
+    return "\n".join([aligned(cells), f"{rows[0]['samples']} samples each; * the best of a column; {_FLOOR}"])
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -98,7 +98,7 @@ def summary(row: dict[str, Any]) -> str:
         cells.append([published_name(metric, row["samples"]), *numbers])
     if "inception_score" in row:
         cells.append(["IS", f"{row['inception_score']:.4g}", *[""] * 4])
-    return "\n".join([_aligned(cells), f"{row['samples']} samples; {_FLOOR}"])
+    return "\n".join([aligned(cells), f"{row['samples']} samples; {_FLOOR}"])
 
 
 def _cell(value: float | None) -> str:
@@ -109,7 +109,7 @@ def _space(metric: str) -> str:
     return metric.removeprefix("fid_").removeprefix("fd_")
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
+def aligned(cells: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     return "\n".join(lines)
