@@ -127,8 +127,8 @@ class Plan:
 
     @property
     def jobs(self) -> list[Job]:
-        """All trainings; those of one set and seed stand together."""
-        return [Job(s, c, seed) for s in self.sets for seed in self.seeds for c in self.configurations]
+        """All trainings, seed by seed: a series that is cut short has the same seeds of every set."""
+        return [Job(s, c, seed) for seed in self.seeds for s in self.sets for c in self.configurations]
 
     @property
     def baseline(self) -> str:
