@@ -161,6 +161,16 @@ def losses(plan: Plan, found: Results, name: str) -> list[list[str]]:
     return lines
 
 
+def score_lines(plan: Plan, found: Results) -> Iterator[list[Any]]:
+    """Lines of scores.csv, the first of which is the head: every distance with its run, step and commit."""
+    names = spaces(found)
+    yield ["set", "configuration", "seed", "step", "commit", *names]
+    for job in plan.jobs:
+        for score in found[job]["scores"] if job in found else ():
+            where = [job.set, job.configuration, job.seed, score["step"], found[job]["commit"]]
+            yield [*where, *(f"{score[name]:.6g}" for name in names)]
+
+
 def picture(plan: Plan, found: Results, costs: Costs | None, out: Path) -> list[Path]:
     """Draw distance against steps, and against time where costs are known: a column a set, a row a space."""
     from matplotlib import colormaps

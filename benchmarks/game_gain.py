@@ -10,6 +10,7 @@ their ratios are paired. Psi and the judge of fid_classifier learn from two halv
 """
 
 import argparse
+import csv
 import os
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gain_plan import Job, Plan, overrides  # noqa: E402
-from benchmarks.gain_report import Results, picture, tables  # noqa: E402
+from benchmarks.gain_report import Results, picture, score_lines, tables  # noqa: E402
 from sadm_fast import cli  # noqa: E402
 from sadm_fast.config import Config, load_config  # noqa: E402
 from sadm_fast.errors import UserError  # noqa: E402
@@ -33,7 +34,7 @@ from sadm_fast.files import append_json, parse_json, write_json  # noqa: E402
 from sadm_fast.ranks.stopping import StopRequest  # noqa: E402
 
 Line = dict[str, Any]
-RESULTS, COSTS = "results.jsonl", "cost.json"
+RESULTS, COSTS, SCORES = "results.jsonl", "cost.json", "scores.csv"
 _LAST = 0.2  # share of a run's log lines whose losses by noise level are averaged
 _LABELS_OF_JUDGE = 0.5  # share of the images that the judge learns from, and Psi does not
 
@@ -228,12 +229,15 @@ def _digest_of(tree: Any) -> str:
 
 
 def report(plan: Plan, out: Path) -> Iterator[str]:
-    """The tables; draws the pictures beside them."""
+    """The tables; writes the scores and draws the pictures beside them."""
     found = results(plan, out)
     if not found:
         raise UserError(f"{out}: no run of this plan has finished yet")
     costs = parse_json((out / COSTS).read_bytes()) if (out / COSTS).exists() else None
     yield from tables(plan, found, costs)
+    with (out / SCORES).open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(score_lines(plan, found))
+    yield f"scores: {out / SCORES}"
     for name in picture(plan, found, costs, out):
         yield f"picture: {name}"
 

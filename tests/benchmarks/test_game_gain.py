@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from benchmarks import gain_report, game_gain
+from benchmarks import gain_picture, gain_report, game_gain
 from benchmarks.gain_plan import ROOT, Job, Plan
 from sadm_fast.errors import UserError
 from sadm_fast.files import append_json
@@ -40,7 +40,8 @@ def line(of: Plan, job: Job, distances: tuple[float, float]) -> dict[str, Any]:
     ]
     where = {"set": job.set, "configuration": job.configuration, "seed": job.seed}
     by_noise = [0.1, 0.2, 0.3, None if job.seed else 0.4]
-    return {**where, "digest": of.digests[job], "scores": scores, "loss_by_noise_quartile": by_noise}
+    facts = {"digest": of.digests[job], "commit": "1234567", "loss_by_noise_quartile": by_noise}
+    return {**where, **facts, "scores": scores}
 
 
 def finished(of: Plan, ratio: float) -> dict[Job, dict[str, Any]]:
@@ -201,6 +202,32 @@ def test_time_counts_the_steps_of_the_game_as_dear_as_they_are(tmp_path: Path) -
     pictures = gain_report.picture(of, finished(of, 0.8), costs, tmp_path)
     assert [path.name for path in pictures] == ["distance-steps.png", "distance-time.png"]
     assert all(path.stat().st_size > 5000 for path in pictures)
+
+
+def test_one_picture_is_drawn_from_the_scores_of_several_series(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for name, ratio in (("digits", 0.8), ("letters", 1.1)):
+        of = plan(tmp_path, sets={name: RAW["sets"]["digits"]})
+        found = finished(of, ratio)
+        found.pop(Job(name, "game", 2))
+        (tmp_path / name).mkdir()
+        for one in found.values():
+            append_json(tmp_path / name / game_gain.RESULTS, one)
+        assert list(game_gain.report(of, tmp_path / name))[-2] == f"scores: {tmp_path / name / 'scores.csv'}"
+        paths.append(tmp_path / name / game_gain.SCORES)
+    scores = gain_picture.read(paths)
+    assert scores.all(0) == ["digits", "letters"] and scores.all(4) == list(SPACES)
+    points = scores.ratios("digits", "game", "plain", "fid_pixels")
+    assert [step for step, _ in points] == [10, 30]
+    assert points[0][1] == pytest.approx([1, 1, 1]) and points[1][1] == pytest.approx([0.8, 0.8, 0.8])
+    out = tmp_path / "pictures" / "ratios.png"
+    assert gain_picture.main([*map(str, paths), "--out", str(out)]) == 0 and out.stat().st_size > 5000
+    assert gain_picture.main([*map(str, paths), "--only", "plain", "games"]) == 2
+    assert gain_picture.main([str(tmp_path / "digits" / game_gain.RESULTS)]) == 2
+    errors = capsys.readouterr().err
+    assert "--only: games must be one of plain, game" in errors and "is no scores.csv of game_gain.py" in errors
 
 
 def test_losses_by_noise_are_compared_where_both_runs_have_them(tmp_path: Path) -> None:
