@@ -103,9 +103,9 @@ def work(plan: Plan, out: Path, name: str, seed: int, request: StopRequest) -> i
     from sadm_fast.metrics.tables import one_line
     from sadm_fast.pretrain import PSI_FILE, prepare_judge, prepare_psi
     from sadm_fast.ranks.launch import own_device
-    from sadm_fast.run.facts import commit, machine, versions
+    from sadm_fast.run.facts import machine, program
 
-    device, console = own_device(), Console()
+    device, console, began = own_device(), Console(), program()
     done = results(plan, out)
     jobs = [job for job in plan.jobs if (job.set, job.seed) == (name, seed) and job not in done]
     folder = out / name / f"seed-{seed}"
@@ -141,8 +141,7 @@ def work(plan: Plan, out: Path, name: str, seed: int, request: StopRequest) -> i
                 "digest": digest,
                 "scores": scores,
                 "changes": changes,
-                "commit": commit(),
-                "versions": versions(),
+                **began,
                 "machine": machine(),
                 "judge_accuracy": judge_facts.get("accuracy"),
                 "psi_accuracy": psi_facts.get("accuracy"),

@@ -22,7 +22,7 @@ from sadm_fast.pictures import Output, beside
 from sadm_fast.ranks.collectives import barrier, broadcast_json, only_on_rank_zero
 from sadm_fast.ranks.launch import Place
 from sadm_fast.ranks.stopping import Stopped
-from sadm_fast.run.facts import commit, versions
+from sadm_fast.run.facts import program
 
 # What may differ when a drawing goes on: the same weights may lie elsewhere, and the ending is not known before it.
 _FREE = ("weights.file", "guide.file", "complete")
@@ -94,8 +94,7 @@ def provenance(
         "guide": None if guide is None else guide.facts(),
         "autoencoder": None if autoencoder is None else autoencoder.identity,
         **sampling_facts(trained.config),
-        "versions": versions(),
-        "commit": commit(),
+        **program(),
     }
 
 

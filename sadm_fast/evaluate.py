@@ -13,7 +13,6 @@ its floor, real images against real ones. A run on latents is scored decoded, wi
 
 import argparse
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +23,18 @@ from sadm_fast import cli
 from sadm_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from sadm_fast.config import Config
+    from sadm_fast.console import Console
     from sadm_fast.data.source import Source
     from sadm_fast.generation import Trained
     from sadm_fast.metrics.image_sets import ImageSet
     from sadm_fast.metrics.judges import ClassifierJudge, Judge
     from sadm_fast.metrics.pretrained import PretrainedJudge
+    from sadm_fast.ranks.launch import Place
 
 _AT_ONCE = 256  # images read at a time, on each rank
 _SWEPT = ("guidance", "steps", "ema")
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from sadm_fast.files import require_writable
     from sadm_fast.metrics.pretrained import pretrained_judge
+    from sadm_fast.run.facts import program
     from sadm_fast.run.folder import RunFolder
     from sadm_fast.run.manifest import step_of
 
@@ -145,13 +147,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             if getattr(arguments, option) not in (None, [], "fp32"):
                 raise UserError(f"--{option}: is of a run; {path} is one set of images")
     # Checked before the ranks meet.
-    judges = [pretrained_judge(name, file) for name, file in arguments.judges]
-    if images and not arguments.memorisation:
-        return _evaluate_images(arguments, judges)
-    return _memorisation(arguments, judges) if arguments.memorisation else _evaluate_run(arguments, judges)
+    judges, began = [pretrained_judge(name, file) for name, file in arguments.judges], program()
+    if arguments.memorisation:
+        return _memorisation(arguments, judges, began)
+    return _evaluate_images(arguments, judges, began) if images else _evaluate_run(arguments, judges, began)
 
 
-def _evaluate_images(arguments: argparse.Namespace, more: "list[PretrainedJudge]") -> int:
+def _evaluate_images(arguments: argparse.Namespace, more: "list[PretrainedJudge]", program: "Mapping[str, Any]") -> int:
     from sadm_fast.console import Console
     from sadm_fast.metrics.evaluator import Evaluator, fewest_samples
     from sadm_fast.metrics.image_sets import open_reference, open_samples
@@ -202,7 +204,7 @@ def _evaluate_images(arguments: argparse.Namespace, more: "list[PretrainedJudge]
             raise UserError(f"{path}: cannot be scored: {error}") from None
         if arguments.json is not None and place.rank == 0:
             facts = {"samples_of": samples.facts(), "reference": real.facts()}
-            _write(arguments.json, [scores | facts], more)
+            _write(arguments.json, [scores | facts], more, **program)
         console.say(summary(scores))
     return 0
 
@@ -217,10 +219,9 @@ def _require_images_or_inception(real: "ImageSet", judges: "Sequence[Judge]") ->
 def _write(path: Path, rows: list[dict[str, Any]], judges: "Sequence[Judge]", **more: Any) -> None:
     from sadm_fast.files import write_json
     from sadm_fast.metrics.pretrained import PretrainedJudge
-    from sadm_fast.run.facts import commit, versions
 
     weights = {judge.metric: judge.weights for judge in judges if isinstance(judge, PretrainedJudge)}
-    write_json(path, {"scores": rows, "judges": weights, **more, "commit": commit(), "versions": versions()})
+    write_json(path, {"scores": rows, "judges": weights, **more})
 
 
 def _configured(trained: "Trained", arguments: argparse.Namespace) -> "Config":
@@ -230,26 +231,44 @@ def _configured(trained: "Trained", arguments: argparse.Namespace) -> "Config":
     return trained.config.model_copy(update={"evaluate": trained.config.evaluate.model_copy(update=changes)})
 
 
+def _classifier(
+    config: "Config", images: "Source", pretrained: Path, place: "Place", console: "Console"
+) -> "tuple[ClassifierJudge | None, dict[str, Any]]":
+    """The judge that is trained on the images, with what is known of it; none where it cannot, which is said."""
+    from sadm_fast.pretrain import prepare_judge, why_no_classifier
+
+    if "classifier" not in config.judges:
+        return None, {}
+    if reason := why_no_classifier(config, images):
+        console.say(f"fid_classifier is left out: its judge is trained to tell classes apart, and {reason}")
+        return None, {}
+    return prepare_judge(config, images, pretrained, place.device, console)
+
+
 def _all_judges(
     config: "Config", classifier: "ClassifierJudge | None", more: "Sequence[PretrainedJudge]"
 ) -> "list[Judge]":
-    """The run's own judges, and `more`, which replace those of their names."""
+    """The run's own judges, and `more`, which replace those of their names; UserError if there are none."""
     from sadm_fast.metrics.run_evaluation import chosen_judges
 
     named = {judge.metric for judge in more}
-    return [*(judge for judge in chosen_judges(config, classifier) if judge.metric not in named), *more]
+    found = [*(judge for judge in chosen_judges(config, classifier) if judge.metric not in named), *more]
+    if not found:
+        raise UserError(
+            f"evaluate.judges={','.join(config.judges)}: no judge is left; give others with --judges, or set it to null"
+            " in the run's config.json"
+        )
+    return found
 
 
-def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") -> int:
+def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]", program: "Mapping[str, Any]") -> int:
     from sadm_fast.console import Console
     from sadm_fast.feed import open_data, other_classes
     from sadm_fast.generation import load_trained
     from sadm_fast.metrics.image_sets import ImageSet, open_reference
-    from sadm_fast.metrics.judges import ClassifierJudge
     from sadm_fast.metrics.pretrained import without_rank
     from sadm_fast.metrics.run_evaluation import RunEvaluation
     from sadm_fast.metrics.tables import losses_line, summary, table, variant
-    from sadm_fast.pretrain import prepare_judge
     from sadm_fast.ranks import environment
     from sadm_fast.ranks.collectives import first_on_rank_zero
     from sadm_fast.ranks.launch import distributed, own_device
@@ -288,11 +307,10 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
             )
             if other := other_classes([trained.classes[label] for label in trained.filled], of):
                 console.say(other)
-            if "classifier" in config.judges:
-                pretrained = RunFolder(arguments.run).pretrained
-                if data is not None:  # the judge of other images is another judge
-                    pretrained = pretrained / f"on-{of.fingerprint()[:12]}"
-                classifier, facts = prepare_judge(config, of, pretrained, place.device, console)
+            pretrained = RunFolder(arguments.run).pretrained
+            if data is not None:  # the judge of other images is another judge
+                pretrained = pretrained / f"on-{of.fingerprint()[:12]}"
+            classifier, facts = _classifier(config, of, pretrained, place, console)
             images = of
         judges = _all_judges(config, classifier, more)
         if few := without_rank(judges, config.evaluate.samples):
@@ -322,7 +340,7 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
         except ValueError as error:  # samples that are not finite
             raise UserError(f"{arguments.run}: cannot be scored: {error}") from None
         if arguments.json is not None and place.rank == 0:
-            _write(arguments.json, rows, judges, classifier=facts)
+            _write(arguments.json, rows, judges, classifier=facts, **program)
             folder = trained.checkpoint.parent.parent
             if arguments.json.resolve().parent == folder.resolve():
                 write_report(folder)  # shows what lies there
@@ -332,22 +350,17 @@ def _evaluate_run(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
     return 0
 
 
-def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]") -> int:
+def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]", program: "Mapping[str, Any]") -> int:
     from sadm_fast.console import Console
     from sadm_fast.feed import open_data, open_held_out
     from sadm_fast.files import write_json
-    from sadm_fast.generation import load_trained, to_images
-    from sadm_fast.metrics.held_out import gaps
-    from sadm_fast.metrics.memorisation import LEVEL, look_for_copies, summary
-    from sadm_fast.metrics.pretrained import PretrainedJudge
-    from sadm_fast.pictures import picture_grid, save_picture
-    from sadm_fast.pretrain import prepare_judge, prepare_psi
+    from sadm_fast.generation import load_trained
+    from sadm_fast.metrics.run_memorisation import look_at_run, save, summary
+    from sadm_fast.pretrain import psi_after_the_game
     from sadm_fast.ranks import environment
     from sadm_fast.ranks.collectives import first_on_rank_zero
     from sadm_fast.ranks.launch import distributed, own_device
     from sadm_fast.report import write_report
-    from sadm_fast.run.checkpoint import load_player
-    from sadm_fast.run.facts import commit, versions
     from sadm_fast.run.folder import RunFolder
 
     say = Console(environment.rank()).say
@@ -368,66 +381,25 @@ def _memorisation(arguments: argparse.Namespace, more: "list[PretrainedJudge]") 
             held_out = open_held_out(config, console)
         else:
             held_out = first_on_rank_zero(lambda: opened(arguments.held_out))
-        classifier = None
-        if "classifier" in config.judges:
-            classifier, _ = prepare_judge(config, training, folder.pretrained, place.device, console)
+        classifier, _ = _classifier(config, training, folder.pretrained, place, console)
         judges = _all_judges(config, classifier, more)
-        shown: dict[str, Any] = {}
-        with ExitStack() as stack:
-
-            def progress(what: str, done: int, total: int) -> None:
-                if what not in shown:
-                    shown[what] = stack.enter_context(console.bar(what, total))
-                shown[what].at(done)
-
-            try:
-                found = look_for_copies(
-                    config, trained.model, judges, training, held_out, trained.filled, place.device,
-                    autoencoder=autoencoder, progress=progress,
-                )  # fmt: skip
-            except ValueError as error:  # samples or a judge that are not finite
-                raise UserError(f"{arguments.run}: cannot be looked at: {error}") from None
-        differences: dict[str, Any] = {}
+        psi = None
         if held_out is not None:
-            psi = None
-            if config.game.mode != "plain" and config.game.look_at == "estimate":
-                network, _ = prepare_psi(config, training, folder.pretrained, place.device, console)
-                if config.game.mode == "sadm":
-                    load_player(trained.checkpoint, "discriminator", network)
-                if config.comparison.of_maps:
-                    network.map_stage = config.game.stage
-                network.to(place.device).eval()
-                pixels = config.structure_encoder.input == "pixels"
-                psi = (lambda x: network(to_images(x, autoencoder))) if pixels else network
-            with console.progress("training and held-out batches") as report:
-                try:
-                    of = gaps(config, trained.model, psi, training, held_out, place.device, report)
-                except ValueError as error:
-                    raise UserError(f"{arguments.run}: cannot be looked at: {error}") from None
-            differences = {name: gap._asdict() for name, gap in of.items()}
-        facts = {
-            "step": trained.step,
-            "samples": config.evaluate.samples,
-            "training_images": len(training),
-            "held_out": None if held_out is None else {"of": held_out.where, "images": len(held_out)},
-            "level": LEVEL,
-            "spaces": found.scores,
-            "held_out_batches": differences,
-            "weights": trained.facts(),
-            "judges": {judge.metric: judge.weights for judge in judges if isinstance(judge, PretrainedJudge)},
-            "commit": commit(),
-            "versions": versions(),
-        }
+            psi = psi_after_the_game(config, training, folder.pretrained, trained.checkpoint, place.device, console)
+        try:
+            found = look_at_run(
+                trained._replace(config=config), judges, training, held_out, psi, place.device, console,
+                autoencoder=autoencoder,
+            )  # fmt: skip
+        except ValueError as error:  # samples or a judge that are not finite, too few held-out images
+            raise UserError(f"{arguments.run}: cannot be looked at: {error}") from None
         if place.rank == 0:
-            folder.memorisation.mkdir(exist_ok=True)
-            for name, images in found.pictures.items():
-                picture = picture_grid(images, len(images) // 2)
-                save_picture(picture, folder.memorisation / f"{name}.png")
-            write_json(folder.memorisation / "memorisation.json", facts)
+            found.facts.update(program)
+            save(found, folder)
             if arguments.json is not None:
-                write_json(arguments.json, facts)
+                write_json(arguments.json, found.facts)
             write_report(folder.path)
-        console.say(summary(facts))
+        console.say(summary(found.facts))
         console.say(f"report: {folder.report}")
     return 0
 

@@ -59,7 +59,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from sadm_fast.exchange.starting import starting_facts
     from sadm_fast.exchange.writing import check_export, export
     from sadm_fast.generation import load_alone, load_trained, merged, sampling_facts
-    from sadm_fast.run.facts import commit, versions
+    from sadm_fast.run.facts import program
     from sadm_fast.run.folder import RunFolder
 
     console, device = Console(), torch.device("cpu")
@@ -84,8 +84,7 @@ def _export(arguments: argparse.Namespace) -> int:
         "weights": weights | {"file": Path(weights["file"]).name},
         "autoencoder": autoencoder.identity if autoencoder is not None else trained.latent_space,
         **sampling_facts(trained.config),
-        "versions": versions(),
-        "commit": commit(),
+        **program(),
     }
     export(
         arguments.out,

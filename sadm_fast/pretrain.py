@@ -24,12 +24,14 @@ from sadm_fast.data import MicroBatchPlan, make_loader
 from sadm_fast.data.batch import ImageBatch
 from sadm_fast.data.order import SampleOrder
 from sadm_fast.data.source import Source, split
+from sadm_fast.errors import UserError
 from sadm_fast.exchange.starting import load_psi
 from sadm_fast.feed import load_samples, loader_spec
 from sadm_fast.metrics.judges import ClassifierJudge
 from sadm_fast.models import StructureEncoder
 from sadm_fast.models.structure_encoder import collect_statistics
 from sadm_fast.ranks.collectives import rank_and_world_size
+from sadm_fast.run.checkpoint import load_player
 from sadm_fast.train_once import load_or_train
 
 PSI_FILE, JUDGE_FILE = "structure_encoder.safetensors", "judge.safetensors"
@@ -66,6 +68,27 @@ def prepare_psi(
     return _prepare(network, pretrained / PSI_FILE, config, images, device, console)
 
 
+def psi_after_the_game(
+    config: Config, images: Source, pretrained: Path, checkpoint: Path, device: torch.device, console: Console
+) -> StructureEncoder | None:
+    """Psi in eval mode, as the training left it in a checkpoint. Collective.
+
+    None where S is no function of xhat0: in plain training and with game.look_at=hidden.
+
+    Raises:
+        UserError: the checkpoint holds no discriminator, or another one.
+    """
+    game = config.game
+    if game.mode == "plain" or game.look_at != "estimate":
+        return None
+    psi, _ = prepare_psi(config, images, pretrained, device, console)
+    if game.mode == "sadm":
+        load_player(checkpoint, "discriminator", psi)
+    if config.comparison.of_maps:
+        psi.map_stage = game.stage
+    return psi.to(device).eval()
+
+
 def prepare_judge(
     config: Config, images: Source, pretrained: Path, device: torch.device, console: Console
 ) -> tuple[ClassifierJudge, dict[str, Any]]:
@@ -80,9 +103,15 @@ def prepare_judge(
     return _prepare(network, pretrained / JUDGE_FILE, config, images, device, console)
 
 
-def hold_out(config: Config, images: Source) -> tuple[Source, Source]:
-    """Divide the images into (rest, held out); UserError if they are too few for that."""
-    return split(images, _HELD_OUT, config.seed)
+def why_no_classifier(config: Config, images: Source) -> str | None:
+    """Say why these images cannot train and test a classifier; None if they can."""
+    if len(images.filled) < 2:
+        return f"data.path={images.where} has images of only one class"
+    try:
+        split(images, _HELD_OUT, config.seed)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _prepare(
@@ -119,7 +148,7 @@ def _train(
         module.to(device)
         return {"steps": 0, "accuracy": None}
     rank, world_size = rank_and_world_size()
-    rest, held_out = hold_out(config, images)
+    rest, held_out = split(images, _HELD_OUT, config.seed)
     plan = MicroBatchPlan(
         num_images=len(rest),
         seed=network.seed,

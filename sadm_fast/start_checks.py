@@ -25,7 +25,7 @@ from sadm_fast.planning.drawing import drawing
 from sadm_fast.planning.memory import Activations, rank_memory
 from sadm_fast.planning.players import players
 from sadm_fast.planning.storage import checkpoint_bytes, checkpoints_at_once, snapshot_bytes
-from sadm_fast.pretrain import JUDGE_FILE, PSI_FILE, hold_out
+from sadm_fast.pretrain import JUDGE_FILE, PSI_FILE, why_no_classifier
 from sadm_fast.run.folder import RunFolder
 from sadm_fast.run.loggers import check_loggers
 from sadm_fast.run.manifest import completed
@@ -47,14 +47,15 @@ def check_start(
     check_queue(config, world_size)
     if config.game.mode != "plain" and config.structure_encoder.weights is None:
         if config.structure_encoder.pretrain.steps:
-            _check_classes(
+            _require_classes(
                 config, source, "structure_encoder.weights=null: Psi",
-                "give the weights of an encoder trained elsewhere (docs/data.md), or use game.mode=plain",
+                "give the weights of an encoder trained elsewhere (docs/data.md), leave Psi untrained"
+                " (structure_encoder.pretrain.steps=0), or use game.mode=plain",
             )  # fmt: skip
         require_own(folder.pretrained / PSI_FILE)
     if config.evaluate.every is not None:
         if "classifier" in config.judges:
-            _check_classes(
+            _require_classes(
                 config, source, f"evaluate.every={config.evaluate.every}: its judge",
                 'use evaluate.judges=["random", "pixels"], or evaluate.every=null',
             )  # fmt: skip
@@ -97,16 +98,10 @@ def check_weights(config: Config, num_classes: int, own: Own = NONE, classes: Se
         check_psi_weights(config, psi)
 
 
-def _check_classes(config: Config, source: Source, who: str, remedy: str) -> None:
+def _require_classes(config: Config, source: Source, who: str, remedy: str) -> None:
     """UserError if the source cannot train and test a classifier: `who` needs it, `remedy` says what else helps."""
-    if len(source.filled) < 2:
-        raise UserError(
-            f"{who} is trained to tell classes apart, and data.path={source.where} has images of only one; {remedy}"
-        )
-    try:
-        hold_out(config, source)
-    except UserError as error:
-        raise UserError(f"{who} is trained on the data first, but {error}; add images, or {remedy}") from None
+    if reason := why_no_classifier(config, source):
+        raise UserError(f"{who} is trained to tell classes apart, and {reason}; {remedy}")
 
 
 def check_disk(config: Config, num_classes: int, folder: RunFolder, own: Own = NONE) -> None:

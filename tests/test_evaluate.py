@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from sadm_fast.metrics import pretrained, run_evaluation
 from sadm_fast.metrics.judges import PROBABILITIES, Judge
 from sadm_fast.metrics.pretrained import InceptionJudge
 from sadm_fast.ranks import launch
+from sadm_fast.run import facts as run_facts
 from sadm_fast.scales import pixels_to_float
 from tests.support.finished_run import finished_run
 from tests.support.judge_files import small_vit
@@ -333,6 +334,70 @@ def test_copies_of_training_images_are_looked_for_and_shown_in_the_report(
     assert evaluate.main([str(run), "--memorisation", "--held-out", str(other)]) == 2
     err = capsys.readouterr().err
     assert "the discriminator cannot be loaded" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_look_for_copies_as_one_does(run: Path, tmp_path: Path) -> None:
+    raw = json.loads((run / "config.json").read_text())
+    raw["game"]["mode"] = "structure"
+    raw["structure_encoder"]["pretrain"] |= {"steps": 3, "batch": 8}  # kept after the first look, as the judge is
+    (run / "config.json").write_text(json.dumps(raw))
+    other, found = tmp_path / "held out", []
+    shutil.copytree(raw["data"]["path"], other)
+    for path in other.rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(path))[:, ::-1]).save(path)
+    (path,) = other.rglob("square/07.png")  # an odd number: one rank has one more
+    path.unlink()
+    for ranks in (1, 2):
+        scores = tmp_path / f"{ranks}.json"
+        options = ["--held-out", str(other), "--samples", "13", "--json", str(scores)]
+        run_ranks("sadm_fast.evaluate", ranks, str(run), "--memorisation", *options)
+        found.append(json.loads(scores.read_text()))
+    one, two = (flatten(facts) for facts in found)
+    assert one == pytest.approx(two, rel=1e-6)
+    assert set(found[0]["spaces"]) == {"fid_classifier", "fid_random", "fid_pixels"}
+    assert found[0]["held_out"]["images"] == 59 and found[0]["held_out_batches"]["S"]["batches"] == 4
+
+
+def test_the_record_has_the_commit_of_the_start(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "distributed", alone)
+    generate, drawn = run_evaluation.generate, []
+
+    def noticed(*arguments: Any, **options: Any) -> Tensor:
+        drawn.append(1)
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(run_evaluation, "generate", noticed)
+    monkeypatch.setattr(run_facts, "commit", lambda: "edited meanwhile" if drawn else "as it began")
+    scores = tmp_path / "scores.json"
+    assert evaluate.main([str(run), "--json", str(scores)]) == 0
+    assert drawn and json.loads(scores.read_text())["commit"] == "as it began"
+
+
+@pytest.mark.parametrize("options", [[], ["--memorisation"]])
+def test_images_of_one_class_have_no_classifier_as_judge_and_the_others_remain(
+    run: Path, options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "distributed", alone)
+    raw = json.loads((run / "config.json").read_text())
+    raw["game"]["mode"] = "plain"
+    (run / "config.json").write_text(json.dumps(raw))
+    for name in ("square", "triangle"):
+        for path in (Path(raw["data"]["path"]) / name).iterdir():
+            path.rename(Path(raw["data"]["path"]) / "circle" / f"{name}-{path.name}")
+        (Path(raw["data"]["path"]) / name).rmdir()
+    assert evaluate.main([str(run), *options]) == 0
+    out = capsys.readouterr().out
+    left_out = "fid_classifier is left out: its judge is trained to tell classes apart, and data.path="
+    assert f"{left_out}{raw['data']['path']} has images of only one class" in out
+    assert "fid_pixels" in out and out.count("fid_classifier") == 1 and not list((run / "pretrained").iterdir())
+    raw["evaluate"]["judges"] = ["classifier"]
+    (run / "config.json").write_text(json.dumps(raw))
+    assert evaluate.main([str(run), *options]) == 2
+    err = capsys.readouterr().err
+    assert "evaluate.judges=classifier: no judge is left; give others with --judges" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

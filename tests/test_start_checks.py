@@ -81,7 +81,10 @@ def test_both_weights_files_are_opened(tmp_path: Path) -> None:
 def test_psi_and_the_judge_need_images_of_two_classes(tmp_path: Path, labels: list[int]) -> None:
     message = refusal(config(), tmp_path, Labels(labels))
     assert message.startswith("structure_encoder.weights=null: Psi is trained ")
-    assert message.endswith("give the weights of an encoder trained elsewhere (docs/data.md), or use game.mode=plain")
+    assert message.endswith(
+        "give the weights of an encoder trained elsewhere (docs/data.md), leave Psi untrained"
+        " (structure_encoder.pretrain.steps=0), or use game.mode=plain"
+    )
     message = refusal(config(game={"mode": "plain"}, evaluate={"every": 5}), tmp_path, Labels(labels))
     assert message.startswith("evaluate.every=5: its judge is trained ")
     assert message.endswith('use evaluate.judges=["random", "pixels"], or evaluate.every=null')

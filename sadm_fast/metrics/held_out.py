@@ -13,6 +13,7 @@ from sadm_fast.feed import load_samples
 from sadm_fast.game import draw, predict, structure_distance
 from sadm_fast.metrics.image_sets import evenly
 from sadm_fast.metrics.run_evaluation import FIRST_NOISE
+from sadm_fast.ranks.collectives import rank_and_world_size, sum_over_ranks
 
 PASSES = 4  # over the held-out images, each with other noise
 _FEWEST = 2  # batches, for an error
@@ -40,6 +41,8 @@ def gaps(
 ) -> dict[str, Gap]:
     """ "loss", the denoising loss, and with `psi` "S", of batches of config.train.micro_batch images, at least 16.
 
+    Collective: each rank takes its share of the batches, and all get the same.
+
     A held-out batch and the training batch beside it have the same noise, noise levels and classes; only the images
     differ. At most config.evaluate.real_images held-out images, PASSES times.
 
@@ -49,28 +52,27 @@ def gaps(
     pairs = _partners(training, held_out, config.evaluate.real_images, config.seed)
     size = min(max(16, config.train.micro_batch), len(pairs))
     starts = range(0, len(pairs) - size + 1, size)
+    rank, world = rank_and_world_size()
     total = len(starts) * PASSES
     if len(pairs) < 2 or total < _FEWEST:
         raise ValueError(f"{len(pairs)} held-out images of classes that were trained on: too few to compare")
-    found: dict[str, list[list[float]]] = {"loss": [], **({} if psi is None else {"S": []})}
-    for number in range(total):
+    names = ("loss",) if psi is None else ("loss", "S")
+    found = torch.zeros(len(names), total, 2, dtype=torch.float64)
+    for number in range(rank, total, world):
         start = starts[number % len(starts)]
         batch_pairs = pairs[start : start + size]
         ids = torch.arange(size, device=device) + (FIRST_NOISE + number * size)
-        both: dict[str, list[float]] = {name: [] for name in found}
-        for source, indices in zip((training, held_out), batch_pairs.T, strict=True):
+        for side, (source, indices) in enumerate(zip((training, held_out), batch_pairs.T, strict=True)):
             x0 = load_samples(config, source, indices.numpy()).to(device)
             labels = torch.from_numpy(source.labels[indices.numpy()]).to(device)
             batch = draw(config.process, x0, labels, ids, seed=config.seed, null_class=None, label_dropout=0.0)
             prediction = predict(config.process, model, batch)
-            both["loss"].append(float(prediction.loss.mean()))
+            found[0, number, side] = prediction.loss.mean()
             if psi is not None:
                 of = structure_distance(config.comparison, config.process, psi, batch, prediction.xhat0)
-                both["S"].append(float(of.distance))
-        for name, values in both.items():
-            found[name].append(values)
+                found[1, number, side] = of.distance
         progress(number + 1, total)
-    return {name: _gap(torch.tensor(values, dtype=torch.float64)) for name, values in found.items()}
+    return {name: _gap(values) for name, values in zip(names, sum_over_ranks(found), strict=True)}
 
 
 def _partners(training: Source, held_out: Source, most: int, seed: int) -> Tensor:

@@ -21,7 +21,6 @@ from sadm_fast.metrics.evaluator import Evaluator
 from sadm_fast.metrics.image_sets import evenly
 from sadm_fast.metrics.judges import Judge
 from sadm_fast.metrics.run_evaluation import FIRST_ID
-from sadm_fast.metrics.tables import aligned
 from sadm_fast.models import Denoiser
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.ranks.collectives import rank_and_world_size
@@ -181,20 +180,3 @@ def look_for_copies(
             ]
         }
     return Memorisation(scores, shown)
-
-
-def summary(facts: dict[str, Any]) -> str:
-    """The content of memorisation.json as a table for the terminal."""
-    held_out = facts["held_out"]
-    who = "held-out images" if held_out else "training images among each other"
-    rows = [["", "copies", "nearer", "z"]]
-    for name, of in facts["spaces"].items():
-        rows.append([name, f"{of['copies']:.1%}", f"{of['nearer']:.3f}", f"{of['deviations']:+.1f}"])
-    rows.append([f"as {who}", f"{facts['level']:.1%}", "0.500", "0"])
-    lines = [aligned(rows)]
-    for name, gap in facts["held_out_batches"].items():
-        lines.append(
-            f"{name}: {gap['training']:.4g} on training batches, {gap['held_out']:.4g} on held-out ones, difference"
-            f" {gap['difference']:+.2g} with a standard error of {gap['error']:.2g}"
-        )
-    return "\n".join([*lines, f"{facts['samples']} samples, {facts['training_images']} training images"])

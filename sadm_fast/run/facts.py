@@ -47,6 +47,11 @@ def commit() -> str | None:
     return head.stdout.strip()[:12] + ("+changes" if changes.stdout.strip() else "")
 
 
+def program() -> dict[str, Any]:
+    """The commit and the versions, for the record of what is made; ask at the start, before somebody edits a file."""
+    return {"commit": commit(), "versions": versions()}
+
+
 def _processor() -> str:
     """The processor's name, or its architecture if the name is unknown."""
     try:
@@ -108,10 +113,9 @@ def run_facts(
 ) -> dict[str, Any]:
     """The content of run.json; `shown` are the classes in the columns of the sample grids."""
     return {
-        "versions": versions(),
+        **program(),
         "machine": machine(),
         "world_size": world_size,
-        "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "classes": list(images.classes),
         "empty_classes": sorted(set(range(len(images.classes))) - set(images.filled)),  # nothing is drawn of them
