@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sadm_fast import augmentation
-from sadm_fast.config import EFFICIENTNETS, Config
+from sadm_fast.config import Config
+from sadm_fast.config_game import EFFICIENTNETS
 from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
 from sadm_fast.models import (

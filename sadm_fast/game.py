@@ -19,8 +19,8 @@ There is no real/fake logit: the discriminator only compares relations. S is 0, 
 (no two samples of one class under `same_class`): that step has no structure term.
 
 The game, its two directions, L_den, R on features of a ResNet-18: from the paper. [4b], [5b], relation, penalty,
-normalisation, gate, schedule and queue: this project's choices, each a field of config.GameConfig. Everything here is a
-function of tensors; engines, process groups and what travels between ranks are in engine/.
+normalisation, gate, schedule and queue: this project's choices, each a field of config_game.GameConfig. Everything here
+is a function of tensors; engines, process groups and what travels between ranks are in engine/.
 """
 
 from collections.abc import Callable, Iterator
@@ -121,7 +121,7 @@ def gate(log_snr: Tensor, gate_log_snr: float, gate_slope: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Comparison:
-    """[4] S, as the configuration wants it; the meaning of each field is in config.GameConfig.
+    """[4] S, as the configuration wants it; the meaning of each field is in config_game.GameConfig.
 
     engine.sharing.SharedComparison is the same over all ranks.
     """

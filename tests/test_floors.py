@@ -14,7 +14,7 @@ FLOORS = (  # lowest first; rooms of one floor do not know each other
     "errors scales diffusion console",
     "files counters config_errors ranks",
     "data models game augmentation classifier pictures config_block config_tree train_once",
-    "config_training config_sampling",
+    "config_data config_denoiser config_game config_training config_sampling",
     "config",
     "feed build engine precision",
     "ema",
