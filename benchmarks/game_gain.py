@@ -101,6 +101,7 @@ def work(plan: Plan, out: Path, name: str, seed: int, request: StopRequest) -> i
     from sadm_fast.metrics.pretrained import pretrained_judge
     from sadm_fast.metrics.run_evaluation import RunEvaluation, chosen_judges
     from sadm_fast.metrics.tables import one_line
+    from sadm_fast.precision import tf32
     from sadm_fast.pretrain import PSI_FILE, prepare_judge, prepare_psi
     from sadm_fast.ranks.launch import own_device
     from sadm_fast.run.facts import machine, program
@@ -112,9 +113,10 @@ def work(plan: Plan, out: Path, name: str, seed: int, request: StopRequest) -> i
     base = plan.config(jobs[0])
     images = open_data(base, console)
     for_psi, for_judge = split(images, _LABELS_OF_JUDGE, seed)
-    judge, judge_facts = prepare_judge(base, for_judge, folder, device, console)
-    judges = [*chosen_judges(base, judge), *(pretrained_judge(judge_name, None) for judge_name in plan.judges)]
-    evaluation = RunEvaluation(base, images, judges, images.filled, device)
+    with tf32(False):  # as evaluate.py
+        judge, judge_facts = prepare_judge(base, for_judge, folder, device, console)
+        judges = [*chosen_judges(base, judge), *(pretrained_judge(judge_name, None) for judge_name in plan.judges)]
+        evaluation = RunEvaluation(base, images, judges, images.filled, device)
     for job in jobs:
         config, changes, digest = plan.config(job), plan.changes(job), plan.digests[job]
         psi_facts: dict[str, Any] = {}
@@ -129,7 +131,8 @@ def work(plan: Plan, out: Path, name: str, seed: int, request: StopRequest) -> i
             return cli.EXIT_STOPPED
         scores = []
         for step in plan.score_at:
-            scores.append(evaluation.score(averaged(run, step, device), step))
+            with tf32(False):
+                scores.append(evaluation.score(averaged(run, step, device), step))
             console.say(f"  step {step}: {one_line(scores[-1])}")
         log = json_lines(run / "metrics.jsonl")
         append_json(

@@ -28,6 +28,7 @@ from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.pictures import save_picture
 from sadm_fast.planning.cost import meta_models
+from sadm_fast.precision import tf32
 from sadm_fast.pretrain import prepare_judge, prepare_psi
 from sadm_fast.ranks.launch import Place
 from sadm_fast.ranks.watchdog import Watchdog
@@ -85,16 +86,7 @@ def assemble(
     psi_facts: dict[str, Any] = {}
     if config.game.mode != "plain":
         psi, psi_facts = prepare_psi(config, source, folder.pretrained, device, console, own)
-    evaluation: RunEvaluation | None = None
-    judge_facts: dict[str, Any] = {}
-    if config.evaluate.every is not None:
-        classifier: ClassifierJudge | None = None
-        if "classifier" in config.judges:
-            classifier, judge_facts = prepare_judge(config, source, folder.pretrained, device, console)
-        judges = chosen_judges(config, classifier)
-        if few := without_rank(judges, config.evaluate.samples):
-            console.say(few)
-        evaluation = RunEvaluation(config, source, judges, source.filled, device, autoencoder=autoencoder)
+    evaluation, judge_facts = _evaluation(config, folder, source, autoencoder, place, console)
     with nullcontext() if found is None else Undrawn():
         denoiser = build_denoiser(config, num_classes, own)
     if found is None or difffit:  # a checkpoint of DiffFit's lacks what is frozen
@@ -174,6 +166,28 @@ def assemble(
         if config.paints:
             save_picture(real_grid(config, source, device, autoencoder), folder.real_grid)
     return trainer
+
+
+@tf32(False)
+def _evaluation(
+    config: Config,
+    folder: RunFolder,
+    source: Source,
+    autoencoder: Autoencoder | None,
+    place: Place,
+    console: Console,
+) -> tuple[RunEvaluation | None, dict[str, Any]]:
+    """The real images as the judges see them, if there are evaluations, and what is known of the judge. Collective."""
+    if config.evaluate.every is None:
+        return None, {}
+    classifier: ClassifierJudge | None = None
+    facts: dict[str, Any] = {}
+    if "classifier" in config.judges:
+        classifier, facts = prepare_judge(config, source, folder.pretrained, place.device, console)
+    judges = chosen_judges(config, classifier)
+    if few := without_rank(judges, config.evaluate.samples):
+        console.say(few)
+    return RunEvaluation(config, source, judges, source.filled, place.device, autoencoder=autoencoder), facts
 
 
 def _average(ema: EMA) -> list[Fragment]:

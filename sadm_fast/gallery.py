@@ -28,6 +28,7 @@ from sadm_fast.metrics.tables import losses_line, one_line, table, variant
 from sadm_fast.models import Denoiser, StructureEncoder
 from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.pictures import picture_grid, save_picture
+from sadm_fast.precision import tf32
 from sadm_fast.ranks.collectives import broadcast_json, rank_and_world_size
 from sadm_fast.report import write_report
 from sadm_fast.run.folder import RunFolder
@@ -170,6 +171,7 @@ class Gallery:
         self._rank = rank_and_world_size()[0]
         self._relations = RelationView(config, source, device) if psi_viewer is not None else None
 
+    @tf32(False)
     def look(self, step: int, log: TrainingLog) -> bool:
         """Make the pictures that are due after `step` steps; False if none are. Collective."""
         config = self._config
@@ -194,6 +196,7 @@ class Gallery:
         every, train = self._config.evaluate.every, self._config.train
         return self._evaluation is not None and every is not None and step > 0 and train.due(step, every)
 
+    @tf32(False)
     def rehearse(self, step: int) -> None:
         """Try an evaluation out with one batch, and say how long it will take. Collective.
 
@@ -217,6 +220,7 @@ class Gallery:
             f" about {lines * seconds:.0f} s"
         )
 
+    @tf32(False)
     def evaluate(self, step: int, log: TrainingLog, turn: Turn | None = None) -> None:
         """Score what evaluations.jsonl does not hold yet of `step`, each average at each guidance scale. Collective.
 

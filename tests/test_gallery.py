@@ -108,8 +108,10 @@ class Evaluation:
     def __init__(self, *, diverged: bool = False) -> None:
         self.diverged = diverged
         self.scored: list[tuple[object, float]] = []
+        self.tf32: list[bool] = []
 
     def rehearse(self, model: object, scale: float) -> float:
+        self.tf32.append(torch.backends.cudnn.allow_tf32)
         if self.diverged:
             raise ValueError("an image is not finite")
         return 2.0
@@ -122,6 +124,7 @@ class Evaluation:
                 if self.diverged:
                     raise ValueError("the moments hold NaN or infinite values")
                 self.scored.append((model["taken"], scale))
+                self.tf32.append(torch.backends.cudnn.allow_tf32)
                 sampling = {"guidance": {"scale": scale}, "sampler": {"steps": 12}}
                 floor = {"fid_pixels": 0.5}
                 yield {
@@ -163,6 +166,7 @@ def test_every_average_is_scored_at_every_guidance_scale(
             "evaluate": {"every": 5, "samples": 8, "guidance": [1, 1.5], "ema": [0.05, "constant-0.9999"]},
         }
     )
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default, and that of the training
     evaluation = Evaluation()
     look = looking(several, evaluation, tmp_path)
     assert look.evaluates_after(5) and not look.evaluates_after(0) and not look.evaluates_after(6)
@@ -172,6 +176,8 @@ def test_every_average_is_scored_at_every_guidance_scale(
     log = SimpleNamespace(write_evaluation=lambda row, name: written.append((name, row["step"])))
     look.evaluate(5, cast(Any, log))
     assert evaluation.scored == [(label, scale) for label in ("power-0.05", "constant-0.9999") for scale in (1.0, 1.5)]
+    assert not any(evaluation.tf32) and len(evaluation.tf32) == 5, "evaluate.py scores in fp32"
+    assert torch.backends.cudnn.allow_tf32
     names = ["", "/power-0.05-guidance-1.5", "/constant-0.9999-guidance-1", "/constant-0.9999-guidance-1.5"]
     assert written == [(f"evaluation{name}", 5) for name in names] and reports == [tmp_path]
     said = capfd.readouterr().out

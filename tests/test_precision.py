@@ -8,7 +8,7 @@ import torch
 
 from sadm_fast import precision
 from sadm_fast.config import Config, check_config
-from sadm_fast.precision import allow_tf32, bf16_gain, kept_precision, settle_precision, slow_bf16
+from sadm_fast.precision import allow_tf32, bf16_gain, kept_precision, settle_precision, slow_bf16, tf32
 
 CPU = torch.device("cpu")
 
@@ -62,6 +62,17 @@ def test_tf32_is_on_or_off_for_products_and_convolutions_alike(monkeypatch: pyte
     for allowed in (True, False):
         allow_tf32(allowed)
         assert [of.allow_tf32 for of in flags] == [allowed, allowed]
+
+
+def test_tf32_for_a_while_leaves_both_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    monkeypatch.setattr(products, "allow_tf32", False)
+    monkeypatch.setattr(convolutions, "allow_tf32", True)
+    for allowed in (True, False):
+        with pytest.raises(ValueError), tf32(allowed):
+            assert (products.allow_tf32, convolutions.allow_tf32) == (allowed, allowed)
+            raise ValueError
+        assert (products.allow_tf32, convolutions.allow_tf32) == (False, True)
 
 
 def test_a_run_keeps_what_auto_was_at_its_start(tmp_path: Path) -> None:

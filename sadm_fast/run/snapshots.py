@@ -3,6 +3,8 @@ them after training: snapshots/power-0.1/step-000500.safetensors, each a whole s
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,16 +63,30 @@ def reconstructed(folder: Path, step: int, std: float) -> dict[str, Tensor]:
             f" {error:.0%} of its profile; ask for a length nearer to them, or keep more (train.ema_snapshot_every,"
             " a second train.ema)"
         )
-    total: dict[str, Tensor] = {}
-    for snapshot, weight in zip(found, weights, strict=True):
-        try:
-            with safe_open(snapshot.path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
+    with ExitStack() as stack:
+        files = []
+        for snapshot in found:
+            with _reading(snapshot.path):
+                files.append(stack.enter_context(safe_open(snapshot.path, framework="pt")))
+        state: dict[str, Tensor] = {}
+        for name in files[0].keys():  # noqa: SIM118 (not a dict)
+            total: Tensor | None = None  # the sum of one tensor at a time is in float64
+            for snapshot, weight, file in zip(found, weights, files, strict=True):
+                with _reading(snapshot.path):
                     value = file.get_tensor(name).double()
-                    total[name] = total[name].add_(value, alpha=weight) if name in total else value * weight
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{snapshot.path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-    return {name: value.float() for name, value in total.items()}
+                    total = value * weight if total is None else total.add_(value, alpha=weight)
+            assert total is not None
+            state[name] = total.float()
+    return state
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a file into a UserError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
 
 
 # Of the profile's norm. Above it, what is drawn is another length than the one that was asked for.
