@@ -50,7 +50,7 @@ class Launch(NamedTuple):
 
 
 class _Recorder:
-    """Stands in for device_code: takes launches down instead of doing them."""
+    """Stands in for a module of kernels: takes launches down instead of doing them."""
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
@@ -128,8 +128,8 @@ def record(variant: Variant, capability: int) -> Launch:
     p = _pairs(variant.dtype, variant.size, variant.d, rest=not variant.plain, **options)
     moments = None if variant.plain else torch.empty(4, dtype=torch.float64, device="meta")
     if variant.call == "few":
-        state = few.forward(p.samples, p.options, variant.need, machine=machine)
-        few.gradients(*p.samples[:2], p.options, variant.need, state, state.loss, machine=machine)
+        state = few.forward(p.samples, p.options, variant.need, kernels=recorder)
+        few.gradients(*p.samples[:2], p.options, variant.need, state, state.loss, kernels=recorder)
     elif variant.call == "distance_sums":
         launch.distance_sums(p, machine=machine)
     elif variant.call == "slope_sums":
@@ -165,10 +165,11 @@ def machine_code(kernel: Any, work: Launch, capability: int) -> tuple[bytes, int
 
 def compiled(name: str, capability: int) -> tuple[bytes, int]:
     """VARIANTS[name] compiled for compute capability / 10: the cubin and its shared bytes."""
-    from sadm_kernels.triton import device_code
+    from sadm_kernels.triton import device_code, few_code
 
-    work = record(VARIANTS[name], capability)
-    return machine_code(getattr(device_code, work.kernel), work, capability)
+    variant = VARIANTS[name]
+    code = few_code if variant.call == "few" else device_code
+    return machine_code(getattr(code, variant.kernel), record(variant, capability), capability)
 
 
 def compile_variant(name: str, capability: int) -> Usage:

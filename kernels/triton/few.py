@@ -5,6 +5,7 @@ is kept (at most 512 x 512 for each gradient), norms are formed again in each ti
 them with the features, scaled and rounded to the features' dtype in the backward pass itself.
 """
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,14 @@ def fits(batch: Samples, options: Options) -> bool:
     )
 
 
+def kernels_of(device: torch.device) -> ModuleType:
+    """The module of these kernels. RuntimeError where there are none for `device`."""
+    launch.machine_of(device)
+    from sadm_kernels.triton import few_code
+
+    return few_code
+
+
 def _constants(real: Tensor, options: Options, needed: tuple[bool, bool]) -> dict[str, Any]:
     float32 = real.dtype == torch.float32
     return {
@@ -57,13 +66,11 @@ def _constants(real: Tensor, options: Options, needed: tuple[bool, bool]) -> dic
     }
 
 
-def forward(
-    batch: Samples, options: Options, needed: tuple[bool, bool], *, machine: launch.Machine | None = None
-) -> Forward:
+def forward(batch: Samples, options: Options, needed: tuple[bool, bool], *, kernels: Any = None) -> Forward:
     """S of a batch that `fits`, made `alike`, and what `gradients` of the `needed` inputs takes. Two launches."""
     real, fake, weight, labels = batch
     n, d = real.shape
-    kernels = (machine or launch.machine_of(real.device)).kernels
+    kernels = kernels or kernels_of(real.device)
     across = -(-n // BLOCK)
     side = across * BLOCK
     wanted = needed[0] + needed[1]
@@ -96,11 +103,11 @@ def gradients(
     state: Forward,
     upstream: Tensor,
     *,
-    machine: launch.Machine | None = None,
+    kernels: Any = None,
 ) -> list[Tensor | None]:
     """Gradients of real and fake, [n, d] in their dtype, for the gradient `upstream` (0-d float32) of S. One launch."""
     n, d = real.shape
-    kernels = (machine or launch.machine_of(real.device)).kernels
+    kernels = kernels or kernels_of(real.device)
     found = [torch.empty_like(x) if wanted else None for x, wanted in zip((real, fake), needed, strict=True)]
     places = [state.scales if x is None else x for x in found]
     block_d = min(BLOCK_D, max(16, 1 << (d - 1).bit_length()))

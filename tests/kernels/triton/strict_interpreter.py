@@ -12,6 +12,7 @@ It does not see: races between the threads of one program, layouts, shared memor
 
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 SUPPORTED = ("3.7.1", "3.8.0")
+_SHARED = "sadm_kernels.triton.pair_code"  # functions that kernels of several modules call
 
 
 class StrictError(Exception):
@@ -154,13 +156,22 @@ class Strict:
         return InterpretedFunction(function)
 
     def load(self, path: str | Path) -> ModuleType:
-        """The module at `path` with its kernels interpreted, apart from the one that `import` gives."""
+        """The module at `path` with its kernels interpreted, apart from the one that `import` gives.
+
+        What it imports of _SHARED is interpreted, too.
+        """
         path = Path(path)
         name = f"strict_{path.stem}"
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        compiled = sys.modules.pop(_SHARED, None)
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.modules.pop(_SHARED, None)
+            if compiled is not None:
+                sys.modules[_SHARED] = compiled
         return module
 
     def begin(self, programs: int) -> None:

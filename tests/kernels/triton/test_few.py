@@ -1,6 +1,7 @@
 """A micro-batch in three launches, through what the public function calls on a GPU."""
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from sadm_kernels import ops
 from sadm_kernels.reference import NORMALIZATIONS, PENALTIES, RELATIONS
 from sadm_kernels.samples import Options, Samples
-from sadm_kernels.triton import few, launch
+from sadm_kernels.triton import few
 from tests.kernels.triton.test_device_code import (
     BF16,
     DELTA,
@@ -40,6 +41,8 @@ class NoKernels:
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch) -> None:
     if "strict" in str(request.node.callspec.params.get("place", "")):
+        code = request.getfixturevalue("strict").load(Path(few.__file__).with_name("few_code.py"))
+        monkeypatch.setattr(few, "kernels_of", lambda device: code)
         monkeypatch.setattr(few, "BLOCK", 16)
         monkeypatch.setattr(few, "BLOCK_D", 32)
         monkeypatch.setattr(few, "BLOCK_K", {2: 32, 4: 32})
@@ -84,7 +87,7 @@ def test_a_mean_of_a_thousand_costs_float32_little(place, normalize) -> None:
 @pytest.mark.parametrize("need", [(False, True), (True, True)])
 def test_three_launches_and_nothing_else(monkeypatch, need, dtype, size) -> None:
     kernels = NoKernels()
-    monkeypatch.setattr(launch, "machine_of", lambda device: launch.Machine(kernels, 90))
+    monkeypatch.setattr(few, "kernels_of", lambda device: kernels)
     real, fake = (x.requires_grad_(wanted) for x, wanted in zip(features(size, 48, dtype), need, strict=True))
     one = torch.ones(())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
