@@ -1,11 +1,10 @@
-"""Micro-batches of cached latents. Threads copy rows ahead of time; the posterior is drawn when a batch is asked for.
+"""Micro-batches of cached latents. Threads copy rows ahead; the posterior is drawn when a batch is asked for.
 
 The orientation that is read and the noise of the draw are functions of the global sample counter. So every epoch sees
 new samples of the posterior, and a resumed run the same ones as an uninterrupted run. Latents that are draws themselves
 (sadm_fast.data.lightning_latents) are taken as they are.
 """
 
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -15,17 +14,19 @@ from sadm_fast.counters import Purpose, normal
 from sadm_fast.data.batch import ImageBatch, ImageMemory, LoaderSpec
 from sadm_fast.data.latents import LatentSource
 from sadm_fast.data.order import MicroBatch, MicroBatchPlan
+from sadm_fast.data.read_ahead import ReadAheadLoader
 
 _ROWS_A_TASK = 64  # smaller tasks cost more than they spread
 _CACHED = 2**17  # numbers drawn at once on a CPU, so that they stay in its caches until they are scaled
 
+_Reading = tuple[MicroBatch, np.ndarray, list[Future[None]]]
 
-class LatentLoader:
-    """An endless iterator of ImageBatch on `device`, images being scaled latents float32 [B, c, h, w].
 
-    spec.threads copy rows, spec.prefetch micro-batches ahead: as many reads as a slow file system needs under way.
-    Call close() (or leave the `with` block) to end the threads. Reading a cache that vanishes under it ends the
-    process with SIGBUS, as with any mapped file.
+class LatentLoader(ReadAheadLoader[_Reading]):
+    """A ReadAheadLoader of scaled latents float32 [B, c, h, w] on `device`.
+
+    spec.threads and spec.prefetch: as many reads as a slow file system needs under way. Reading a cache that vanishes
+    under it ends the process with SIGBUS, as with any mapped file.
     """
 
     def __init__(
@@ -35,25 +36,13 @@ class LatentLoader:
         spec: LoaderSpec,
         device: torch.device,
     ) -> None:
-        self._source, self._plan, self._device = source, plan, device
-        self._prefetch = spec.prefetch
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(spec.threads, "latents")
-        self._under_way: deque[tuple[MicroBatch, np.ndarray, list[Future[None]]]] = deque()
+        super().__init__(plan, spec, "latents")
+        self._source, self._device = source, device
         self._used: list[np.ndarray] = []  # room for moments that is free again
         self._memory = ImageMemory()
-        self._next = 0  # position in the plan that is read next
-        self.broken: dict[str, str] = {}  # as the other loaders; a cache holds no broken images
 
-    def __iter__(self) -> "LatentLoader":
-        return self
-
-    def __next__(self) -> ImageBatch:
-        if self._pool is None:
-            raise StopIteration
-        while len(self._under_way) <= self._prefetch:
-            self._under_way.append(self._start(self._plan[self._next], self._pool))
-            self._next += 1
-        wanted, moments, tasks = self._under_way.popleft()
+    def _finish(self, reading: _Reading) -> ImageBatch:
+        wanted, moments, tasks = reading
         for task in tasks:
             task.result()
         sample_ids = torch.from_numpy(wanted.sample_ids).to(self._device)
@@ -75,23 +64,10 @@ class LatentLoader:
             latents, torch.from_numpy(self._source.labels[wanted.indices]).to(self._device), sample_ids
         )  # fmt: skip
 
-    def _start(self, wanted: MicroBatch, pool: ThreadPoolExecutor) -> tuple[MicroBatch, np.ndarray, list[Future[None]]]:
+    def _start(self, wanted: MicroBatch, pool: ThreadPoolExecutor) -> _Reading:
         moments = self._used.pop() if self._used else self._source.buffer(len(wanted.indices))
         parts = [slice(first, first + _ROWS_A_TASK) for first in range(0, len(moments), _ROWS_A_TASK)]
         tasks = [
             pool.submit(self._source.read, wanted.indices[part], wanted.mirror[part], moments[part]) for part in parts
         ]
         return wanted, moments, tasks
-
-    def close(self) -> None:
-        """End the threads; batches already yielded stay valid. Twice is fine."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
-            self._under_way.clear()
-
-    def __enter__(self) -> "LatentLoader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
