@@ -26,6 +26,7 @@ from sadm_fast.data.samples import Arrays
 from sadm_fast.data.source import Source
 from sadm_fast.errors import UserError
 from sadm_fast.metrics.judges import ClassifierJudge
+from sadm_fast.pretrain import psi_after_the_game
 from sadm_fast.train_once import load_or_train
 
 CLASSES = 4
@@ -156,6 +157,31 @@ def psi_of(tmp_path: Path, source: Source, **pretrain_fields: Any) -> tuple[nn.M
 def toy_source(count: int = 80) -> Arrays:
     images, labels = toy_images(count, seed=3)
     return Arrays(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("game", "loaded", "stage"),
+    [
+        ({"mode": "sadm"}, 1, None),
+        ({"mode": "sadm", "compare": "tokens", "stage": 1}, 1, 1),
+        ({"mode": "structure"}, 0, None),
+        ({"mode": "plain"}, None, None),
+        ({"mode": "structure", "look_at": "hidden"}, None, None),
+    ],
+)
+def test_psi_after_the_game_is_the_discriminator_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, game: dict[str, Any], loaded: int | None, stage: int | None
+) -> None:
+    found: list[tuple[Path, str]] = []
+    monkeypatch.setattr(pretrain, "load_player", lambda folder, player, network: found.append((folder, player)))
+    config = check_config({"name": "tiny", "game": game, "structure_encoder": {"pretrain": {"steps": 0}}})
+    checkpoint = tmp_path / "step-000005"
+    psi = psi_after_the_game(config, toy_source(), tmp_path, checkpoint, torch.device("cpu"), Console())
+    if loaded is None:
+        assert psi is None and not found
+    else:
+        assert psi is not None and not psi.training and psi.map_stage == stage
+        assert found == [(checkpoint, "discriminator")] * loaded
 
 
 def test_psi_that_is_not_trained_keeps_its_first_weights(tmp_path: Path):
