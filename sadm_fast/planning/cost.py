@@ -26,10 +26,11 @@ from sadm_kernels import structure_loss
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def _flops(run: Callable[[], object]) -> int:
+def _flops(run: Callable[[], Any]) -> tuple[int, Any]:
+    """What `run` costs, and what it returns."""
     with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
+        result = run()
+    return int(counter.get_total_flops()), result
 
 
 def meta_models(config: Config, num_classes: int, own: Own = NONE) -> tuple[Denoiser, StructureEncoder | None]:
@@ -50,11 +51,9 @@ def _denoise(config: Config, denoiser: Denoiser) -> Tensor:
 def step_flops(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> dict[str, int]:
     """Count the FLOPs of one rank's step, by purpose."""
     accumulation = config.train.grad_accumulation
-    xhat0 = _denoise(config, denoiser)
-    parts = {
-        "denoiser forward": _flops(lambda: _denoise(config, denoiser)),
-        "denoiser backward": _flops(lambda: xhat0.sum().backward()),
-    }
+    forward, xhat0 = _flops(lambda: _denoise(config, denoiser))
+    backward, _ = _flops(lambda: xhat0.sum().backward())
+    parts = {"denoiser forward": forward, "denoiser backward": backward}
     if psi is not None:
         leaf = xhat0.new_empty(len(xhat0), *config.psi_shape).requires_grad_(True)
 
@@ -64,14 +63,14 @@ def step_flops(config: Config, denoiser: Denoiser, psi: nn.Module | None) -> dic
                     f = psi(leaf.detach())
                 structure_loss(f, psi(leaf)).backward()
 
-        parts["structure term"] = _flops(structure)
+        parts["structure term"], _ = _flops(structure)
         if config.game.mode == "sadm":
 
             def discriminate() -> None:
                 f, g = psi(torch.cat([leaf.detach(), leaf.detach()])).chunk(2)
                 structure_loss(f, g).backward()
 
-            parts["discriminator"] = config.game.discriminator_steps * _flops(discriminate)
+            parts["discriminator"] = config.game.discriminator_steps * _flops(discriminate)[0]
             if config.implementation == "reference" or accumulation > 1:
                 parts["denoiser forward, again for the discriminator"] = parts["denoiser forward"]
     return {what: flops * accumulation for what, flops in parts.items()}
