@@ -22,7 +22,7 @@ from sadm_fast.models.autoencoder import Autoencoder
 from sadm_fast.scales import pixels_to_float
 from tests.support.autoencoders import save_autoencoder
 from tests.support.programs import Program, start_line, tree
-from tests.support.ranks import ROOT
+from tests.support.ranks import ROOT, run_ranks
 from tests.test_files import held_by_another_process
 
 SCRIPT = ROOT / "sadm_fast" / "encode.py"
@@ -340,8 +340,7 @@ def test_killed_and_finished_by_two_ranks_it_ends_with_the_bytes_of_one(config: 
     program.finish(code=None)
     there = {path.name: path.stat().st_mtime_ns for path in (killed / "shards").glob("*.json")}
     assert 0 < len(there) < 21 and not (killed / "manifest.json").exists()
-    both = start_line(SCRIPT, *arguments(config, f"data.path={killed}", *overrides), ranks=2)
-    out, _ = Program(both, config.parent).finish()
+    out, _ = run_ranks("sadm_fast.encode", 2, *arguments(config, f"data.path={killed}", *overrides))
     assert f"21 shards, {len(there)} there already" in out and "21 images in 21 shards" in out
     assert tree(killed) == whole
     assert {name: (killed / "shards" / name).stat().st_mtime_ns for name in there} == there

@@ -18,7 +18,7 @@ from sadm_fast.ranks import launch
 from tests.data.lightning import write_lightning_latents
 from tests.support.autoencoders import save_autoencoder
 from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, train_here
-from tests.support.ranks import ROOT
+from tests.support.ranks import ROOT, run_ranks
 
 SCRIPT = ROOT / "sadm_fast" / "train.py"
 STEPS = 10
@@ -97,9 +97,8 @@ def test_two_ranks_go_on_where_one_has_stopped_and_score_their_decoded_samples(
     stopped = shutil.copytree(run, tmp_path / "stopped")
     changes = ["--set", f"train.steps={STEPS}", "--set", "train.micro_batch=2", "--set", "evaluate.every=5"]
     changes += ["--set", "evaluate.samples=9", "--set", "evaluate.batch=2", "--set", "evaluate.guidance=[1,2]"]
-    argv = start_line(SCRIPT, "--config", str(config), "--run-dir", str(stopped), *changes, ranks=2)
-    out, _ = Program(argv, tmp_path).finish()
-    assert "at step 4" in out and last_checkpoint(stopped) == STEPS
+    said = run_ranks("sadm_fast.train", 2, "--config", str(config), "--run-dir", str(stopped), *changes)
+    assert "at step 4" in said[0] and last_checkpoint(stopped) == STEPS
     assert [line["samples_seen"] for line in lines(stopped / "metrics.jsonl")] == [4 * (i + 1) for i in range(STEPS)]
     scored = lines(stopped / "evaluations.jsonl")
     assert [row["step"] for row in scored] == [5, 5, 10, 10]
@@ -128,9 +127,7 @@ def test_pictures_are_decoded(run: Path) -> None:
 @pytest.mark.slow
 def test_a_run_is_scored_decoded_and_without_a_classifier(run: Path, tmp_path: Path) -> None:
     scores = tmp_path / "scores.json"
-    argv = start_line(ROOT / "sadm_fast" / "evaluate.py", str(run), "--samples", "8", "--json", str(scores), ranks=2)
-    cached = {"SADM_CACHE": str(run.parent / "cache")}
-    Program(argv, tmp_path, cached).finish()
+    run_ranks("sadm_fast.evaluate", 2, str(run), "--samples", "8", "--json", str(scores))
     (row,) = json.loads(scores.read_text())["scores"]
     assert set(row["floor"]) == set(row["kid"]) == {"fid_random", "fid_pixels"} and row["samples"] == 8
     assert not (run / "pretrained" / "judge.safetensors").exists()

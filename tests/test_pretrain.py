@@ -1,8 +1,7 @@
-"""Pretraining and its cache. As a script, this file is one rank of the two-process tests."""
+"""Pretraining and its cache. As a module that is run, this file is a rank of the two-process tests."""
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from sadm_fast.errors import UserError
 from sadm_fast.metrics.judges import ClassifierJudge
 from sadm_fast.pretrain import psi_after_the_game
 from sadm_fast.train_once import load_or_train
+from tests.support.ranks import run_ranks
 
 CLASSES = 4
 
@@ -359,14 +359,7 @@ def run_rank(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, __file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
+    run_ranks("tests.test_pretrain", 2, str(folder))
     return folder
 
 
@@ -419,4 +412,4 @@ def test_an_error_of_rank_0_reaches_all_ranks(two_ranks: Path):
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[2]), Path(sys.argv[1]))
+    run_rank(int(os.environ["RANK"]), Path(sys.argv[1]))

@@ -32,10 +32,11 @@ from sadm_fast.run.snapshots import reconstructed
 from sadm_fast.run.state import TrainState
 from tests.support.judge_files import small_vit
 from tests.support.programs import Program, assert_same_state, last_checkpoint, lines, start_line, train_here, tree
-from tests.support.ranks import ROOT, clean_environment
+from tests.support.ranks import ROOT, clean_environment, run_ranks
 
 CLASSES = ("circle", "square", "triangle")
 SCRIPT = ROOT / "sadm_fast" / "train.py"
+MODULE = "sadm_fast.train"
 
 METRICS = {
     "step", "samples_seen", "loss_denoise", "loss_denoise_q1", "loss_denoise_q2", "loss_denoise_q3", "loss_denoise_q4",
@@ -134,9 +135,8 @@ def test_a_run_leaves_everything_behind_and_the_same_command_changes_nothing(
         assert set(line) == facts | SCORES | LOSSES and all(line[key] > 0 for key in LOSSES)
         assert line["samples"] == 12 and set(line["floor"]) == SCORES
     judge = ["--judges", f"vit={small_vit(tmp_path)}", "--json"]
-    evaluation = start_line(ROOT / "sadm_fast" / "evaluate.py", str(run), *judge, str(tmp_path / "two.json"), ranks=2)
-    said, _ = Program(evaluation, tmp_path).finish()
-    assert said.count("12 samples; floor") == 1, "both ranks have printed"
+    said = run_ranks("sadm_fast.evaluate", 2, str(run), *judge, str(tmp_path / "two.json"))
+    assert "".join(said).count("12 samples; floor") == 1, "both ranks have printed"
     assert evaluate.main([str(run), *judge, str(tmp_path / "one.json")]) == 0
     one, two = (json.loads((tmp_path / f"{ranks}.json").read_text())["scores"][0] for ranks in ("one", "two"))
     assert {name: two[name] for name in SCORES | LOSSES} == pytest.approx(
@@ -218,7 +218,7 @@ def test_other_modes_train(
 def test_a_stopped_run_continues_bit_for_bit(config: Path, tmp_path: Path):
     steps = 120
     overrides = [f"train.steps={steps}", "train.sample_every=1000", "train.checkpoint_every=1000"]
-    Program(command(config, tmp_path / "whole", *overrides), tmp_path).finish()
+    run_ranks(MODULE, 1, *command(config, tmp_path / "whole", *overrides)[2:])
 
     stopped = tmp_path / "stopped"
     scored = ["evaluate.every=40", "evaluate.guidance=[1,2]"]  # evaluating changes nothing of the training
@@ -232,8 +232,8 @@ def test_a_stopped_run_continues_bit_for_bit(config: Path, tmp_path: Path):
         at, before = last_checkpoint(stopped), at
         assert before + 3 <= at < steps
         assert f"stopped at step {at} of {steps}; the same command continues" in out
-    out, _ = Program(argv, tmp_path).finish()
-    assert f"Continuing {stopped} at step {at}" in out
+    (said,) = run_ranks(MODULE, 1, *argv[2:])
+    assert f"Continuing {stopped} at step {at}" in said
     assert [line["step"] for line in lines(stopped / "evaluations.jsonl")] == [40, 40, 80, 80, 120, 120]
 
     end = f"step-{steps:06d}"
@@ -257,7 +257,7 @@ def test_two_ranks_train_stop_and_continue_under_the_launcher(config: Path, tmp_
         "train.sample_every=1000", "train.checkpoint_every=10", "train.ema_snapshot_every=10",
         "train.more_ema=" + json.dumps([{"profile": "power", "std": std} for std in (0.05, 0.08)]),
     ]  # fmt: skip
-    Program(command(config, tmp_path / "whole", *overrides, ranks=2), tmp_path).finish()
+    run_ranks(MODULE, 2, *command(config, tmp_path / "whole", *overrides)[2:])
     end = f"step-{steps:06d}"
     saved = tmp_path / "whole" / "checkpoints" / end
     assert json.loads((saved / "COMPLETE").read_text())["world_size"] == 2

@@ -1,9 +1,7 @@
-"""Evaluation on synthetic images. As a script, this file is both ranks of the two-process test."""
+"""Evaluation on synthetic images. As a module that is run, this file is a rank of the two-process test."""
 
 import json
-import multiprocessing
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +18,7 @@ from sadm_fast.metrics.frechet import FeatureStatistics, frechet_distance
 from sadm_fast.metrics.judges import PROBABILITIES, ClassifierJudge, Judge, PixelJudge, RandomJudge
 from sadm_fast.metrics.scores import inception_score
 from sadm_fast.scales import float_to_pixels, pixels_to_float
+from tests.support.ranks import run_ranks
 
 NAMES = {"fid_classifier", "fid_random", "fid_pixels"}
 
@@ -198,8 +197,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_with_a_share_each_equal_one_process(tmp_path: Path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, __file__, str(tmp_path)], env=environment, check=True, timeout=240)
+    run_ranks("tests.metrics.test_evaluator", 2, str(tmp_path))
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first == second
 
@@ -216,9 +214,5 @@ def test_two_ranks_with_a_share_each_equal_one_process(tmp_path: Path):
         assert flatten(first["scores"])[path] == pytest.approx(value, rel=1e-4, abs=1e-6), path
 
 
-if __name__ == "__main__":  # one process imports for both
-    other = multiprocessing.get_context("fork").Process(target=run_rank, args=(1, Path(sys.argv[1])))
-    other.start()
-    run_rank(0, Path(sys.argv[1]))
-    other.join()
-    sys.exit(other.exitcode)
+if __name__ == "__main__":
+    run_rank(int(os.environ["RANK"]), Path(sys.argv[1]))

@@ -1,11 +1,13 @@
 """Start a module as one or more ranks on this machine."""
 
+import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,45 +38,54 @@ def meeting(store: TCPStore, rank: int, world_size: int) -> dict[str, str]:
     }
 
 
-def run_ranks(module: str, world_size: int, *arguments: str, timeout: float = 900.0) -> None:
-    """`python -m module arguments...` as ranks 0 .. world_size-1; AssertionError with their output if one fails.
+def run_ranks(module: str, world_size: int, *arguments: str, timeout: float = 900.0) -> list[str]:
+    """`python -m module arguments...` as ranks 0 .. world_size-1: what each has said on both streams.
 
-    One rank runs without any of a launcher's variables, as under plain `python`.
+    AssertionError with that if one fails. One rank runs without any of a launcher's variables, as under plain `python`.
+    All are forks of one process that has imported torch (rank_starter.py).
     """
-    command = [sys.executable, "-m", module, *arguments]
     environments = [clean_environment()]
     store = None
     if world_size > 1:
         # This process holds the store the ranks meet at, so that nobody can take its port in between.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environments = [{**clean_environment(), **meeting(store, rank, world_size)} for rank in range(world_size)]
-    with ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         # Files, not pipes: a rank whose pipe is full would stop, and all the others with it.
-        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in environments]
-        ranks = [
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            for environment, log in zip(environments, logs, strict=True)
-        ]
-        try:
-            _wait(ranks, time.monotonic() + timeout)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        failed = []
-        for rank, (process, log) in enumerate(zip(ranks, logs, strict=True)):
-            log.seek(0)
-            if process.returncode:
-                failed.append(f"rank {rank}: exit code {process.returncode}\n{log.read()[-5000:]}")
+        logs = [Path(folder) / str(rank) for rank in range(world_size)]
+        request = {
+            "module": module, "arguments": arguments, "environments": environments, "logs": [str(log) for log in logs]
+        }  # fmt: skip
+        codes = _started(request, timeout)
+        said = [log.read_text(errors="replace") for log in logs]
+    failed = [f"rank {rank}: exit code {code}\n{said[rank][-5000:]}" for rank, code in enumerate(codes) if code]
     assert not failed, "\n".join(failed)
+    return said
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], deadline: float) -> None:
-    """Until all have ended, or one has failed: the others would wait for it."""
-    while any(process.poll() is None for process in ranks) and not any(process.returncode for process in ranks):
-        assert time.monotonic() < deadline, "the ranks took too long"
-        with suppress(subprocess.TimeoutExpired):
-            next(process for process in ranks if process.returncode is None).wait(timeout=0.2)
+@cache
+def _starter() -> subprocess.Popen[str]:
+    """This process's rank_starter.py; it ends with the process, whose end of the pipe closes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.support.rank_starter"], cwd=ROOT, env=clean_environment(), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def _started(request: dict[str, Any], timeout: float) -> list[int]:
+    """The exit codes of the processes that a request to the starter makes."""
+    starter = _starter()
+    assert starter.stdin is not None and starter.stdout is not None
+    try:
+        starter.stdin.write(json.dumps(request) + "\n")
+        starter.stdin.flush()
+        assert select.select([starter.stdout], [], [], timeout)[0], f"the ranks took longer than {timeout:.0f} s"
+        codes: list[int] = json.loads(starter.stdout.readline())
+    except BaseException:
+        os.killpg(starter.pid, signal.SIGKILL)
+        _starter.cache_clear()
+        raise
+    return codes
 
 
 def folder_of_run(factory: pytest.TempPathFactory, module: str, world_size: int, part: str = "") -> Path:
