@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -135,6 +136,22 @@ class _Memory:
             self.writers[r][cells] = program
 
 
+@cache  # with what the interpreter makes of their source, which takes a third of a short test
+def _interpreted(path: Path) -> ModuleType:
+    """A module whose kernels were made inside strict_mode."""
+    spec = importlib.util.spec_from_file_location(f"strict_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    compiled = sys.modules.pop(_SHARED, None)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.modules.pop(_SHARED, None)
+        if compiled is not None:
+            sys.modules[_SHARED] = compiled
+    return module
+
+
 class Strict:
     """What `strict_mode` gives: kernels made from functions or modules, and the order in which programs run."""
 
@@ -160,19 +177,7 @@ class Strict:
 
         What it imports of _SHARED is interpreted, too.
         """
-        path = Path(path)
-        name = f"strict_{path.stem}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        compiled = sys.modules.pop(_SHARED, None)
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            sys.modules.pop(_SHARED, None)
-            if compiled is not None:
-                sys.modules[_SHARED] = compiled
-        return module
+        return _interpreted(Path(path))
 
     def begin(self, programs: int) -> None:
         """A launch starts."""
@@ -316,6 +321,15 @@ def _restore(namespace: Any, before: dict[str, Any]) -> None:
             setattr(namespace, name, before[name])
 
 
+def _forget_tritons_own() -> None:
+    """Rewritten functions of Triton's modules, which lose what they need of the interpreter when all is put back."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    rewritten = InterpretedFunction.rewritten_fn
+    for function in [function for function in rewritten if function.__module__.startswith("triton.")]:
+        del rewritten[function]
+
+
 @contextlib.contextmanager
 def strict_mode() -> Iterator[Strict]:
     """Interpreted kernels are strict inside; RuntimeError on a version of Triton it does not know."""
@@ -387,10 +401,10 @@ def strict_mode() -> Iterator[Strict]:
             # Once for all, where the interpreter would do it for each call of each function, and leave some of it.
             interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
             interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
-            interpreter.InterpretedFunction.rewritten_fn.clear()
+            _forget_tritons_own()
             yield strict
         finally:
-            interpreter.InterpretedFunction.rewritten_fn.clear()
+            _forget_tritons_own()
             interpreter.interpreter_builder.codegen_fns = codegen_before
             for namespace, attributes in reversed(before):
                 _restore(namespace, attributes)
