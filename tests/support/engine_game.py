@@ -1,5 +1,7 @@
 """The players of one case of engine_cases.py under DeepSpeed, and what is asked of them after a step."""
 
+import gc
+
 from torch import Tensor
 
 from sadm_fast.build import build_denoiser, build_psi
@@ -14,6 +16,9 @@ class Game:
     """Players of one case, and what is asked of them after a step."""
 
     def __init__(self, case: Case, place: Place, seeds: tuple[int, int] = (1, 2)) -> None:
+        # DeepSpeed collects garbage twice for an engine of stage 3: it need not search what is here before the game.
+        gc.collect()
+        gc.freeze()
         self.config, self.place = case.config, place
         denoiser, psi = build_denoiser(self.config, CLASSES), build_psi(self.config)
         starting_weights(denoiser, seeds[0])
