@@ -1,10 +1,11 @@
-"""What does compiling cost, and what does it bring: one graph for all blocks, one of the whole denoiser, or none?
+"""What does compiling cost and bring: one graph for all blocks, of the whole denoiser, of a convolutional Psi, or none?
 
     python benchmarks/compilation.py --depth 28 --hidden-size 64 --batch 8 --precision bf16
 
-Forward and backward of a DiT on 32x32x4 latents, its weights in flat parameters as in training, and of Psi.
-Compiling is measured with an empty cache, `--compilations` times: CPU seconds of this process + those of the compilers
-that it starts, one after another. Later steps take turns. Prints a table.
+Forward and backward of a DiT on 32x32x4 latents, its weights in flat parameters as in training, and of a ResNet-18 as
+Psi in each way that the game calls it; training leaves that one eager. Compiling is measured with an empty cache,
+`--compilations` times: CPU seconds of this process + those of the compilers that it starts, one after another. Later
+steps take turns. Prints a table.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from sadm_fast.models.dit import DiT  # noqa: E402
 from sadm_fast.models.structure_encoder import ResNet18  # noqa: E402
 
 WAYS = ("eager", "blocks", "whole")
+COMPILED = ", compiled"
 CLASSES = 10
 
 
@@ -54,13 +56,14 @@ def step(way: str, arguments: argparse.Namespace) -> Callable[[], None]:
     return forward_and_backward
 
 
-def ways_of_psi(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Psi as the game calls it: a ResNet-18 in its own step, and frozen."""
+def ways_of_psi(arguments: argparse.Namespace, compiled: bool) -> dict[str, Callable[[], None]]:
+    """A new Psi as the game calls it: a ResNet-18 in its own step, and frozen."""
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     with torch.device(arguments.device):
         psi = ResNet18(4, "small").to(dtype)
         x0, xhat0 = torch.randn(arguments.batch, 4, 32, 32), torch.randn(arguments.batch, 4, 32, 32, requires_grad=True)
-    compile_in_place(psi)
+    if compiled:
+        psi.forward = torch.compile(psi.forward, fullgraph=True, dynamic=False)
 
     def frozen(x: Tensor) -> None:
         psi.requires_grad_(False)
@@ -70,11 +73,12 @@ def ways_of_psi(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
             features.sum().backward()
         psi.requires_grad_(True)
 
-    return {
-        "Psi, its own step": lambda: psi(torch.cat([x0, xhat0.detach()])).sum().backward(),
-        "Psi, frozen, x0": lambda: frozen(x0),
-        "Psi, frozen, xhat0": lambda: frozen(xhat0),
-    }
+    def own() -> None:
+        psi(torch.cat([x0, xhat0.detach()])).sum().backward()
+        psi.zero_grad()
+
+    ways = {"Psi, own step": own, "Psi, frozen, x0": lambda: frozen(x0), "Psi, frozen, xhat0": lambda: frozen(xhat0)}
+    return {name + COMPILED * compiled: call for name, call in ways.items()}
 
 
 def compilation(call: Callable[[], None]) -> str:
@@ -108,21 +112,20 @@ def main(argv: list[str] | None = None) -> int:
     inductor.compile_threads = 1  # compilers are then children of this process
     first: dict[str, list[str]] = {}
     for _ in range(arguments.compilations):
-        for name, call in ({way: step(way, arguments) for way in WAYS[1:]} | ways_of_psi(arguments)).items():
+        for name, call in ({way: step(way, arguments) for way in WAYS[1:]} | ways_of_psi(arguments, True)).items():
             with fresh_cache():
                 first.setdefault(name, []).append(compilation(call))
     torch._dynamo.reset()
-    calls = {way: step(way, arguments) for way in WAYS}
+    calls = {way: step(way, arguments) for way in WAYS} | ways_of_psi(arguments, False) | ways_of_psi(arguments, True)
     for call in calls.values():
         call()
     later = measure.interleaved(calls, arguments.repeats, arguments.device)
     lines = [["", "compiling, s", "later steps, ms (p20-p80)", "/ eager"]]
-    for name in dict.fromkeys((*WAYS, *first)):
-        line = [name, ", ".join(first.get(name, [])), "", ""]
-        if name in later:
-            low, middle, high = (1e3 * value for value in measure.spread(later[name]))
-            line[2:] = [f"{middle:.0f} ({low:.0f}-{high:.0f})", f"{measure.ratio(later[name], later['eager']):.2f}"]
-        lines.append(line)
+    for name, seconds in later.items():
+        eager = later["eager" if name in WAYS else name.removesuffix(COMPILED)]
+        low, middle, high = (1e3 * value for value in measure.spread(seconds))
+        times = [f"{middle:.0f} ({low:.0f}-{high:.0f})", f"{measure.ratio(seconds, eager):.2f}"]
+        lines.append([name, ", ".join(first.get(name, [])), *times])
     about = environment(arguments.device, arguments.threads)
     print(f"{about['machine']}, {about['threads']} threads, torch {about['torch']}, {about['commit']}")
     print(aligned(lines, markdown=True))

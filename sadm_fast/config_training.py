@@ -78,8 +78,8 @@ class TrainConfig(Block):
         BeforeValidator(_on_or_off, json_schema_input_type=Literal["off", "on", "graphs"] | bool),
     ] = Field(
         "off",
-        description="on: torch.compile both players, a minute at the start, then faster; graphs: also replay them as"
-        " CUDA graphs, not yet seen on a device; true and false are on and off",
+        description="on: torch.compile the players' blocks, some seconds at the start, then faster; graphs: also replay"
+        " both as CUDA graphs, not yet seen on a device; true and false are on and off",
     )
     activation_checkpointing: bool = Field(
         False, description="compute each denoiser block anew in the backward pass: less memory, a third more FLOPs"

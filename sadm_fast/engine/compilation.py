@@ -1,11 +1,12 @@
-"""torch.compile of both players, where it works.
+"""torch.compile of the players' blocks, where it works.
 
 Each player is compiled in place, so its engine and the other player's step run the same code. Shapes never change in a
 run, so they are taken as constants. A transformer's blocks are alike, so one graph serves them all: a depth of 28
-compiles as fast as 1, and their gradients arrive block by block. What lies around them is left eager. A convolutional
-Psi is one graph. The graphs are: a block of the denoiser with gradient (and without, for accumulation's extra pass),
-Psi or its block in its own step, and frozen, over real and over xhat0. Nothing compiles after the first iteration of
-the game.
+compiles as fast as 1, and their gradients arrive block by block. What lies around them is left eager, and so is a
+convolutional Psi: hardly two of its layers are alike, each of its three ways to be called would be a graph of all of
+them, and these take longer to compile than the denoiser and run no faster (docs/training.md). The graphs are: a block
+of the denoiser with gradient (and without, for accumulation's extra pass), a block of a transformer as Psi in its own
+step, and frozen, over real and over xhat0. Nothing compiles after the first iteration of the game.
 """
 
 from collections.abc import Sequence
@@ -37,12 +38,15 @@ def why_not(stage: int, device: torch.device) -> str | None:
 
 
 def compile_in_place(network: nn.Module) -> None:
-    """Compile the blocks of a network, or all of it if it has none, at their next call. Parameter names do not change.
+    """Compile the blocks of a network at their next call; of a denoiser without, all of it. Names do not change.
 
     Only `forward` is compiled: a block's hooks (engine/flat.py) run before it.
     """
-    for block in blocks_of(network) or [network]:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    parts = blocks_of(network)
+    if not parts and isinstance(network, Denoiser):
+        parts = [network]
+    for part in parts:
+        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
 
 
 def blocks_of(network: nn.Module) -> Sequence[nn.Module]:
