@@ -113,8 +113,14 @@ VARIANTS: dict[str, Variant] = {
         "few_weights", _FP16, 250, 208, call="few", need=(True, True), plain=False
     ),
     "micro-batch weights fp32 both": Variant("few_weights", _FP32, 64, 512, call="few", need=(True, True)),
+    "micro-batch weights fp32 both, 500 features, all options": Variant(
+        "few_weights", _FP32, 64, 500, call="few", need=(True, True), plain=False
+    ),
     "micro-batch sums": Variant("few_sums", _BF16, 64, 512, call="few"),
     "micro-batch gradient bf16": Variant("few_gradient", _BF16, 64, 512, call="few"),
+    "micro-batch gradient bf16 both, 500 features": Variant(
+        "few_gradient", _BF16, 64, 500, call="few", need=(True, True)
+    ),
     "micro-batch gradient fp16 both": Variant("few_gradient", _FP16, 250, 208, call="few", need=(True, True)),
     "micro-batch gradient fp32 both": Variant("few_gradient", _FP32, 64, 512, call="few", need=(True, True)),
 }

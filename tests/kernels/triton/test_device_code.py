@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from sadm_kernels import Queue, ops, structure_loss
 from sadm_kernels.reference import NORMALIZATIONS, PENALTIES, RELATIONS
 from sadm_kernels.samples import Options, Pairs, Samples
-from sadm_kernels.triton import distance_sums, launch, loss_and_gradients, slope_sums
+from sadm_kernels.triton import distance_sums, few, launch, loss_and_gradients, slope_sums
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TAU, DELTA = 0.8, 0.2
@@ -178,9 +179,10 @@ def test_every_dtype(place, dtype, relation, normalize) -> None:
 
 
 def through_ops(real: Tensor, fake: Tensor, queue: Queue | None = None, **options: Any) -> Tensor:
-    """What the public function calls on a GPU."""
+    """What the public function calls on a GPU, for more rows than a micro-batch has."""
     batch = Samples(real, fake, options.pop("weight", None), options.pop("labels", None))
-    return ops.structure_loss("triton", batch, Options(tau=TAU, delta=DELTA, **options), queue=queue)
+    with mock.patch.object(few, "ROWS", 0):
+        return ops.structure_loss("triton", batch, Options(tau=TAU, delta=DELTA, **options), queue=queue)
 
 
 @pytest.mark.parametrize("strips", [False, True])

@@ -74,6 +74,16 @@ def test_as_the_definition(place, relation, normalize, dtype) -> None:
         assert_as_exact_as_eager(real, fake, (loss, of_real, of_fake), mean=mean, **options)
 
 
+@pytest.mark.parametrize("d", [1, 21, 50])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_any_number_of_features(place, dtype, d) -> None:
+    """Rows that do not start on 16 bytes."""
+    real, fake = features(place.size, d, dtype, place.device)
+    assert few.fits(Samples(real, fake), Options())
+    loss, found = loss_and_gradients(real, fake, normalize="none")
+    assert_as_exact_as_eager(real, fake, (loss, *found), normalize="none")
+
+
 @pytest.mark.parametrize("normalize", ["unit", "none"])
 def test_a_mean_of_a_thousand_costs_float32_little(place, normalize) -> None:
     real, fake = features(place.size, 48, FP32, place.device, mean=1000.0)
