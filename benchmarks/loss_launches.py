@@ -68,11 +68,12 @@ def variants(rows: int, d: int) -> dict[str, Callable[[], None]]:
         dtype: torch.dtype = torch.bfloat16, d: int = d, queued: int = 0, group: Any = None, **options: Any
     ) -> Callable[[], None]:
         real, fake = (torch.randn(rows, d, dtype=dtype, requires_grad=True) for _ in range(2))
-        queue = Samples(*torch.randn(2, queued, d, dtype=dtype), None, None) if queued else None
+        past_real, past_fake = torch.randn(2, queued, d, dtype=dtype)
+        queue = Samples(past_real, past_fake) if queued else None
         chosen, one = Options(**options), torch.ones(())
 
         def forward_and_backward() -> None:
-            loss = ops.structure_loss("triton", Samples(real, fake, None, None), chosen, queue=queue, group=group)
+            loss = ops.structure_loss("triton", Samples(real, fake), chosen, queue=queue, group=group)
             torch.autograd.grad(loss, (real, fake), one)
 
         return forward_and_backward
