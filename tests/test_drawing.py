@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sadm_fast import drawing, sample
 from sadm_fast.generation import load_trained
 from sadm_fast.ranks.stopping import StopRequest
+from sadm_fast.run import facts
 from sadm_fast.run.snapshots import snapshot_name
 from tests.support.finished_run import finished_run
 from tests.support.programs import tree
@@ -80,20 +81,20 @@ def test_a_killed_drawing_goes_on_where_it_was_and_ends_the_same(
 def test_a_drawing_that_only_lacks_its_end_is_ended_and_one_that_is_complete_is_left_alone(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(drawing, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(facts, "commit", lambda: "0123456789ab")
     arguments = [str(run), "--count", "4", "--out", str(run.parent / "x.npz")]
     monkeypatch.setattr(drawing, "_end", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sample.main(arguments)
     monkeypatch.undo()
-    monkeypatch.setattr(drawing, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(facts, "commit", lambda: "0123456789ab")
     whole = drawing.generate
     monkeypatch.setattr(drawing, "generate", None)
     assert sample.main(arguments) == 0 and (run.parent / "x.npz").exists()
     assert sample.main(arguments) == 0
     assert capsys.readouterr().out.endswith("x.npz: complete already\n")
     monkeypatch.setattr(drawing, "generate", whole)
-    monkeypatch.setattr(drawing, "commit", lambda: "0123456789ab+changes")
+    monkeypatch.setattr(facts, "commit", lambda: "0123456789ab+changes")
     assert sample.main(arguments) == 0 and "already" not in capsys.readouterr().out
 
 
