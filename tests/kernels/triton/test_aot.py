@@ -5,6 +5,7 @@ difference. It takes each version of Triton that the budget has.
 """
 
 import json
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sadm_kernels.triton import aot, launch
 
 BUDGETS = json.loads(Path(__file__).with_name("budget.json").read_text())
 cases = [(name, capability) for name in aot.VARIANTS for capability in aot.ARCHITECTURES]
+compiled = cache(aot.compiled)
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +35,13 @@ def budget() -> dict[str, dict[str, dict]]:
     [pytest.param(*case, marks=[] if case[1] == 90 else pytest.mark.soak) for case in cases],
 )
 def test_a_kernel_takes_what_the_budget_says(budget, name: str, capability: int) -> None:
-    assert aot.compile_variant(name, capability)._asdict() == budget[name][f"sm_{capability}"]
+    assert aot.usage_of(*compiled(name, capability))._asdict() == budget[name][f"sm_{capability}"]
 
 
 @pytest.mark.parametrize("name", ["loss bf16", "gradient bf16"])
 def test_no_product_is_contracted_into_a_sum(budget, name: str) -> None:
     """Or equal batches would differ (see launch._launch). Exact divisions, which these have not, contain some."""
-    code = aot.disassembled(aot.compiled(name, 90)[0])
+    code = aot.disassembled(compiled(name, 90)[0])
     assert "FADD" in code and "FFMA" not in code
 
 
