@@ -250,7 +250,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_stop_and_continue_under_the_launcher(config: Path, tmp_path: Path):
+def test_two_ranks_stop_under_the_launcher_and_continue(config: Path, tmp_path: Path):
     steps = 60
     overrides = [
         f"train.steps={steps}", "game.scope=global", "deepspeed.zero_optimization.stage=2",
@@ -267,15 +267,14 @@ def test_two_ranks_train_stop_and_continue_under_the_launcher(config: Path, tmp_
     assert [line["samples_seen"] for line in logged] == [8 * (i + 1) for i in range(steps)]
 
     stopped = tmp_path / "stopped"
-    argv = command(config, stopped, *overrides, ranks=2)
-    program = Program(argv, tmp_path)
+    program = Program(command(config, stopped, *overrides, ranks=2), tmp_path)
     # Ctrl-C on a terminal reaches the launcher and every rank.
     program.at_step(3, stopped / "metrics.jsonl", lambda: os.killpg(program.process.pid, signal.SIGINT))
     program.finish(code=None)  # the launcher does not pass the ranks' exit code on
     reached = last_checkpoint(stopped)
     assert 3 <= reached < steps
-    out, _ = Program(argv, tmp_path).finish()
-    assert f"Continuing {stopped} at step {reached}" in out
+    said = run_ranks(MODULE, 2, *command(config, stopped, *overrides)[2:])
+    assert f"Continuing {stopped} at step {reached}" in said[0]
     assert_same_state(stopped / "checkpoints" / end, saved)
 
     # The average of length 0.08, made of snapshots of two others, against the one that was kept through all steps.
