@@ -162,7 +162,7 @@ def compiled_cases(world_size: int) -> list[Case]:
     everything = [
         Case("compiled", "sadm", 2, compiled=True, depth=3, zero=small),
         Case("compiled-accumulation2", "sadm", 0, 2, compiled=True, depth=3, zero=small, checkpointing=True),
-        Case("compiled-bf16", "structure", 2, 1, "bf16", compiled=True, depth=3),
+        Case("compiled-bf16", "structure", 0, 1, "bf16", compiled=True, depth=3),
         Case("graphs", "sadm", 2, compiled="graphs", game={"discriminator_steps": 2}),
         Case("graphs-accumulation2", "sadm", 0, 2, compiled="graphs"),
     ]
