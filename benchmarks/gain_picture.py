@@ -2,8 +2,8 @@
 
     python benchmarks/gain_picture.py docs/evidence/*.csv --out docs/evidence/ratios.png
 
-Reads the scores.csv that game_gain.py writes beside its results; several give a column for each of their sets. Lines
-are geometric means over the seeds, bands Student's 95% intervals of the paired ratios.
+Reads the scores.csv that game_gain.py writes beside its results; several give a row for each of their sets. Lines are
+geometric means over the seeds, bars Student's 95% intervals of the paired ratios.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def read(paths: Sequence[Path]) -> Scores:
 
 
 def draw(scores: Scores, configurations: Sequence[str], path: Path) -> None:
-    """Draw a row for each space and a column for each set; the first configuration is the line at 0."""
+    """Draw a row for each set and a column for each space; the first configuration is the line at 0."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -67,10 +67,10 @@ def draw(scores: Scores, configurations: Sequence[str], path: Path) -> None:
     baseline, *others = configurations
     sets, spaces = scores.all(0), scores.all(4)
     colors: Mapping[str, object] = dict(zip(others, colormaps["tab10"].colors * 9, strict=False))  # type: ignore[attr-defined]
-    figure = Figure(figsize=(1 + 3.2 * len(sets), 1 + 1.8 * len(spaces)), layout="constrained")
-    panels = figure.subplots(len(spaces), len(sets), squeeze=False, sharex="col")
-    for row, space in enumerate(spaces):
-        for column, name in enumerate(sets):
+    figure = Figure(figsize=(1 + 3 * len(spaces), 0.8 + 2.4 * len(sets)), layout="constrained")
+    panels = figure.subplots(len(sets), len(spaces), squeeze=False)
+    for row, name in enumerate(sets):
+        for column, space in enumerate(spaces):
             panel = panels[row][column]
             panel.axhline(0, color="black", linewidth=1)
             for i, configuration in enumerate(others):
@@ -87,11 +87,12 @@ def draw(scores: Scores, configurations: Sequence[str], path: Path) -> None:
                     low, high = ([one[k] - 1 for _, one in points] for k in (1, 2))
                     panel.vlines(steps, low, high, color=colors[configuration], alpha=0.6)
             panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            panel.set_xticks(sorted({step for c in others for step, _ in scores.ratios(name, c, baseline, space)}))
             panel.grid(alpha=0.3)
             panel.set_title(f"{name}, {space}", fontsize=9)
     panels[0][0].legend(fontsize=8, frameon=False)
     figure.supxlabel("training step")
-    figure.supylabel(f"Frechet distance over that of {baseline}")
+    figure.supylabel(f"distance over that of {baseline}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
 

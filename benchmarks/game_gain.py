@@ -230,13 +230,13 @@ def _digest_of(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def report(plan: Plan, out: Path) -> Iterator[str]:
-    """The tables; writes the scores and draws the pictures beside them."""
+def report(plan: Plan, out: Path, against: str | None = None) -> Iterator[str]:
+    """The tables, of ratios to `against` (None: to the plan's first); writes the scores and draws the pictures."""
     found = results(plan, out)
     if not found:
         raise UserError(f"{out}: no run of this plan has finished yet")
     costs = parse_json((out / COSTS).read_bytes()) if (out / COSTS).exists() else None
-    yield from tables(plan, found, costs)
+    yield from tables(plan if against is None else plan.against(against), found, costs)
     with (out / SCORES).open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(score_lines(plan, found))
     yield f"scores: {out / SCORES}"
@@ -276,7 +276,7 @@ def run(arguments: argparse.Namespace, request: StopRequest) -> int:
         code = supervise(arguments.plan, plan, out, jobs, arguments.threads)
         if code:
             return code
-    for line in report(plan if arguments.against is None else plan.against(arguments.against), out):
+    for line in report(plan, out, arguments.against):
         print(line)
     return 0
 
