@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import gain_picture  # noqa: E402
 from benchmarks.gain_plan import Job, Plan, overrides  # noqa: E402
 from benchmarks.gain_report import Results, picture, score_lines, tables  # noqa: E402
 from sadm_fast import cli  # noqa: E402
@@ -240,6 +241,8 @@ def report(plan: Plan, out: Path, against: str | None = None) -> Iterator[str]:
     with (out / SCORES).open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(score_lines(plan, found))
     yield f"scores: {out / SCORES}"
+    gain_picture.draw(gain_picture.read([out / SCORES]), list(plan.configurations), ratios := out / "ratios.png")
+    yield f"picture: {ratios}"
     for name in picture(plan, found, costs, out):
         yield f"picture: {name}"
 

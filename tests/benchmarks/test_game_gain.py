@@ -215,7 +215,9 @@ def test_one_picture_is_drawn_from_the_scores_of_several_series(
         (tmp_path / name).mkdir()
         for one in found.values():
             append_json(tmp_path / name / game_gain.RESULTS, one)
-        assert list(game_gain.report(of, tmp_path / name))[-2] == f"scores: {tmp_path / name / 'scores.csv'}"
+        told = list(game_gain.report(of, tmp_path / name))
+        assert f"scores: {tmp_path / name / 'scores.csv'}" in told
+        assert f"picture: {tmp_path / name / 'ratios.png'}" in told and (tmp_path / name / "ratios.png").exists()
         paths.append(tmp_path / name / game_gain.SCORES)
     scores = gain_picture.read(paths)
     assert scores.all(0) == ["digits", "letters"] and scores.all(4) == list(SPACES)
