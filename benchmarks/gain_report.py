@@ -176,15 +176,15 @@ def picture(plan: Plan, found: Results, costs: Costs | None, out: Path) -> list[
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    names = spaces(found)
+    names, sets = spaces(found), [name for name in plan.sets if any(job.set == name for job in found)]
     colors = dict(zip(plan.configurations, colormaps["tab10"].colors * 9, strict=False))  # type: ignore[attr-defined]
     paths = []
     for axis, label in (("steps", "training step"), ("time", "time, in plain iterations")):
         if axis == "time" and costs is None:
             continue
-        figure = Figure(figsize=(1 + 4 * len(plan.sets), 1 + 2.4 * len(names)), layout="constrained")
-        panels = figure.subplots(len(names), len(plan.sets), squeeze=False)
-        for (row, space), (column, name) in ((r, c) for r in enumerate(names) for c in enumerate(plan.sets)):
+        figure = Figure(figsize=(1 + 4 * len(sets), 1 + 2.4 * len(names)), layout="constrained")
+        panels = figure.subplots(len(names), len(sets), squeeze=False)
+        for (row, space), (column, name) in ((r, c) for r in enumerate(names) for c in enumerate(sets)):
             panel = panels[row][column]
             for configuration in plan.configurations:
                 lines = [found[job] for s in plan.seeds if (job := Job(name, configuration, s)) in found]

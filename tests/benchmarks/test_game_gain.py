@@ -232,6 +232,12 @@ def test_one_picture_is_drawn_from_the_scores_of_several_series(
     assert "--only: games must be one of plain, game" in errors and "is no scores.csv of game_gain.py" in errors
 
 
+def test_a_set_without_a_finished_run_has_no_column(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    of = plan(tmp_path, sets={"emoji": RAW["sets"]["digits"], **RAW["sets"]})
+    found = {job: one for job, one in finished(of, 0.8).items() if job.set == "digits"}
+    assert gain_report.picture(of, found, None, tmp_path) and not recwarn.list
+
+
 def test_losses_by_noise_are_compared_where_both_runs_have_them(tmp_path: Path) -> None:
     of = plan(tmp_path)
     found = finished(of, 0.8)
