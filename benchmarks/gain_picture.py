@@ -1,6 +1,6 @@
 """One picture of what benchmarks/game_gain.py found: each configuration's distance over the baseline's, by step.
 
-    python benchmarks/gain_picture.py docs/evidence/*.csv --out docs/evidence/ratios.png
+    cd docs/evidence; python ../../benchmarks/gain_picture.py digits.csv equal_pull_digits.csv --out digits.png
 
 Reads the scores.csv that game_gain.py writes beside its results; several give a row for each of their sets. Lines are
 geometric means over the seeds, bars Student's 95% intervals of the paired ratios.
@@ -16,11 +16,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gain_report import Interval, interval  # noqa: E402
+from benchmarks.gain_report import SCORE_KEYS, Interval, interval  # noqa: E402
 from sadm_fast import cli  # noqa: E402
 from sadm_fast.errors import UserError  # noqa: E402
 
-KEYS = ("set", "configuration", "seed", "step", "commit")
 Points = list[tuple[int, Interval]]
 
 
@@ -29,8 +28,17 @@ class Scores(NamedTuple):
 
     distances: dict[tuple[str, str, int, int, str], float]
 
-    def all(self, field: int) -> list[str]:
-        return list(dict.fromkeys(str(key[field]) for key in self.distances))
+    @property
+    def sets(self) -> list[str]:
+        return list(dict.fromkeys(name for name, *_ in self.distances))
+
+    @property
+    def configurations(self) -> list[str]:
+        return list(dict.fromkeys(configuration for _, configuration, *_ in self.distances))
+
+    @property
+    def spaces(self) -> list[str]:
+        return list(dict.fromkeys(space for *_, space in self.distances))
 
     def ratios(self, name: str, configuration: str, baseline: str, space: str) -> Points:
         """At each step, the distance over the baseline's at the same seed: mean and 95% interval over the seeds."""
@@ -49,7 +57,7 @@ def read(paths: Sequence[Path]) -> Scores:
         try:
             with path.open(newline="") as file:
                 for row in csv.DictReader(file):
-                    s, c, seed, step, _ = (row.pop(key) for key in KEYS)
+                    s, c, seed, step, _ = (row.pop(key) for key in SCORE_KEYS)
                     distances |= {(s, c, int(seed), int(step), space): float(row[space]) for space in row}
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: is no scores.csv of game_gain.py ({error!r})") from None
@@ -65,7 +73,7 @@ def draw(scores: Scores, configurations: Sequence[str], path: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     baseline, *others = configurations
-    sets, spaces = scores.all(0), scores.all(4)
+    sets, spaces = scores.sets, scores.spaces
     colors: Mapping[str, object] = dict(zip(others, colormaps["tab10"].colors * 9, strict=False))  # type: ignore[attr-defined]
     figure = Figure(figsize=(1 + 3 * len(spaces), 0.8 + 2.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), len(spaces), squeeze=False)
@@ -77,9 +85,8 @@ def draw(scores: Scores, configurations: Sequence[str], path: Path) -> None:
                 points = scores.ratios(name, configuration, baseline, space)
                 if not points:
                     continue
-                shift = (
-                    (i - (len(others) - 1) / 2) * 0.012 * max(step for step, _ in points)
-                )  # so that bars do not hide
+                # Side by side, so that no bar hides another.
+                shift = (i - (len(others) - 1) / 2) * 0.012 * points[-1][0]
                 steps = [step + shift for step, _ in points]
                 means = [one.mean - 1 for _, one in points]
                 panel.plot(steps, means, marker=".", color=colors[configuration], label=configuration)
@@ -87,7 +94,7 @@ def draw(scores: Scores, configurations: Sequence[str], path: Path) -> None:
                     low, high = ([one[k] - 1 for _, one in points] for k in (1, 2))
                     panel.vlines(steps, low, high, color=colors[configuration], alpha=0.6)
             panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            panel.set_xticks(sorted({step for c in others for step, _ in scores.ratios(name, c, baseline, space)}))
+            panel.set_xticks(sorted({step for s, _, _, step, _ in scores.distances if s == name}))
             panel.grid(alpha=0.3)
             panel.set_title(f"{name}, {space}", fontsize=9)
     panels[0][0].legend(fontsize=8, frameon=False)
@@ -107,7 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     scores = read(arguments.scores)
-    known = scores.all(1)
+    known = scores.configurations
     for name in arguments.only or ():
         if name not in known:
             raise UserError(f"--only: {name} must be one of {', '.join(known)}")

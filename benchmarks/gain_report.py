@@ -12,6 +12,8 @@ from benchmarks.report import aligned
 Results = Mapping[Job, Mapping[str, Any]]
 Costs = Mapping[str, Mapping[str, Mapping[str, float]]]
 
+SCORE_KEYS = ("set", "configuration", "seed", "step", "commit")  # columns of scores.csv, before those of the spaces
+
 # 97.5% quantiles of Student's t by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -164,7 +166,7 @@ def losses(plan: Plan, found: Results, name: str) -> list[list[str]]:
 def score_lines(plan: Plan, found: Results) -> Iterator[list[Any]]:
     """Lines of scores.csv, the first of which is the head: every distance with its run, step and commit."""
     names = spaces(found)
-    yield ["set", "configuration", "seed", "step", "commit", *names]
+    yield [*SCORE_KEYS, *names]
     for job in plan.jobs:
         for score in found[job]["scores"] if job in found else ():
             where = [job.set, job.configuration, job.seed, score["step"], found[job]["commit"]]

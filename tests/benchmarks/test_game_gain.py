@@ -220,7 +220,7 @@ def test_one_picture_is_drawn_from_the_scores_of_several_series(
         assert f"picture: {tmp_path / name / 'ratios.png'}" in told and (tmp_path / name / "ratios.png").exists()
         paths.append(tmp_path / name / game_gain.SCORES)
     scores = gain_picture.read(paths)
-    assert scores.all(0) == ["digits", "letters"] and scores.all(4) == list(SPACES)
+    assert scores.sets == ["digits", "letters"] and scores.spaces == list(SPACES)
     points = scores.ratios("digits", "game", "plain", "fid_pixels")
     assert [step for step, _ in points] == [10, 30]
     assert points[0][1] == pytest.approx([1, 1, 1]) and points[1][1] == pytest.approx([0.8, 0.8, 0.8])
